@@ -1,0 +1,29 @@
+"""Orientations of cryo-EM particles from learned distances between their projections.
+
+The convention, written here once and used everywhere:
+
+* Quaternions are ``(x, y, z, w)``, unit, as in SciPy and TensorFlow Graphics; ``q`` and ``-q`` are
+  the same orientation.
+* A density is an array ``[z, y, x]`` with a voxel size in angstrom; an image is ``[y, x]``. The
+  origin of both is the element ``n // 2`` on every axis, for odd and even ``n`` alike.
+* An orientation ``R`` maps detector coordinates to density coordinates, all vectors ``(x, y, z)``:
+  ``P(x, y) = integral of V(R (x, y, z)) dz``.
+* Consequently: turning an image in its plane by ``a`` gives ``R Rz(a)``; its x-mirror has
+  ``R Ry(pi)``; turning the density by ``A`` turns every orientation into ``A R``; the mirror image
+  of the density, ``V(-r)``, gives the same images at ``R Rz(pi)``.
+* RELION's angles are ``R = Rz(rot) Ry(tilt) Rz(psi)``, in degrees.
+* Angles are radians, except at file borders and where a name says degrees.
+* SNR is (variance of the clean images) / (variance of the noise), over the whole frame, at the
+  sampling at which the noise is added.
+
+The rooms, in the order of the method: :mod:`~cryoem.structures` and :mod:`~cryoem.density` (what
+is seen), :mod:`~cryoem.rotations`, :mod:`~cryoem.projection` and :mod:`~cryoem.imaging` (how it is
+seen), :mod:`~cryoem.estimator` (distances, the method's first step), :mod:`~cryoem.recovery`
+(orientations, its second), :mod:`~cryoem.frame` (the frame that distances leave open),
+:mod:`~cryoem.evaluation` (errors and their physical limit), :mod:`~cryoem.matching` (the baseline),
+:mod:`~cryoem.reconstruction` (the map), :mod:`~cryoem.star` (files), :mod:`~cryoem.plots`.
+
+Only :mod:`~cryoem.estimator` and :mod:`~cryoem.descent` import TensorFlow.
+"""
+
+__version__ = "0.1.0"

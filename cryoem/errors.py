@@ -1,0 +1,17 @@
+"""The errors that this package raises on purpose."""
+
+
+class CryoemError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class InputError(CryoemError, ValueError):
+    """An argument or a file is not what was wanted; the message says what was and what came."""
+
+
+class MissingToolError(CryoemError, RuntimeError):
+    """An optional tool (CUDA, ASTRA, ...) is not there; the message says what works without it."""
+
+
+class DownloadError(CryoemError, OSError):
+    """A file could not be fetched, or what came is not what was asked for."""

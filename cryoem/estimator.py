@@ -1,0 +1,419 @@
+"""The distance estimator: a Siamese network, its training, its file.
+
+Both sides of a pair share one encoder, so a batch of ``n`` images is embedded once and all its
+``n (n - 1) / 2`` pairs are compared.
+"""
+
+import json
+import math
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from . import distances, files, networks
+from .errors import InputError
+from .simulation import Preprocessing
+
+__all__ = ["Estimator", "PairLoss", "Progress", "pair_distances", "train"]
+
+#: Written into every file; a file of another version is refused.
+FORMAT_VERSION = 1
+
+
+def pair_distances(features, head):
+    """Distances of all pairs of a batch in the backend's tensors, with finite gradients.
+
+    The NumPy twin is :func:`cryoem.distances.from_features`; here the arguments of the arccosines
+    and of the root are clipped, so that neither the diagonal nor coinciding or opposite features
+    give infinite gradients.
+
+    Parameters
+    ----------
+    features : (n, f) tensor
+    head : {'exact', 'cosine', 'euclidean'}
+
+    Returns
+    -------
+    (n, n) tensor, radians
+    """
+    product = ops.matmul(features, ops.transpose(features))
+    if head == "euclidean":
+        square = ops.sum(features**2, axis=1)
+        return ops.sqrt(ops.maximum(square[:, None] + square - 2 * product, 1e-6))
+    if head == "cosine":
+        return 2 * ops.arccos(ops.clip(product, -1 + 1e-6, 1 - 1e-6))
+    return ops.arccos(ops.clip(2 * product - 1, -1 + 1e-6, 1 - 1e-6))
+
+
+def true_distances(quaternions):
+    """``d_q`` of all pairs of a batch, (n, n) tensor, radians."""
+    product = ops.matmul(quaternions, ops.transpose(quaternions))
+    return 2 * ops.arccos(ops.clip(ops.abs(product), 0.0, 1.0))
+
+
+class PairLoss(keras.losses.Loss):
+    """``L_DE``: weighted mean of ``(d_p - d_q)^2`` over the pairs of a batch.
+
+    Parameters
+    ----------
+    head : {'exact', 'cosine', 'euclidean'}
+    pairs : {'all', 'uniform'}
+        All pairs i < j, each weighted by the inverse density of its distance under uniform
+        orientations, ``1 / sin^2(d_q / 2)``, capped at ``max_weight``; or, as the paper, the
+        consecutive pairs (0, 1), (2, 3), ..., drawn uniform in distance, with equal weight.
+    max_weight : float
+    power : {1, 2}
+        2 is the loss; 1 turns it into the mean absolute error, a metric.
+    """
+
+    def __init__(self, head, pairs="all", *, max_weight=20.0, power=2, name="pair_loss"):
+        super().__init__(name=name)
+        self.head, self.pairs, self.max_weight, self.power = head, pairs, max_weight, power
+
+    def call(self, y_true, y_pred):
+        """Compare (n, 4) true quaternions with (n, f) features."""
+        d_q, d_p = true_distances(y_true), pair_distances(y_pred, self.head)
+        n = ops.shape(d_q)[0]
+        i = ops.arange(n)
+        if self.pairs == "all":
+            use = ops.cast(i[:, None] < i, "float32")
+            weights = use / ops.maximum(ops.sin(d_q / 2) ** 2, 1 / self.max_weight)
+        else:
+            weights = ops.cast((i[:, None] % 2 == 0) & (i[:, None] + 1 == i), "float32")
+        return ops.sum(weights * ops.abs(d_p - d_q) ** self.power) / ops.sum(weights)
+
+
+@dataclass
+class Estimator:
+    """An encoder with all that its use needs.
+
+    Attributes
+    ----------
+    encoder : keras.Model
+        From prepared images to features.
+    head : {'exact', 'cosine', 'euclidean'}
+    preprocessing : Preprocessing
+    architecture : str
+    feature_dim : int
+    notes : dict
+        What made the weights: particle, seed, images seen, and so on.
+    """
+
+    encoder: keras.Model
+    head: str
+    preprocessing: Preprocessing
+    architecture: str
+    feature_dim: int
+    notes: dict = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls,
+        preprocessing,
+        *,
+        architecture="resnet",
+        head="exact",
+        feature_dim=16,
+        seed=0,
+        precision="float32",
+    ):
+        """Build an untrained estimator; ``seed`` sets its initial weights.
+
+        The paper's is ``architecture="paper", head="cosine", feature_dim=512``.
+        """
+        if head not in distances.HEADS:
+            raise InputError(f"head must be one of {', '.join(distances.HEADS)}, got {head!r}")
+        keras.utils.set_random_seed(seed)
+        encoder = networks.build(
+            architecture,
+            preprocessing.crop_px,
+            feature_dim,
+            normalise=head != "euclidean",
+            precision=precision,
+        )
+        return cls(encoder, head, preprocessing, architecture, feature_dim)
+
+    def embed(self, images, *, prepared=False, batch_size=256):
+        """Features of images.
+
+        Parameters
+        ----------
+        images : (n, frame_px, frame_px) array
+            Or (n, crop_px, crop_px) where ``prepared``.
+        prepared : bool
+            The preprocessing has been done.
+        batch_size : int
+
+        Returns
+        -------
+        (n, feature_dim) float32 array
+        """
+        small = images if prepared else self.preprocessing(images)
+        parts = [
+            ops.convert_to_numpy(self.encoder(small[i : i + batch_size], training=False))
+            for i in range(0, len(small), batch_size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.feature_dim), np.float32)
+
+    def distances(self, features, others):
+        """Distances between two sets of features, (n, m), radians."""
+        return distances.from_features(features, others, self.head)
+
+    # ----------------------------------------------------------------------------------
+    # The file
+
+    def save(self, path):
+        """Write weights (float16) and settings to one ``.npz`` file, atomically.
+
+        It holds arrays and a JSON text, nothing that could be executed on loading.
+        """
+        settings = {
+            "format_version": FORMAT_VERSION,
+            "architecture": self.architecture,
+            "head": self.head,
+            "feature_dim": self.feature_dim,
+            "preprocessing": asdict(self.preprocessing),
+            "notes": self.notes,
+        }
+        weights = {
+            f"weight_{i:03d}": ops.convert_to_numpy(w.value).astype(np.float16)
+            for i, w in enumerate(self.encoder.weights)
+        }
+        with files.atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, settings=np.array(json.dumps(settings)), **weights)
+
+    @classmethod
+    def load(cls, path, *, precision="float32"):
+        """Read an estimator that :meth:`save` wrote.
+
+        Raises
+        ------
+        InputError
+            Not such a file, one of another version, or weights that do not fit the network.
+        """
+        path = files.existing(path)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                settings = json.loads(str(archive["settings"]))
+                weights = [archive[k] for k in sorted(archive.files) if k.startswith("weight_")]
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path}: not an estimator's file ({error})") from error
+        if settings.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"{path}: written in format {settings.get('format_version')}, "
+                f"this version of cryoem reads {FORMAT_VERSION}"
+            )
+        estimator = cls.create(
+            Preprocessing(**settings["preprocessing"]),
+            architecture=settings["architecture"],
+            head=settings["head"],
+            feature_dim=settings["feature_dim"],
+            precision=precision,
+        )
+        wanted = [w.shape for w in estimator.encoder.weights]
+        if wanted != [w.shape for w in weights]:
+            raise InputError(f"{path}: the weights do not fit its {settings['architecture']} network")
+        estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
+        estimator.notes = settings["notes"]
+        return estimator
+
+
+# --------------------------------------------------------------------------------------
+# Training
+
+
+class Progress(keras.callbacks.Callback):
+    """A tqdm bar over the images of a training run."""
+
+    def __init__(self, images, batch_size, *, start=0):
+        super().__init__()
+        self.images, self.batch_size, self.start, self.bar = images, batch_size, start, None
+
+    def on_train_begin(self, logs=None):
+        """Open the bar."""
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=self.images, initial=self.start, unit="image", desc="training")
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Advance it."""
+        self.bar.update(self.batch_size)
+        if logs and batch % 10 == 0:
+            self.bar.set_postfix(mae_rad=f"{logs.get('mae_rad', math.nan):.3f}")
+
+    def on_train_end(self, logs=None):
+        """Close it."""
+        self.bar.close()
+
+
+def train(
+    estimator,
+    source,
+    *,
+    images,
+    seed=0,
+    batch_size=128,
+    learning_rate=1e-3,
+    optimizer="adam",
+    schedule="cosine",
+    pairs="all",
+    images_per_epoch=25_600,
+    checkpoint=None,
+    callbacks=(),
+    progress=True,
+):
+    """Train an estimator in place on fresh images.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    source : TrainingImages
+        Anything with ``batch(seed, step, n, pairs=...)``.
+    images : int
+        How many images to see in all; the length of training is this, not minutes.
+    seed : int
+        Batch ``step`` depends on (seed, step) alone.
+    batch_size : int
+    learning_rate : float
+        The peak.
+    optimizer : {'adam', 'rmsprop'}
+        The paper's is RMSProp at 1e-3.
+    schedule : {'cosine', 'constant'}
+        Cosine: a short warm-up, then down to zero at the end.
+    pairs : {'all', 'uniform'}
+        See :class:`PairLoss`; the paper's is ``'uniform'``.
+    images_per_epoch : int
+        How often Keras' epoch callbacks run and a checkpoint is written.
+    checkpoint : path, optional
+        A folder. Where it holds a run of these same settings, that run is continued exactly: the
+        optimizer's state, the schedule and the batches go on as if nothing had happened.
+    callbacks : sequence of keras.callbacks.Callback
+        TensorBoard and the like.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    dict
+        ``loss`` and ``mae_rad`` (weighted as the loss is), a list with one value an epoch.
+    """
+    steps = max(1, images // batch_size)
+    per_epoch = max(1, min(steps, images_per_epoch // batch_size))
+    epochs = math.ceil(steps / per_epoch)
+    rate = learning_rate
+    if schedule == "cosine":
+        warm = max(1, min(500, steps // 20))
+        rate = keras.optimizers.schedules.CosineDecay(
+            learning_rate / 20, max(1, steps - warm), warmup_target=learning_rate, warmup_steps=warm
+        )
+    elif schedule != "constant":
+        raise InputError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
+    makers = {"adam": keras.optimizers.Adam, "rmsprop": keras.optimizers.RMSprop}
+    if optimizer not in makers:
+        raise InputError(f"optimizer must be one of {', '.join(makers)}, got {optimizer!r}")
+    encoder = estimator.encoder
+    encoder.compile(
+        optimizer=makers[optimizer](rate, clipnorm=1.0),
+        loss=PairLoss(estimator.head, pairs),
+        metrics=[_metric(estimator.head, pairs)],
+        jit_compile=False,
+    )
+    settings = {
+        "images": images,
+        "seed": seed,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "pairs": pairs,
+        "images_per_epoch": images_per_epoch,
+    }
+    keeper = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings)
+    history = {"loss": [], "mae_rad": []}
+    first = 0
+    if keeper is not None:
+        encoder.optimizer.build(encoder.trainable_variables)
+        first, history = keeper.restore(encoder, history)
+
+    def batches():
+        for step in range(first * per_epoch, epochs * per_epoch):
+            yield source.batch(seed, step, batch_size, pairs=pairs)
+
+    hooks = list(callbacks)
+    if progress:
+        total, seen = epochs * per_epoch * batch_size, first * per_epoch * batch_size
+        hooks.append(Progress(total, batch_size, start=seen))
+    if keeper is not None:
+        keeper.history = history
+        hooks.append(keeper)
+    if first < epochs:
+        fitted = encoder.fit(
+            batches(),
+            steps_per_epoch=per_epoch,
+            epochs=epochs,
+            initial_epoch=first,
+            verbose=0,
+            shuffle=False,
+            callbacks=hooks,
+        )
+        if keeper is None:
+            history = {key: fitted.history[key] for key in history}
+    return history
+
+
+def _metric(head, pairs):
+    absolute = PairLoss(head, pairs, power=1)
+
+    def mae_rad(y_true, y_pred):
+        return absolute.call(y_true, y_pred)
+
+    return mae_rad
+
+
+class _Checkpoint(keras.callbacks.Callback):
+    """Keeps weights, optimizer and history after every epoch, and finds them again."""
+
+    def __init__(self, folder, settings):
+        super().__init__()
+        self.folder, self.settings, self.history = folder, settings, {}
+
+    @property
+    def _path(self):
+        return self.folder / "checkpoint.npz"
+
+    def restore(self, encoder, history):
+        """Return (epochs done, history), with weights and optimizer set where a run is found."""
+        if not self._path.exists():
+            return 0, history
+        with np.load(self._path, allow_pickle=False) as archive:
+            state = json.loads(str(archive["state"]))
+            if state["settings"] != self.settings:
+                raise InputError(
+                    f"{self._path}: made with {state['settings']}, asked for {self.settings}; "
+                    "name another folder or remove this one"
+                )
+            for prefix, variables in self._variables(encoder):
+                for i, variable in enumerate(variables):
+                    variable.assign(archive[f"{prefix}_{i}"])
+        return state["epochs"], state["history"]
+
+    @staticmethod
+    def _variables(encoder):
+        return [("model", encoder.weights), ("optimizer", encoder.optimizer.variables)]
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Write the checkpoint."""
+        for key, values in self.history.items():
+            values.append(float(logs[key]))
+        arrays = {
+            f"{prefix}_{i}": ops.convert_to_numpy(variable)
+            for prefix, variables in self._variables(self.model)
+            for i, variable in enumerate(variables)
+        }
+        state = {"settings": self.settings, "epochs": epoch + 1, "history": self.history}
+        with files.atomic(self._path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, state=np.array(json.dumps(state)), **arrays)

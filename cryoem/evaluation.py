@@ -1,0 +1,270 @@
+"""How good orientations are: alignment in closed form, errors, the random zero and the limit.
+
+Distances are unchanged by ``q -> a q b`` and by inversion ``q -> q^-1``: all of O(4). The paper's
+``E_OR`` fits all of it. A reconstruction forgives only ``a``, a rotation of the density, and
+``b = Rz(pi)``, its mirror image; that error is called one-sided here.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from . import rotations
+from .errors import InputError
+
+__all__ = ["Alignment", "Errors", "align", "cramer_rao", "errors", "mean_error_of", "random_error"]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What was fitted to lay estimated orientations onto the true ones.
+
+    Attributes
+    ----------
+    quaternions : (n, 4) array
+        The aligned estimate.
+    left, right : (4,) arrays
+        ``aligned = left (q or q^-1) right``.
+    inverted : bool
+        Whether the inverse was taken first.
+    """
+
+    quaternions: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    inverted: bool
+
+
+def _left_matrices(q):
+    """Matrices ``L(q)`` with ``L(q) p = q p``; (n, 4, 4)."""
+    x, y, z, w = np.moveaxis(np.asarray(q, dtype=np.float64), -1, 0)
+    rows = [[w, -z, y, x], [z, w, -x, y], [-y, x, w, z], [-x, -y, -z, w]]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def _weights(angles):
+    """Weights that turn a sum of squares into the mean angle (reweighted least squares)."""
+    return 1 / np.sqrt(angles**2 + 1e-6)
+
+
+def _fit_left(q, p, weights):
+    """The rotation ``a`` that maximises ``sum w <a q, p>^2``: an eigenvector of a 4 x 4 matrix."""
+    # <a q, p> = <a, p q^-1>
+    ratio = rotations.multiply(p, rotations.inverse(q))
+    return np.linalg.eigh((ratio * weights[:, None]).T @ ratio)[1][:, -1]
+
+
+def _fit_both(q, p, weights):
+    """The pair (a, b) that maximises ``sum w <a q b, p>^2``, near enough to start from."""
+    # <M q, p> for a 4 x 4 matrix M: its square is quadratic in vec(M).
+    outer = (p[:, :, None] * q[:, None, :]).reshape(-1, 16)
+    m = np.linalg.eigh((outer * weights[:, None]).T @ outer)[1][:, -1].reshape(4, 4)
+    return _nearest_o4(m)
+
+
+def _nearest_o4(m):
+    u, _, vt = np.linalg.svd(m)
+    return u @ vt
+
+
+def _aligned_o4(q, p, steps=30):
+    matrix = _fit_both(q, p, np.ones(len(q)))
+    for _ in range(steps):
+        moved = q @ matrix.T
+        s = np.sign(np.sum(moved * p, axis=1))[:, None]
+        w = _weights(rotations.distance(moved, p))[:, None]
+        matrix = _nearest_o4((w * s * p).T @ q)
+    return matrix
+
+
+def _split(matrix):
+    """Write a 4 x 4 matrix of O(4) as ``q -> left (q or q^-1) right``."""
+    inverted = bool(np.linalg.det(matrix) < 0)
+    m = matrix * np.array([-1.0, -1.0, -1.0, 1.0]) if inverted else matrix
+    # m = L(a) R(b): vec(m) is bilinear in a and b; its rearrangement has rank one.
+    left = _left_matrices(np.eye(4))  # (4, 4, 4)
+    right = np.stack([rotations.multiply(e, np.eye(4)) for e in np.eye(4)])  # rows: e_k times basis
+    basis = np.stack([rotations.multiply(np.eye(4), e).T for e in np.eye(4)])
+    del right
+    table = np.einsum("aij,bjk,ik->ab", left, basis, m) / 4
+    u, _, vt = np.linalg.svd(table)
+    return u[:, 0], vt[0], inverted
+
+
+def align(estimated, true, *, over="o4"):
+    """Lay estimated orientations onto the true ones, in closed form.
+
+    The top eigenvector of ``sum vec(q_i p_i^T) vec(q_i p_i^T)^T``, projected to O(4), starts a few
+    reweighted Procrustes steps that minimise the mean angle. Deterministic.
+
+    Parameters
+    ----------
+    estimated, true : (n, 4) arrays, unit, xyzw
+    over : {'o4', 'one-sided', 'none'}
+        ``'o4'``: everything that distances leave open (the paper's alignment);
+        ``'one-sided'``: a rotation of the density and its hand (what a map forgives);
+        ``'none'``: nothing.
+
+    Returns
+    -------
+    Alignment
+    """
+    q, p = rotations.check(estimated, "estimated"), rotations.check(true, "true")
+    if len(q) != len(p) or len(q) == 0:
+        raise InputError(f"wanted as many true as estimated, at least one; got {len(p)} and {len(q)}")
+    one = np.array([0.0, 0.0, 0.0, 1.0])
+    if over == "none":
+        return Alignment(q, one, one, False)
+    if over == "one-sided":
+        best = None
+        for right in (one, rotations.about("z", np.pi)):
+            turned = rotations.multiply(q, right)
+            left = _fit_left(turned, p, np.ones(len(q)))
+            for _ in range(30):
+                w = _weights(rotations.distance(rotations.multiply(left, turned), p))
+                left = _fit_left(turned, p, w**2)
+            moved = rotations.multiply(left, turned)
+            error = rotations.distance(moved, p).mean()
+            if best is None or error < best[0]:
+                best = error, Alignment(moved, left, right, False)
+        return best[1]
+    if over == "o4":
+        matrix = _aligned_o4(q, p)
+        left, right, inverted = _split(matrix)
+        moved = rotations.multiply(
+            rotations.multiply(left, rotations.inverse(q) if inverted else q), right
+        )
+        return Alignment(moved, left, right, inverted)
+    raise InputError(f"over must be 'o4', 'one-sided' or 'none', got {over!r}")
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Orientation errors after an alignment, radians.
+
+    Attributes
+    ----------
+    mean_rad, median_rad, p95_rad : float
+    view_mean_rad, in_plane_mean_rad : float
+        The angle between viewing directions, and the turn left in the image plane.
+    far_fraction : float
+        The share of orientations off by more than 0.3 rad.
+    """
+
+    mean_rad: float
+    median_rad: float
+    p95_rad: float
+    view_mean_rad: float
+    in_plane_mean_rad: float
+    far_fraction: float
+
+    @property
+    def degrees(self):
+        """The angles in degrees, by name."""
+        return {
+            key.replace("_rad", "_degrees"): float(np.rad2deg(value))
+            for key, value in asdict(self).items()
+            if key.endswith("_rad")
+        }
+
+
+def errors(estimated, true, *, over="one-sided"):
+    """Errors of estimated orientations, after :func:`align` over the same freedom.
+
+    Parameters
+    ----------
+    estimated, true : (n, 4) arrays, unit, xyzw
+    over : {'o4', 'one-sided', 'none'}
+
+    Returns
+    -------
+    Errors
+    """
+    aligned, p = align(estimated, true, over=over).quaternions, rotations.check(true)
+    angle = rotations.distance(aligned, p)
+    # What is left, in the detector's frame: twist about z by in_plane, swing by view.
+    x, y, z, w = np.abs(rotations.multiply(rotations.inverse(p), aligned)).T
+    view = 2 * np.arctan2(np.hypot(x, y), np.hypot(z, w))
+    in_plane = 2 * np.arctan2(z, w)
+    return Errors(
+        mean_rad=float(angle.mean()),
+        median_rad=float(np.median(angle)),
+        p95_rad=float(np.percentile(angle, 95)),
+        view_mean_rad=float(view.mean()),
+        in_plane_mean_rad=float(in_plane.mean()),
+        far_fraction=float(np.mean(angle > 0.3)),
+    )
+
+
+def random_error(true, seed, *, over="one-sided"):
+    """Mean error of random orientations against these true ones: the zero of the scale, radians."""
+    return errors(rotations.uniform(len(true), seed), true, over=over).mean_rad
+
+
+# --------------------------------------------------------------------------------------
+# The physical limit
+
+
+def mean_error_of(covariances):
+    """Mean length of Gaussian rotation vectors with these covariances.
+
+    Parameters
+    ----------
+    covariances : (n, 3, 3) array, radians squared
+
+    Returns
+    -------
+    (n,) array, radians
+    """
+    variances = np.maximum(np.linalg.eigvalsh(covariances), 0)
+    scale = variances.sum(axis=1, keepdims=True)
+    # E|x| = 1 / (2 sqrt(pi)) * integral of (1 - prod (1 + 2 v t)^(-1/2)) t^(-3/2) dt, with
+    # t = exp(u) / scale; the integrand decays as exp(-|u| / 2).
+    u = np.linspace(-45, 45, 2001)
+    t = np.exp(u)
+    v = variances / np.where(scale > 0, scale, 1)
+    product = np.prod(1 + 2 * v[:, :, None] * t, axis=1) ** -0.5
+    integral = np.trapezoid((1 - product) * np.exp(-u / 2), u, axis=1)
+    return integral / (2 * np.sqrt(np.pi)) * np.sqrt(scale[:, 0])
+
+
+def cramer_rao(density, quaternions, noise_variance, *, box_px=None, step=1e-2):
+    """Cramer-Rao bound: the smallest error covariance of orientations from noisy images.
+
+    With white noise of variance ``s2`` the Fisher information of an image about its rotation
+    vector ``w`` (detector frame, ``R exp([w])``) is ``I_ab = <dP/dw_a, dP/dw_b> / s2``; no unbiased
+    estimator that knows the density has a smaller covariance than its inverse.
+
+    Parameters
+    ----------
+    density : Density, a cube
+    quaternions : (n, 4) array, unit, xyzw
+    noise_variance : float
+        Per pixel of the image that is used.
+    box_px : int, optional
+        Edge of the images; see :func:`cryoem.projection.project`.
+    step : float, radians
+        Half of the central difference.
+
+    Returns
+    -------
+    (n, 3, 3) array, radians squared
+        The mean error that it allows is ``mean_error_of(...)``.
+
+    References
+    ----------
+    Any text on estimation, for instance Kay, "Fundamentals of Statistical Signal Processing", I.3.
+    """
+    from .projection import Projector
+
+    if not noise_variance > 0:
+        raise InputError(f"noise_variance must be positive, got {noise_variance}")
+    q = rotations.check(quaternions)
+    projector = Projector(density, box_px)
+    gradients = []
+    for axis in np.eye(3):
+        ahead = projector.project(rotations.perturb(q, np.tile(step * axis, (len(q), 1))))
+        behind = projector.project(rotations.perturb(q, np.tile(-step * axis, (len(q), 1))))
+        gradients.append(((ahead - behind) / (2 * step)).reshape(len(q), -1))
+    g = np.stack(gradients, axis=1).astype(np.float64)  # (n, 3, pixels)
+    return np.linalg.inv(np.einsum("nap,nbp->nab", g, g) / noise_variance)

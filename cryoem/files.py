@@ -1,0 +1,54 @@
+"""Files: written atomically, checked by hash."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["atomic", "existing", "sha256"]
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
+
+    What stood at ``path`` before stays whole until then, and for good if the block raises.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays at the end: writers choose the format by it.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="-" + path.name)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def existing(path):
+    """Return ``path`` as a ``Path`` to a file that exists, or raise ``InputError``."""
+    from .errors import InputError
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return path
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

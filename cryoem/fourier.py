@@ -1,0 +1,135 @@
+"""Where the Fourier origin sits: centred grids, resizing, low-pass filters, shells.
+
+Real arrays have their origin at index ``n // 2`` of every axis. Frequencies are counted in cycles
+per box: an axis of ``n`` samples carries the integers from ``-(n // 2)``.
+"""
+
+import numpy as np
+import scipy.fft
+
+from .errors import InputError
+
+__all__ = ["crop_or_pad", "frequencies", "low_pass", "radius", "resize", "shift"]
+
+_WORKERS = 2
+
+
+def frequencies(n):
+    """Integer frequencies of an axis, in the order of ``fft``: (n,) array, cycles per box."""
+    return np.fft.fftfreq(n, 1 / n)
+
+
+def radius(shape, *, half=False):
+    """Length of each frequency of a grid, cycles per box, in the order of ``fftn``.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        All axes alike in length: a square or a cube.
+    half : bool
+        The last axis holds only the frequencies of ``rfftn``.
+    """
+    axes = [frequencies(n) for n in shape]
+    if half:
+        axes[-1] = np.arange(shape[-1] // 2 + 1)
+    return np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij", sparse=True)))
+
+
+def crop_or_pad(array, shape):
+    """Crop or zero-pad the last axes to ``shape``; index ``n // 2`` stays the origin."""
+    array = np.asarray(array)
+    lead = array.ndim - len(shape)
+    source, target = [slice(None)] * lead, [slice(None)] * lead
+    for n, m in zip(array.shape[lead:], shape, strict=True):
+        low = n // 2 - m // 2  # index of the target's first element in the source
+        source.append(slice(max(low, 0), min(low + m, n)))
+        target.append(slice(max(-low, 0), max(-low, 0) + min(low + m, n) - max(low, 0)))
+    out = np.zeros((*array.shape[:lead], *shape), array.dtype)
+    out[tuple(target)] = array[tuple(source)]
+    return out
+
+
+def _filter_real(array, ndim, gain):
+    axes = tuple(range(-ndim, 0))
+    shape = array.shape[-ndim:]
+    spectrum = scipy.fft.rfftn(array, axes=axes, workers=_WORKERS)
+    spectrum *= gain
+    filtered = scipy.fft.irfftn(spectrum, s=shape, axes=axes, workers=_WORKERS)
+    return np.ascontiguousarray(filtered, dtype=array.dtype)
+
+
+def low_pass(array, ndim, cutoff, *, edge=0.0):
+    """Keep the frequencies below ``cutoff`` cycles per box on the last ``ndim`` axes.
+
+    Parameters
+    ----------
+    array : (..., n, ..., n) array
+    ndim : int
+    cutoff : float, cycles per box
+    edge : float
+        Width of a raised-cosine edge that ends at ``cutoff``, as a fraction of it; 0 is a sharp cut.
+    """
+    array = np.asarray(array)
+    k = radius(array.shape[-ndim:], half=True)
+    start = cutoff * (1 - edge)
+    if edge > 0:
+        gain = 0.5 * (1 + np.cos(np.pi * np.clip((k - start) / (cutoff - start), 0, 1)))
+    else:
+        gain = (k < cutoff).astype(float)
+    return _filter_real(array, ndim, gain.astype(array.dtype))
+
+
+def resize(array, size, ndim):
+    """Resample the last ``ndim`` axes, all equal, to ``size`` samples over the same extent.
+
+    Cropping keeps only the ball of frequencies below the new Nyquist, so that nothing wraps round
+    later; the values (not the sum) are kept, and so is the origin.
+
+    Parameters
+    ----------
+    array : (..., n, ..., n) array
+    size : int
+    ndim : int
+
+    Returns
+    -------
+    (..., size, ..., size) array
+    """
+    array = np.asarray(array)
+    shape = array.shape[-ndim:]
+    n = shape[0]
+    if any(m != n for m in shape):
+        raise InputError(f"the last {ndim} axes must be equal to be resized, got {shape}")
+    if size == n:
+        return array
+    axes = tuple(range(-ndim, 0))
+    spectrum = scipy.fft.fftshift(
+        scipy.fft.fftn(scipy.fft.ifftshift(array, axes=axes), axes=axes, workers=_WORKERS), axes=axes
+    )
+    spectrum = crop_or_pad(spectrum, (size,) * ndim)
+    keep = np.fft.fftshift(radius((size,) * ndim)) < min(n, size) / 2
+    spectrum *= keep.astype(spectrum.real.dtype) * spectrum.real.dtype.type((size / n) ** ndim)
+    real = scipy.fft.ifftn(scipy.fft.ifftshift(spectrum, axes=axes), axes=axes, workers=_WORKERS).real
+    return np.ascontiguousarray(scipy.fft.fftshift(real, axes=axes), dtype=array.dtype)
+
+
+def shift(images, shifts_px):
+    """Move each image by a sub-pixel amount, as a phase ramp (periodic at the borders).
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+    shifts_px : (n, 2) array, pixels
+        (x, y); a positive shift moves the content to larger indices.
+    """
+    images = np.asarray(images)
+    size = images.shape[-1]
+    kx = np.arange(size // 2 + 1)
+    ky = frequencies(size)
+    if size % 2 == 0:  # the Nyquist frequency has no sign: it cannot carry a phase
+        ky = np.where(np.abs(ky) == size // 2, 0, ky)
+        kx = np.where(kx == size // 2, 0, kx)
+    shifts = np.asarray(shifts_px, dtype=np.float64)
+    ramp_x = np.exp(-2j * np.pi / size * shifts[:, :1] * kx)[:, None, :]
+    ramp_y = np.exp(-2j * np.pi / size * shifts[:, 1:] * ky)[:, :, None]
+    return _filter_real(images, 2, (ramp_x * ramp_y).astype(np.result_type(images, np.complex64)))

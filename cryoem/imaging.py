@@ -1,0 +1,207 @@
+"""What the microscope does to a projection: CTF, shifts, noise; and what is undone before use.
+
+Each is a function of arrays and a generator. Images are (n, size, size), ``[y, x]``.
+"""
+
+import numpy as np
+import scipy.fft
+
+from . import fourier
+from .errors import InputError
+
+__all__ = [
+    "add_noise",
+    "apply_ctf",
+    "crop",
+    "ctf",
+    "downsample",
+    "flip_contrast",
+    "mirror",
+    "normalise",
+    "quarter_turn",
+    "shift",
+    "triangular_shifts",
+    "wavelength_angstrom",
+]
+
+shift = fourier.shift
+
+
+def add_noise(images, seed, *, snr=None, variance=None):
+    """Add white Gaussian noise.
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+    seed : int or numpy.random.Generator
+    snr : float, optional
+        (Variance of the clean images, all pixels of all images together) / (noise variance).
+        Infinity adds nothing.
+    variance : float, optional
+        The noise variance itself. Exactly one of the two.
+
+    Returns
+    -------
+    (n, size, size) float32 array
+    """
+    if (snr is None) == (variance is None):
+        raise InputError("give either snr or variance")
+    if snr is not None:
+        if not snr > 0:
+            raise InputError(f"snr must be positive, got {snr}")
+        variance = float(np.var(images)) / snr
+    if not variance >= 0:
+        raise InputError(f"variance must not be negative, got {variance}")
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal(np.shape(images), dtype=np.float32)
+    return np.asarray(images, np.float32) + np.float32(np.sqrt(variance)) * noise
+
+
+def triangular_shifts(n, seed, max_px):
+    """Draw shifts from the paper's triangular law: peak at 0, nothing beyond ``max_px``; (n, 2), px."""
+    if max_px == 0:
+        return np.zeros((n, 2))
+    return np.random.default_rng(seed).triangular(-max_px, 0, max_px, (n, 2))
+
+
+def downsample(images, box_px):
+    """Fourier-crop images to ``box_px`` pixels over the same extent, free of aliasing."""
+    return fourier.resize(images, box_px, 2)
+
+
+def crop(images, box_px):
+    """Cut the central ``box_px`` pixels out (or pad with zeros); the origin stays the origin."""
+    return fourier.crop_or_pad(images, (box_px, box_px))
+
+
+def normalise(images, *, radius_px=None):
+    """Bring each image to mean 0 and standard deviation 1.
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+    radius_px : float, optional
+        Measure mean and deviation outside this circle only, as RELION does; by default over the
+        whole frame. A constant image becomes zero.
+    """
+    images = np.asarray(images, np.float32)
+    size = images.shape[-1]
+    axis = np.arange(size) - size // 2
+    use = np.ones((size, size), bool)
+    if radius_px is not None:
+        use = np.hypot(axis[:, None], axis) > radius_px
+        if not use.any():
+            raise InputError(f"radius_px {radius_px} leaves no background in {size} px")
+    background = images[:, use]
+    mean = background.mean(axis=1)[:, None, None]
+    deviation = background.std(axis=1)[:, None, None]
+    return (images - mean) / np.where(deviation > 0, deviation, 1)
+
+
+def flip_contrast(images):
+    """Turn black particles on white into white on black, or back."""
+    return -np.asarray(images)
+
+
+def _indexed(images, y, x):
+    return np.asarray(images)[:, y, x]
+
+
+def quarter_turn(images):
+    """Turn images by +90 degrees in their plane about pixel ``n // 2``: orientation ``R Rz(pi/2)``.
+
+    Exact: pixels are moved, not interpolated (at even boxes the outermost line wraps round).
+    """
+    size = np.shape(images)[-1]
+    i = np.arange(size) - size // 2
+    # P'(x, y) = P(Rz(90) (x, y)) = P(-y, x)
+    return _indexed(images, (i[None, :] + size // 2) % size, (-i[:, None] + size // 2) % size)
+
+
+def mirror(images):
+    """Mirror images in x about pixel ``n // 2``, ``P(-x, y)``: orientation ``R Ry(pi)``."""
+    size = np.shape(images)[-1]
+    i = np.arange(size) - size // 2
+    return _indexed(images, np.arange(size)[:, None], (-i[None, :] + size // 2) % size)
+
+
+# --------------------------------------------------------------------------------------
+# Contrast transfer function
+
+
+def wavelength_angstrom(voltage_kv):
+    """Electron wavelength in angstrom, relativistic."""
+    volts = 1e3 * np.asarray(voltage_kv, dtype=np.float64)
+    return 12.2643 / np.sqrt(volts + 0.97845e-6 * volts**2)
+
+
+def ctf(
+    box_px,
+    pixel_size_angstrom,
+    defocus_u_angstrom,
+    defocus_v_angstrom=None,
+    defocus_angle_degrees=0.0,
+    *,
+    voltage_kv=300.0,
+    spherical_aberration_mm=2.7,
+    amplitude_contrast=0.1,
+    phase_shift_degrees=0.0,
+    b_factor_angstrom2=0.0,
+):
+    """Contrast transfer function with RELION's signs, on the half grid of ``rfft2``.
+
+    Parameters
+    ----------
+    box_px : int
+    pixel_size_angstrom : float
+    defocus_u_angstrom, defocus_v_angstrom : float or (n,) array, angstrom, positive underfocus
+    defocus_angle_degrees : float or (n,) array
+        From +x (columns) to +y (rows).
+    voltage_kv, spherical_aberration_mm, amplitude_contrast, phase_shift_degrees : float or (n,) array
+    b_factor_angstrom2 : float or (n,) array
+        Envelope ``exp(-B k^2 / 4)``.
+
+    Returns
+    -------
+    (n, box_px, box_px // 2 + 1) float32 array
+        Negative at low frequency: particles come out black on white, as they are recorded.
+
+    References
+    ----------
+    RELION's ``ctf.h``; Rohou and Grigorieff, J. Struct. Biol. 192 (2015).
+    """
+    if defocus_v_angstrom is None:
+        defocus_v_angstrom = defocus_u_angstrom
+
+    def per_image(value):
+        return np.atleast_1d(np.asarray(value, dtype=np.float64))[:, None, None]
+
+    du, dv, angle = map(per_image, (defocus_u_angstrom, defocus_v_angstrom, defocus_angle_degrees))
+    wavelength = per_image(wavelength_angstrom(voltage_kv))
+    aberration = per_image(spherical_aberration_mm) * 1e7
+    w = per_image(amplitude_contrast)
+    ky = fourier.frequencies(box_px)[:, None]
+    kx = np.arange(box_px // 2 + 1)[None, :]
+    k2 = (kx**2 + ky**2) / (box_px * pixel_size_angstrom) ** 2
+    theta = np.arctan2(ky, kx)
+    z = -((du + dv) / 2 + (du - dv) / 2 * np.cos(2 * (theta - np.deg2rad(angle))))
+    phase = (
+        np.pi * wavelength * z * k2
+        + np.pi / 2 * aberration * wavelength**3 * k2**2
+        - np.deg2rad(per_image(phase_shift_degrees))
+        - np.arctan(w / np.sqrt(1 - w**2))
+    )
+    return (-np.sin(phase) * np.exp(-per_image(b_factor_angstrom2) * k2 / 4)).astype(np.float32)
+
+
+def apply_ctf(images, ctf_values):
+    """Multiply each image's transform by its CTF; (n, size, size // 2 + 1) or one for all."""
+    images = np.asarray(images, np.float32)
+    size = images.shape[-1]
+    if np.shape(ctf_values)[-2:] != (size, size // 2 + 1):
+        raise InputError(
+            f"the CTF of {size} px images must have shape (n, {size}, {size // 2 + 1}), "
+            f"got {np.shape(ctf_values)}"
+        )
+    spectra = scipy.fft.rfft2(images, workers=2) * ctf_values
+    return scipy.fft.irfft2(spectra, s=(size, size), workers=2)

@@ -1,0 +1,258 @@
+"""Projections of a density: central slices on the CPU, ASTRA's projector on CUDA.
+
+By the projection-slice theorem the transform of ``P(x, y) = integral of V(R (x, y, z)) dz`` is the
+slice ``R (kx, ky, 0)`` of the density's transform. The slice is evaluated by a type-2 non-uniform
+FFT (finufft) on the disc below Nyquist, and its adjoint by a type-1.
+"""
+
+import numpy as np
+import scipy.fft
+from scipy.spatial.transform import Rotation
+
+from . import fourier, rotations
+from .density import Density
+from .errors import InputError, MissingToolError
+
+__all__ = ["Projector", "backproject", "project"]
+
+#: Relative accuracy asked of the NUFFT; the images are then off by about as much.
+ACCURACY = 1e-4
+_POINTS_AT_ONCE = 4_000_000
+
+
+class Slices:
+    """The half of a central slice's frequencies that a real image needs.
+
+    Attributes
+    ----------
+    index : tuple of two (k,) int arrays
+        Where each frequency sits in the array ``[ky, kx]`` of ``rfft2``.
+    frequencies : (k, 2) array
+        (kx, ky), cycles per box, ``kx >= 0``, within the disc below Nyquist.
+    weights : (k,) array
+        2 where the frequency stands for its conjugate too, else 1.
+    """
+
+    def __init__(self, box_px):
+        self.box_px = box_px
+        inside = fourier.radius((box_px, box_px), half=True) < box_px / 2
+        self.index = np.nonzero(inside)
+        ky, kx = fourier.frequencies(box_px)[self.index[0]], self.index[1].astype(float)
+        self.frequencies = np.stack([kx, ky], axis=1)
+        self.weights = np.where(kx > 0, 2.0, 1.0).astype(np.float32)
+
+    def points(self, quaternions, density_box_px):
+        """Where the slices lie in the density's transform: three float32 arrays, z, y, x, radians."""
+        matrices = Rotation.from_quat(quaternions).as_matrix()
+        k = np.einsum("nij,kj->ink", matrices[:, :, :2], self.frequencies)
+        k *= 2 * np.pi / density_box_px
+        return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
+
+    def to_images(self, coefficients):
+        """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
+        m = self.box_px
+        spectra = np.zeros((len(coefficients), m, m // 2 + 1), np.complex64)
+        spectra[:, *self.index] = coefficients
+        images = scipy.fft.irfft2(spectra, s=(m, m), workers=2)
+        return scipy.fft.fftshift(images, axes=(1, 2))
+
+    def from_images(self, images):
+        """Turn (n, box, box) images into (n, k) slice coefficients."""
+        images = np.asarray(images, dtype=np.float32)
+        spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=2)
+        return spectra[:, *self.index]
+
+    def chunks(self, n):
+        """Ranges of images whose slices fit into memory together."""
+        step = max(1, _POINTS_AT_ONCE // len(self.weights))
+        return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def _plan(kind, box_px, sign):
+    import finufft
+
+    return finufft.Plan(kind, (box_px,) * 3, eps=ACCURACY, isign=sign, dtype="complex64")
+
+
+class Projector:
+    """Projects one density again and again.
+
+    Parameters
+    ----------
+    density : Density, a cube
+    box_px : int, optional
+        Edge of the images, over the same extent: smaller than the density's box for down-sampled
+        images, free of aliasing. Default: the density's box.
+    """
+
+    def __init__(self, density, box_px=None):
+        full = density.box_px
+        box_px = full if box_px is None else box_px
+        if not 2 <= box_px <= full:
+            raise InputError(f"box_px must lie between 2 and the density's {full}, got {box_px}")
+        # Coarse images need only the density's coarse part, but on a grid half again as fine:
+        # the transform between its samples is then right to 1e-3.
+        grid = min(full, 2 * int(np.ceil(0.75 * box_px)))
+        self.box_px = box_px
+        self.slices = Slices(box_px)
+        self._volume = np.ascontiguousarray(
+            density.resampled(grid).values, dtype=np.complex64
+        )
+        self._scale = np.float32(full * box_px**2 / grid**3)
+
+    def project(self, quaternions):
+        """Project at each orientation.
+
+        Parameters
+        ----------
+        quaternions : (n, 4) array, unit, xyzw
+
+        Returns
+        -------
+        (n, box_px, box_px) float32 array
+            Line integrals in units of (density) x (the density's voxel size).
+        """
+        q = rotations.check(quaternions)
+        images = np.empty((len(q), self.box_px, self.box_px), np.float32)
+        plan = _plan(2, self._volume.shape[0], -1)
+        for part in self.slices.chunks(len(q)):
+            plan.setpts(*self.slices.points(q[part], self._volume.shape[0]))
+            coefficients = plan.execute(self._volume).reshape(-1, len(self.slices.weights))
+            images[part] = self.slices.to_images(coefficients * self._scale)
+        return images
+
+
+def project(density, quaternions, *, box_px=None, backend="nufft"):
+    """Project a density at many orientations: ``P(x, y) = integral of V(R (x, y, z)) dz``.
+
+    Parameters
+    ----------
+    density : Density, a cube
+    quaternions : (n, 4) array, unit, xyzw
+    box_px : int, optional
+        Edge of the images, over the same extent; smaller means down-sampled.
+    backend : {'nufft', 'astra'}
+        The CPU's central slices, or ASTRA's CUDA projector.
+
+    Returns
+    -------
+    (n, box_px, box_px) float32 array
+        Line integrals in units of (density) x (the density's voxel size).
+
+    Raises
+    ------
+    InputError
+        Wrong shapes, or an unknown backend.
+    MissingToolError
+        ASTRA was asked for where it or a CUDA GPU is missing.
+    """
+    if backend == "nufft":
+        return Projector(density, box_px).project(quaternions)
+    if backend == "astra":
+        images = _astra_project(density, rotations.check(quaternions))
+        return images if box_px is None else fourier.resize(images, box_px, 2)
+    raise InputError(f"backend must be 'nufft' or 'astra', got {backend!r}")
+
+
+def backproject(images, quaternions, *, backend="nufft", voxel_size_angstrom=1.0):
+    """Smear images back into a density: the adjoint of :func:`project` at equal boxes.
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+    quaternions : (n, 4) array, unit, xyzw
+    backend : {'nufft', 'astra'}
+    voxel_size_angstrom : float
+
+    Returns
+    -------
+    Density
+        ``size`` voxels on an edge.
+    """
+    images, q = check_images(images), rotations.check(quaternions)
+    if len(images) != len(q):
+        raise InputError(f"{len(images)} images but {len(q)} quaternions")
+    if backend == "astra":
+        return Density(_astra_backproject(images, q), voxel_size_angstrom)
+    if backend != "nufft":
+        raise InputError(f"backend must be 'nufft' or 'astra', got {backend!r}")
+    size = images.shape[1]
+    slices = Slices(size)
+    total = np.zeros((size,) * 3, np.float32)
+    for part in slices.chunks(len(q)):
+        coefficients = slices.from_images(images[part]) * (slices.weights / size**2)
+        total += smear(slices, coefficients, q[part], size)
+    return Density(total, voxel_size_angstrom)
+
+
+def smear(slices, coefficients, quaternions, density_box_px):
+    """Type-1 NUFFT of (n, k) slice coefficients: a real (box, box, box) float32 array."""
+    plan = _plan(1, density_box_px, +1)
+    plan.setpts(*slices.points(quaternions, density_box_px))
+    return plan.execute(np.ascontiguousarray(coefficients, np.complex64).ravel()).real
+
+
+def check_images(images, name="images"):
+    """Return images as an (n, size, size) float32 array, or say what is wrong with them."""
+    images = np.asarray(images, dtype=np.float32)
+    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise InputError(f"{name} must have shape (n, size, size), got {images.shape}")
+    bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2))))
+    if len(bad):
+        raise InputError(f"{name} must be finite: image {bad[0]} is not ({len(bad)} are not)")
+    return images
+
+
+# --------------------------------------------------------------------------------------
+# ASTRA
+
+
+def _astra():
+    """Import ASTRA with CUDA, or raise: without CUDA its 3D calls end the whole process."""
+    try:
+        import astra
+    except ImportError as error:
+        raise MissingToolError(
+            "ASTRA is not installed: pip install 'cryoem[astra]', or use backend='nufft'"
+        ) from error
+    if not astra.use_cuda():
+        raise MissingToolError(
+            "ASTRA's 3D projector needs a CUDA GPU and none is there; use backend='nufft'"
+        )
+    return astra
+
+
+def astra_vectors(quaternions, box_px):
+    """ASTRA's ``parallel3d_vec`` geometry of this package's convention: an (n, 12) array.
+
+    Rows are the ray direction, the detector's centre and the steps to the next column and the next
+    row. ASTRA's origin is the middle of the grid, half a voxel off ours at even boxes.
+    """
+    x, y, z = np.moveaxis(Rotation.from_quat(quaternions).as_matrix(), 2, 0)
+    offset = 0.5 if box_px % 2 == 0 else 0.0
+    centre = offset * (1.0 - x - y)
+    return np.concatenate([z, centre, x, y], axis=1)
+
+
+def _astra_geometries(astra, quaternions, box_px):
+    return (
+        astra.create_proj_geom("parallel3d_vec", box_px, box_px, astra_vectors(quaternions, box_px)),
+        astra.create_vol_geom(box_px, box_px, box_px),
+    )
+
+
+def _astra_project(density, q):
+    astra = _astra()
+    projections, volume = _astra_geometries(astra, q, density.box_px)
+    handle, sinogram = astra.create_sino3d_gpu(density.values, projections, volume)
+    astra.data3d.delete(handle)
+    return np.ascontiguousarray(sinogram.transpose(1, 0, 2))  # from [row, image, column]
+
+
+def _astra_backproject(images, q):
+    astra = _astra()
+    projections, volume = _astra_geometries(astra, q, images.shape[1])
+    sinogram = np.ascontiguousarray(images.transpose(1, 0, 2))
+    handle, values = astra.create_backprojection3d_gpu(sinogram, projections, volume)
+    astra.data3d.delete(handle)
+    return values

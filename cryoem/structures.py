@@ -1,0 +1,223 @@
+"""Atomic models by name: those that ship in ``data/``, and any PDB entry from the network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import density, files
+from .errors import DownloadError, InputError
+
+__all__ = ["SHIPPED", "Particle", "fetch", "load", "load_density", "standard_d2"]
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+#: Where a PDB entry comes from; ``{id}`` is its lower-case name.
+PDB_URL = "https://files.rcsb.org/download/{id}.cif.gz"
+
+
+@dataclass(frozen=True)
+class Particle:
+    """A particle that ships with the project.
+
+    Attributes
+    ----------
+    title : str
+    filenames : tuple of str
+        In ``data/``; several files are the chains of one model.
+    assembly : str or None
+    symmetry : str
+        Point group, in the standard setting of :func:`load`'s model.
+    """
+
+    title: str
+    filenames: tuple[str, ...]
+    assembly: str | None
+    symmetry: str
+
+
+#: The particles in ``data/``.
+SHIPPED = {
+    "4jsv": Particle("mTOR kinase with mLST8, 147 kDa", ("4JSV.pdb.gz",), "1", "C1"),
+    "1i10": Particle(
+        "human lactate dehydrogenase, 146 kDa",
+        tuple(f"1i10_{chain}.pdb.gz" for chain in "ABCD"),
+        None,
+        "D2",
+    ),
+}
+
+
+def shipped_file(filename):
+    """Path to a file of ``data/``, its hash checked against ``data/SHA256SUMS``."""
+    sums = dict(reversed(line.split()) for line in (DATA / "SHA256SUMS").read_text().splitlines())
+    if filename not in sums:
+        raise InputError(f"data/{filename} is not listed in data/SHA256SUMS")
+    path = files.existing(DATA / filename)
+    if (found := files.sha256(path)) != sums[filename]:
+        raise InputError(
+            f"data/{filename} is not the file that was shipped: "
+            f"SHA-256 {found}, wanted {sums[filename]}"
+        )
+    return path
+
+
+def load(name):
+    """Load a particle's atomic model.
+
+    Parameters
+    ----------
+    name : str
+        A shipped particle (``"4jsv"``, ``"1i10"``), a path to a PDB or mmCIF file, or a PDB id,
+        which is fetched from the network and cached.
+
+    Returns
+    -------
+    gemmi.Model
+        The biological assembly without waters. Shipped symmetric particles come in the standard
+        setting of their group.
+
+    Raises
+    ------
+    InputError
+        Neither a shipped name, nor a file, nor a PDB id.
+    """
+    if str(name).lower() in SHIPPED:
+        particle = SHIPPED[str(name).lower()]
+        paths = [shipped_file(f) for f in particle.filenames]
+        model = density.read_structure(paths[0], assembly=particle.assembly)
+        for path in paths[1:]:
+            for chain in density.read_structure(path, assembly=None):
+                model.add_chain(chain)
+        return standard_d2(model) if particle.symmetry == "D2" else model
+    if Path(name).exists():
+        return density.read_structure(name)
+    if len(str(name)) == 4 and str(name).isalnum() and str(name)[0].isdigit():
+        return density.read_structure(fetch(name))
+    raise InputError(
+        f"{name!r} is neither a file, nor a PDB id (a digit and three letters or digits), nor one "
+        f"of the shipped particles: {', '.join(SHIPPED)}"
+    )
+
+
+def load_density(name, *, voxel_size_angstrom=3.67, resolution_angstrom=8.0, box_px=116):
+    """Density of a particle; the defaults are the paper's sampling, and what ships was made with.
+
+    Parameters
+    ----------
+    name : str
+        See :func:`load`.
+    voxel_size_angstrom, resolution_angstrom, box_px
+        See :func:`cryoem.density.from_atoms`.
+
+    Returns
+    -------
+    Density
+    """
+    return density.from_atoms(
+        load(name),
+        voxel_size_angstrom=voxel_size_angstrom,
+        resolution_angstrom=resolution_angstrom,
+        box_px=box_px,
+    )
+
+
+def fetch(pdb_id, *, url=PDB_URL, cache=None, retries=3):
+    """Download a PDB entry, once.
+
+    Parameters
+    ----------
+    pdb_id : str
+    url : str
+        With ``{id}`` where the lower-case id goes.
+    cache : path, optional
+        Folder; default: the operating system's cache for ``cryoem``.
+    retries : int
+        How often a failed download is tried again.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    DownloadError
+        No network, an unknown id, or what came is not an mmCIF file with atoms.
+    """
+    import pooch
+    import requests
+
+    cache = Path(cache) if cache is not None else Path(pooch.os_cache("cryoem"))
+    address = url.format(id=pdb_id.lower())
+    target = cache / Path(address).name
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    downloader = pooch.HTTPDownloader(progressbar=False, timeout=30)
+    last = None
+    for _ in range(retries + 1):
+        try:
+            with files.atomic(target) as temporary:
+                downloader(address, str(temporary), None)
+                density.read_structure(temporary)
+            return target
+        except requests.HTTPError as error:
+            last = error
+            if error.response is not None and error.response.status_code in (404, 410):
+                raise DownloadError(f"PDB id {pdb_id!r}: unknown to {address}") from error
+        except (requests.RequestException, ValueError, OSError) as error:
+            last = error
+    raise DownloadError(
+        f"PDB id {pdb_id!r}: no readable structure from {address} after {retries + 1} tries ({last})"
+    ) from last
+
+
+def standard_d2(model):
+    """Bring a tetramer of four like chains into D2's standard setting, exactly symmetric.
+
+    The two-folds that carry the first chain onto each other are found by superposition of their
+    C-alpha atoms, made orthogonal and laid on x, y, z; the first chain's copies under the exact
+    group then replace the others.
+
+    Parameters
+    ----------
+    model : gemmi.Model, four chains
+
+    Returns
+    -------
+    gemmi.Model
+    """
+    import gemmi
+    from scipy.spatial.transform import Rotation
+
+    if len(model) != 4:
+        raise InputError(f"a D2 tetramer has four chains, got {len(model)}")
+
+    def alphas(chain):
+        return {
+            r.seqid.num: a.pos.tolist() for r in chain for a in r if a.name == "CA"
+        }
+
+    chains = [alphas(chain) for chain in model]
+    shared = sorted(set.intersection(*(set(c) for c in chains)))
+    first, *others = (np.array([c[s] for s in shared]) for c in chains)
+    centre = np.mean([first, *others], axis=(0, 1))
+    axes = []
+    for other in others:
+        turn, _ = Rotation.align_vectors(other - other.mean(0), first - first.mean(0))
+        vector = turn.as_rotvec()
+        axes.append(vector / np.linalg.norm(vector))
+    u, _, vt = np.linalg.svd(np.array(axes))
+    frame = u @ vt  # the nearest orthogonal axes, as rows: model to standard coordinates
+    if np.linalg.det(frame) < 0:
+        frame[2] *= -1
+    symmetric = gemmi.Model(1)
+    for name, sign in zip("ABCD", [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)], strict=True):
+        chain = model[0].clone()
+        chain.name = name
+        for residue in chain:
+            for atom in residue:
+                at = frame @ (np.array(atom.pos.tolist()) - centre) * sign
+                atom.pos = gemmi.Position(*at)
+        symmetric.add_chain(chain)
+    return symmetric
