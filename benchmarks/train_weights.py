@@ -26,6 +26,7 @@ class Log(keras.callbacks.Callback):
     """Print a line an epoch."""
 
     def on_epoch_end(self, epoch, logs=None):
+        """Print it."""
         print(f"{time.strftime('%H:%M:%S')} epoch {epoch + 1} {logs}", flush=True)
 
 

@@ -31,7 +31,9 @@ class Density:
         if values.ndim != 3 or 0 in values.shape:
             raise InputError(f"a density must have shape (nz, ny, nx), got {values.shape}")
         if not np.isfinite(values).all():
-            raise InputError(f"a density must be finite: {np.sum(~np.isfinite(values))} values are not")
+            raise InputError(
+                f"a density must be finite: {np.sum(~np.isfinite(values))} values are not"
+            )
         if not (np.isfinite(self.voxel_size_angstrom) and self.voxel_size_angstrom > 0):
             raise InputError(
                 f"voxel_size_angstrom must be positive, got {self.voxel_size_angstrom}"
@@ -60,7 +62,9 @@ class Density:
     def low_passed(self, resolution_angstrom, *, edge=0.2):
         """Return the density without what is finer than ``resolution_angstrom`` (soft edge)."""
         cutoff = self.box_px * self.voxel_size_angstrom / resolution_angstrom
-        return Density(fourier.low_pass(self.values, 3, cutoff, edge=edge), self.voxel_size_angstrom)
+        return Density(
+            fourier.low_pass(self.values, 3, cutoff, edge=edge), self.voxel_size_angstrom
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -236,7 +240,9 @@ def read_mrc(path, *, voxel_size_angstrom=None):
     except (ValueError, OSError, EOFError, MemoryError) as error:
         raise InputError(f"{path}: not a readable MRC file ({error})") from error
     if values is None:
-        raise InputError(f"{path}: not a whole MRC file ({notes[-1].message if notes else 'no data'})")
+        raise InputError(
+            f"{path}: not a whole MRC file ({notes[-1].message if notes else 'no data'})"
+        )
     if values.ndim != 3:
         raise InputError(f"{path}: wanted a three-dimensional map, got shape {values.shape}")
     if np.iscomplexobj(values):
@@ -254,7 +260,9 @@ def read_mrc(path, *, voxel_size_angstrom=None):
         if not (np.isfinite(sizes).all() and (sizes > 0).all()):
             raise InputError(f"{path}: the header gives no voxel size; pass voxel_size_angstrom")
         if np.ptp(sizes) > 0.01 * sizes.mean():
-            raise InputError(f"{path}: voxels must be cubes, got {sizes} A; pass voxel_size_angstrom")
+            raise InputError(
+                f"{path}: voxels must be cubes, got {sizes} A; pass voxel_size_angstrom"
+            )
         voxel_size_angstrom = float(sizes.mean())
     if int(header.ispg) == 0:
         warnings.warn(f"{path}: the header says a stack (ispg 0); read as one map", stacklevel=2)
@@ -317,7 +325,9 @@ class Phantom:
             / (2 * self.sigmas_angstrom[:, None, None] ** 2)
         )
         x, y, z = profiles.transpose(1, 0, 2)
-        return Density(np.einsum("m,mz,my,mx->zyx", self.weights, z, y, x, optimize=True), voxel_size_angstrom)
+        return Density(
+            np.einsum("m,mz,my,mx->zyx", self.weights, z, y, x, optimize=True), voxel_size_angstrom
+        )
 
     def project(self, quaternions, box_px, voxel_size_angstrom):
         """Exact projections in the units of :func:`cryoem.projection.project`.

@@ -15,7 +15,15 @@ import numpy as np
 
 from .errors import InputError
 
-__all__ = ["HEADS", "DistanceErrors", "all_pairs", "compare", "from_features", "image_distance", "sample_pairs"]
+__all__ = [
+    "HEADS",
+    "DistanceErrors",
+    "all_pairs",
+    "compare",
+    "from_features",
+    "image_distance",
+    "sample_pairs",
+]
 
 HEADS = ("exact", "cosine", "euclidean")
 

@@ -216,7 +216,9 @@ class Estimator:
         )
         wanted = [w.shape for w in estimator.encoder.weights]
         if wanted != [w.shape for w in weights]:
-            raise InputError(f"{path}: the weights do not fit its {settings['architecture']} network")
+            raise InputError(
+                f"{path}: the weights do not fit its {settings['architecture']} network"
+            )
         estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
         estimator.notes = settings["notes"]
         return estimator
@@ -231,7 +233,7 @@ class Progress(keras.callbacks.Callback):
 
     def __init__(self, images, batch_size, *, start=0):
         super().__init__()
-        self.images, self.batch_size, self.start, self.bar = images, batch_size, start, None
+        self.images, self.batch_size, self.start = images, batch_size, start
 
     def on_train_begin(self, logs=None):
         """Open the bar."""
@@ -333,7 +335,7 @@ def train(
         "images_per_epoch": images_per_epoch,
     }
     keeper = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings)
-    history = {"loss": [], "mae_rad": []}
+    history: dict[str, list[float]] = {"loss": [], "mae_rad": []}
     first = 0
     if keeper is not None:
         encoder.optimizer.build(encoder.trainable_variables)

@@ -35,13 +35,6 @@ class Alignment:
     inverted: bool
 
 
-def _left_matrices(q):
-    """Matrices ``L(q)`` with ``L(q) p = q p``; (n, 4, 4)."""
-    x, y, z, w = np.moveaxis(np.asarray(q, dtype=np.float64), -1, 0)
-    rows = [[w, -z, y, x], [z, w, -x, y], [-y, x, w, z], [-x, -y, -z, w]]
-    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
-
-
 def _weights(angles):
     """Weights that turn a sum of squares into the mean angle (reweighted least squares)."""
     return 1 / np.sqrt(angles**2 + 1e-6)
@@ -54,41 +47,35 @@ def _fit_left(q, p, weights):
     return np.linalg.eigh((ratio * weights[:, None]).T @ ratio)[1][:, -1]
 
 
-def _fit_both(q, p, weights):
-    """The pair (a, b) that maximises ``sum w <a q b, p>^2``, near enough to start from."""
-    # <M q, p> for a 4 x 4 matrix M: its square is quadratic in vec(M).
+def _turns(q, p, proper, steps=30):
+    """The 4 x 4 rotation (or any orthogonal matrix) that minimises the mean angle to ``p``."""
+
+    def nearest(m):
+        u, _, vt = np.linalg.svd(m)
+        if proper and np.linalg.det(u @ vt) < 0:
+            u[:, -1] *= -1
+        return u @ vt
+
+    # <M q, p>^2 is quadratic in vec(M): its top eigenvector is near enough to start from.
     outer = (p[:, :, None] * q[:, None, :]).reshape(-1, 16)
-    m = np.linalg.eigh((outer * weights[:, None]).T @ outer)[1][:, -1].reshape(4, 4)
-    return _nearest_o4(m)
-
-
-def _nearest_o4(m):
-    u, _, vt = np.linalg.svd(m)
-    return u @ vt
-
-
-def _aligned_o4(q, p, steps=30):
-    matrix = _fit_both(q, p, np.ones(len(q)))
+    matrix = nearest(np.linalg.eigh(outer.T @ outer)[1][:, -1].reshape(4, 4))
     for _ in range(steps):
         moved = q @ matrix.T
-        s = np.sign(np.sum(moved * p, axis=1))[:, None]
-        w = _weights(rotations.distance(moved, p))[:, None]
-        matrix = _nearest_o4((w * s * p).T @ q)
+        sign = np.sign(np.sum(moved * p, axis=1))
+        w = _weights(rotations.distance(moved, p))
+        matrix = nearest(((w * sign)[:, None] * p).T @ q)
     return matrix
 
 
 def _split(matrix):
-    """Write a 4 x 4 matrix of O(4) as ``q -> left (q or q^-1) right``."""
-    inverted = bool(np.linalg.det(matrix) < 0)
-    m = matrix * np.array([-1.0, -1.0, -1.0, 1.0]) if inverted else matrix
-    # m = L(a) R(b): vec(m) is bilinear in a and b; its rearrangement has rank one.
-    left = _left_matrices(np.eye(4))  # (4, 4, 4)
-    right = np.stack([rotations.multiply(e, np.eye(4)) for e in np.eye(4)])  # rows: e_k times basis
-    basis = np.stack([rotations.multiply(np.eye(4), e).T for e in np.eye(4)])
-    del right
-    table = np.einsum("aij,bjk,ik->ab", left, basis, m) / 4
+    """Write a 4 x 4 rotation as ``q -> left q right``: a table of rank one."""
+    table = np.empty((4, 4))
+    for a, left in enumerate(np.eye(4)):
+        for b, right in enumerate(np.eye(4)):
+            turned = rotations.multiply(rotations.multiply(left, np.eye(4)), right)
+            table[a, b] = np.sum(turned.T * matrix) / 4
     u, _, vt = np.linalg.svd(table)
-    return u[:, 0], vt[0], inverted
+    return u[:, 0], vt[0]
 
 
 def align(estimated, true, *, over="o4"):
@@ -100,8 +87,9 @@ def align(estimated, true, *, over="o4"):
     Parameters
     ----------
     estimated, true : (n, 4) arrays, unit, xyzw
-    over : {'o4', 'one-sided', 'none'}
-        ``'o4'``: everything that distances leave open (the paper's alignment);
+    over : {'o4', 'rotations', 'one-sided', 'none'}
+        ``'o4'``: everything that distances leave open (the paper's alignment); ``'rotations'``:
+        the same without inversion;
         ``'one-sided'``: a rotation of the density and its hand (what a map forgives);
         ``'none'``: nothing.
 
@@ -111,31 +99,34 @@ def align(estimated, true, *, over="o4"):
     """
     q, p = rotations.check(estimated, "estimated"), rotations.check(true, "true")
     if len(q) != len(p) or len(q) == 0:
-        raise InputError(f"wanted as many true as estimated, at least one; got {len(p)} and {len(q)}")
+        raise InputError(
+            f"wanted as many true as estimated, at least one; got {len(p)} and {len(q)}"
+        )
     one = np.array([0.0, 0.0, 0.0, 1.0])
     if over == "none":
         return Alignment(q, one, one, False)
     if over == "one-sided":
-        best = None
+        best, smallest = None, np.inf
         for right in (one, rotations.about("z", np.pi)):
             turned = rotations.multiply(q, right)
             left = _fit_left(turned, p, np.ones(len(q)))
             for _ in range(30):
                 w = _weights(rotations.distance(rotations.multiply(left, turned), p))
-                left = _fit_left(turned, p, w**2)
+                left = _fit_left(turned, p, w)
             moved = rotations.multiply(left, turned)
             error = rotations.distance(moved, p).mean()
-            if best is None or error < best[0]:
-                best = error, Alignment(moved, left, right, False)
-        return best[1]
-    if over == "o4":
-        matrix = _aligned_o4(q, p)
-        left, right, inverted = _split(matrix)
-        moved = rotations.multiply(
-            rotations.multiply(left, rotations.inverse(q) if inverted else q), right
-        )
+            if best is None or error < smallest:
+                best, smallest = Alignment(moved, left, right, False), error
+        return best
+    if over in ("o4", "rotations"):
+        matrix = _turns(q, p, proper=over == "rotations")
+        inverted = bool(np.linalg.det(matrix) < 0)
+        q = rotations.inverse(q) if inverted else q
+        # Inversion is diag(-1, -1, -1, 1) on (x, y, z, w).
+        left, right = _split(matrix * rotations.inverse(np.ones(4)) if inverted else matrix)
+        moved = rotations.multiply(rotations.multiply(left, q), right)
         return Alignment(moved, left, right, inverted)
-    raise InputError(f"over must be 'o4', 'one-sided' or 'none', got {over!r}")
+    raise InputError(f"over must be 'o4', 'rotations', 'one-sided' or 'none', got {over!r}")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def low_pass(array, ndim, cutoff, *, edge=0.0):
     ndim : int
     cutoff : float, cycles per box
     edge : float
-        Width of a raised-cosine edge that ends at ``cutoff``, as a fraction of it; 0 is a sharp cut.
+        Width of a raised-cosine edge that ends at ``cutoff``, as a fraction of it; 0: sharp.
     """
     array = np.asarray(array)
     k = radius(array.shape[-ndim:], half=True)
@@ -104,12 +104,15 @@ def resize(array, size, ndim):
         return array
     axes = tuple(range(-ndim, 0))
     spectrum = scipy.fft.fftshift(
-        scipy.fft.fftn(scipy.fft.ifftshift(array, axes=axes), axes=axes, workers=_WORKERS), axes=axes
+        scipy.fft.fftn(scipy.fft.ifftshift(array, axes=axes), axes=axes, workers=_WORKERS),
+        axes=axes,
     )
     spectrum = crop_or_pad(spectrum, (size,) * ndim)
     keep = np.fft.fftshift(radius((size,) * ndim)) < min(n, size) / 2
     spectrum *= keep.astype(spectrum.real.dtype) * spectrum.real.dtype.type((size / n) ** ndim)
-    real = scipy.fft.ifftn(scipy.fft.ifftshift(spectrum, axes=axes), axes=axes, workers=_WORKERS).real
+    real = scipy.fft.ifftn(
+        scipy.fft.ifftshift(spectrum, axes=axes), axes=axes, workers=_WORKERS
+    ).real
     return np.ascontiguousarray(scipy.fft.fftshift(real, axes=axes), dtype=array.dtype)
 
 

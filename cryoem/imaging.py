@@ -58,7 +58,7 @@ def add_noise(images, seed, *, snr=None, variance=None):
 
 
 def triangular_shifts(n, seed, max_px):
-    """Draw shifts from the paper's triangular law: peak at 0, nothing beyond ``max_px``; (n, 2), px."""
+    """Draw (n, 2) shifts in pixels from the paper's triangular law, nothing beyond ``max_px``."""
     if max_px == 0:
         return np.zeros((n, 2))
     return np.random.default_rng(seed).triangular(-max_px, 0, max_px, (n, 2))
@@ -157,7 +157,8 @@ def ctf(
     defocus_u_angstrom, defocus_v_angstrom : float or (n,) array, angstrom, positive underfocus
     defocus_angle_degrees : float or (n,) array
         From +x (columns) to +y (rows).
-    voltage_kv, spherical_aberration_mm, amplitude_contrast, phase_shift_degrees : float or (n,) array
+    voltage_kv, spherical_aberration_mm : float or (n,) array
+    amplitude_contrast, phase_shift_degrees : float or (n,) array
     b_factor_angstrom2 : float or (n,) array
         Envelope ``exp(-B k^2 / 4)``.
 

@@ -36,13 +36,13 @@ class Slices:
     def __init__(self, box_px):
         self.box_px = box_px
         inside = fourier.radius((box_px, box_px), half=True) < box_px / 2
-        self.index = np.nonzero(inside)
+        self.index: tuple[np.ndarray, np.ndarray] = np.nonzero(inside)  # type: ignore[assignment]
         ky, kx = fourier.frequencies(box_px)[self.index[0]], self.index[1].astype(float)
         self.frequencies = np.stack([kx, ky], axis=1)
         self.weights = np.where(kx > 0, 2.0, 1.0).astype(np.float32)
 
     def points(self, quaternions, density_box_px):
-        """Where the slices lie in the density's transform: three float32 arrays, z, y, x, radians."""
+        """Where slices lie in the density's transform: float32 arrays z, y, x in radians."""
         matrices = Rotation.from_quat(quaternions).as_matrix()
         k = np.einsum("nij,kj->ink", matrices[:, :, :2], self.frequencies)
         k *= 2 * np.pi / density_box_px
@@ -52,7 +52,8 @@ class Slices:
         """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
         m = self.box_px
         spectra = np.zeros((len(coefficients), m, m // 2 + 1), np.complex64)
-        spectra[:, *self.index] = coefficients
+        ky, kx = self.index
+        spectra[:, ky, kx] = coefficients
         images = scipy.fft.irfft2(spectra, s=(m, m), workers=2)
         return scipy.fft.fftshift(images, axes=(1, 2))
 
@@ -60,18 +61,13 @@ class Slices:
         """Turn (n, box, box) images into (n, k) slice coefficients."""
         images = np.asarray(images, dtype=np.float32)
         spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=2)
-        return spectra[:, *self.index]
+        ky, kx = self.index
+        return spectra[:, ky, kx]
 
     def chunks(self, n):
         """Ranges of images whose slices fit into memory together."""
         step = max(1, _POINTS_AT_ONCE // len(self.weights))
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
-
-
-def _plan(kind, box_px, sign):
-    import finufft
-
-    return finufft.Plan(kind, (box_px,) * 3, eps=ACCURACY, isign=sign, dtype="complex64")
 
 
 class Projector:
@@ -95,9 +91,7 @@ class Projector:
         grid = min(full, 2 * int(np.ceil(0.75 * box_px)))
         self.box_px = box_px
         self.slices = Slices(box_px)
-        self._volume = np.ascontiguousarray(
-            density.resampled(grid).values, dtype=np.complex64
-        )
+        self._volume = np.ascontiguousarray(density.resampled(grid).values, dtype=np.complex64)
         self._scale = np.float32(full * box_px**2 / grid**3)
 
     def project(self, quaternions):
@@ -112,9 +106,11 @@ class Projector:
         (n, box_px, box_px) float32 array
             Line integrals in units of (density) x (the density's voxel size).
         """
+        import finufft
+
         q = rotations.check(quaternions)
         images = np.empty((len(q), self.box_px, self.box_px), np.float32)
-        plan = _plan(2, self._volume.shape[0], -1)
+        plan = finufft.Plan(2, self._volume.shape, eps=ACCURACY, isign=-1, dtype="complex64")
         for part in self.slices.chunks(len(q)):
             plan.setpts(*self.slices.points(q[part], self._volume.shape[0]))
             coefficients = plan.execute(self._volume).reshape(-1, len(self.slices.weights))
@@ -185,11 +181,21 @@ def backproject(images, quaternions, *, backend="nufft", voxel_size_angstrom=1.0
     return Density(total, voxel_size_angstrom)
 
 
-def smear(slices, coefficients, quaternions, density_box_px):
-    """Type-1 NUFFT of (n, k) slice coefficients: a real (box, box, box) float32 array."""
-    plan = _plan(1, density_box_px, +1)
-    plan.setpts(*slices.points(quaternions, density_box_px))
-    return plan.execute(np.ascontiguousarray(coefficients, np.complex64).ravel()).real
+def smear(slices, coefficients, quaternions, density_box_px, *, modes=None):
+    """Type-1 NUFFT of (n, k) slice coefficients: a real (modes, modes, modes) float32 array.
+
+    ``modes`` is the number of voxels that come out on an edge, by default the density's box.
+    """
+    import finufft
+
+    modes = density_box_px if modes is None else modes
+    z, y, x = slices.points(quaternions, density_box_px)
+    strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
+    # The finer of finufft's two internal grids would take gigabytes at twice the box.
+    upsampling = 1.25 if modes > density_box_px else 2.0
+    return finufft.nufft3d1(
+        z, y, x, strengths, (modes,) * 3, eps=ACCURACY, isign=+1, upsampfac=upsampling
+    ).real
 
 
 def check_images(images, name="images"):
@@ -236,7 +242,9 @@ def astra_vectors(quaternions, box_px):
 
 def _astra_geometries(astra, quaternions, box_px):
     return (
-        astra.create_proj_geom("parallel3d_vec", box_px, box_px, astra_vectors(quaternions, box_px)),
+        astra.create_proj_geom(
+            "parallel3d_vec", box_px, box_px, astra_vectors(quaternions, box_px)
+        ),
         astra.create_vol_geom(box_px, box_px, box_px),
     )
 
@@ -256,3 +264,21 @@ def _astra_backproject(images, q):
     handle, values = astra.create_backprojection3d_gpu(sinogram, projections, volume)
     astra.data3d.delete(handle)
     return values
+
+
+def astra_cgls(images, quaternions, iterations):
+    """ASTRA's CGLS: a (size, size, size) array; see :mod:`cryoem.reconstruction`."""
+    astra = _astra()
+    projections, volume = _astra_geometries(astra, quaternions, images.shape[1])
+    sinogram = np.ascontiguousarray(images.transpose(1, 0, 2))
+    data = astra.data3d.create("-sino", projections, sinogram)
+    result = astra.data3d.create("-vol", volume)
+    config = astra.astra_dict("CGLS3D_CUDA")
+    config["ProjectionDataId"], config["ReconstructionDataId"] = data, result
+    algorithm = astra.algorithm.create(config)
+    try:
+        astra.algorithm.run(algorithm, iterations)
+        return astra.data3d.get(result)
+    finally:
+        astra.algorithm.delete(algorithm)
+        astra.data3d.delete([data, result])

@@ -175,7 +175,9 @@ def _from_angles(rot, tilt, psi):
 def _directions(n, rng, rot_range, tilt_range, euler=False):
     rot = rng.uniform(*rot_range, n)
     low, high = tilt_range
-    tilt = rng.uniform(low, high, n) if euler else np.arccos(rng.uniform(np.cos(high), np.cos(low), n))
+    tilt = (
+        rng.uniform(low, high, n) if euler else np.arccos(rng.uniform(np.cos(high), np.cos(low), n))
+    )
     return _from_angles(rot, tilt, rng.uniform(0, 2 * np.pi, n))
 
 

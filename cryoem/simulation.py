@@ -159,8 +159,8 @@ class TrainingImages:
         ----------
         seed, step, n : int
         pairs : {'all', 'uniform'}
-            Independent orientations; or, as the paper samples, consecutive pairs (0, 1), (2, 3), ...
-            whose distances are uniform over [0, pi].
+            Independent orientations; or, as the paper samples, consecutive pairs (0, 1), (2, 3),
+            ... whose distances are uniform over [0, pi].
 
         Returns
         -------

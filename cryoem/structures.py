@@ -50,7 +50,8 @@ SHIPPED = {
 
 def shipped_file(filename):
     """Path to a file of ``data/``, its hash checked against ``data/SHA256SUMS``."""
-    sums = dict(reversed(line.split()) for line in (DATA / "SHA256SUMS").read_text().splitlines())
+    lines = (DATA / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split() for line in lines)}
     if filename not in sums:
         raise InputError(f"data/{filename} is not listed in data/SHA256SUMS")
     path = files.existing(DATA / filename)
@@ -154,7 +155,7 @@ def fetch(pdb_id, *, url=PDB_URL, cache=None, retries=3):
         return target
     cache.mkdir(parents=True, exist_ok=True)
     downloader = pooch.HTTPDownloader(progressbar=False, timeout=30)
-    last = None
+    last: Exception | None = None
     for _ in range(retries + 1):
         try:
             with files.atomic(target) as temporary:
@@ -168,7 +169,8 @@ def fetch(pdb_id, *, url=PDB_URL, cache=None, retries=3):
         except (requests.RequestException, ValueError, OSError) as error:
             last = error
     raise DownloadError(
-        f"PDB id {pdb_id!r}: no readable structure from {address} after {retries + 1} tries ({last})"
+        f"PDB id {pdb_id!r}: no readable structure from {address} "
+        f"after {retries + 1} tries ({last})"
     ) from last
 
 
@@ -194,9 +196,7 @@ def standard_d2(model):
         raise InputError(f"a D2 tetramer has four chains, got {len(model)}")
 
     def alphas(chain):
-        return {
-            r.seqid.num: a.pos.tolist() for r in chain for a in r if a.name == "CA"
-        }
+        return {r.seqid.num: a.pos.tolist() for r in chain for a in r if a.name == "CA"}
 
     chains = [alphas(chain) for chain in model]
     shared = sorted(set.intersection(*(set(c) for c in chains)))

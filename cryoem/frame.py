@@ -1,0 +1,152 @@
+"""The frame that distances leave open, fixed without the truth.
+
+Distances are unchanged by ``q -> a q b`` and by inversion. Only ``a`` (a rotation of the density)
+and ``b = Rz(pi)`` (its mirror image) are harmless: with any other ``b``, or inverted, a
+reconstruction is garbage. Two ways to fix ``b`` from what a user has:
+
+* **Copies.** An image turned by 90 degrees in its plane has the orientation ``R Rz(90)``, its
+  x-mirror ``R Ry(180)``. Recovered with the others, they give ``q_i^-1 q_i' = b^-1 rz b`` for all
+  i: a constant turn about ``b^-1 z``; and the mirrors one about ``b^-1 y``, whose sign is the hand,
+  which no projection can tell. If the set is inverted it is ``q_i q_i'^-1`` that is constant.
+* **References.** Projections of a known density at known orientations, recovered with the others,
+  fix everything.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from . import evaluation, rotations
+from .errors import InputError
+
+__all__ = ["Frame", "from_copies", "from_references"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How recovered orientations are brought into a frame that a reconstruction can use.
+
+    Attributes
+    ----------
+    left, right : (4,) arrays
+        ``q -> left (q or q^-1) right``.
+    inverted : bool
+        Whether the recovered set was the inverse.
+    spread_rad : float
+        Mean angle between what single copies say of the frame and the frame: how well it is known
+        is about this over the root of the number of copies.
+    other_spread_rad : float
+        The same under the opposite verdict on inversion. The verdict is safe where it is much
+        larger.
+    hand_known : bool
+        Whether the hand is fixed too; if not, the mirror image is as good
+        (:func:`cryoem.rotations.other_hand`).
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    inverted: bool
+    spread_rad: float
+    other_spread_rad: float
+    hand_known: bool
+
+    @property
+    def certain(self):
+        """Whether the verdict on inversion can be relied on."""
+        return self.spread_rad < 0.7 * self.other_spread_rad
+
+    def apply(self, quaternions):
+        """Bring recovered orientations, (n, 4), into the frame."""
+        q = rotations.inverse(quaternions) if self.inverted else quaternions
+        return rotations.multiply(rotations.multiply(self.left, q), self.right)
+
+
+def _fit(turns, mirrors, steps=20):
+    """Axes ``b^-1 z`` and ``b^-1 y`` of the copies' constant turns, robustly; (right, spread)."""
+    turn_vectors = Rotation.from_quat(turns)
+    mirror_matrices = Rotation.from_quat(mirrors).as_matrix()
+    turn_matrices = turn_vectors.as_matrix()
+    w_turn, w_mirror = np.ones(len(turns)), np.ones(len(mirrors))
+    right, spread = Rotation.identity(), np.inf
+    for _ in range(steps):
+        mean = np.einsum("n,nij->ij", w_turn, turn_matrices) / w_turn.sum()
+        # The antisymmetric part of a turn by 90 degrees about u is [u]x.
+        u = np.array([mean[2, 1] - mean[1, 2], mean[0, 2] - mean[2, 0], mean[1, 0] - mean[0, 1]])
+        half = np.einsum("n,nij->ij", w_mirror, mirror_matrices) / w_mirror.sum()
+        # A half-turn about v is 2 v v^T - 1.
+        v = np.linalg.eigh(half + half.T)[1][:, -1]
+        u /= max(np.linalg.norm(u), 1e-12)
+        # The nearest orthonormal pair, each believed as much as the other.
+        p, _, qt = np.linalg.svd(np.stack([v, u], axis=1), full_matrices=False)
+        v, u = (p @ qt).T
+        right = Rotation.from_matrix(np.stack([np.cross(v, u), v, u], axis=1))
+        back = right.inv()
+        turn = right * Rotation.from_euler("z", np.pi / 2) * back
+        mirror = right * Rotation.from_euler("y", np.pi) * back
+        off_turn = rotations.distance(turns, turn.as_quat())
+        off_mirror = rotations.distance(mirrors, mirror.as_quat())
+        spread = float(np.mean(np.concatenate([off_turn, off_mirror])))
+        w_turn, w_mirror = 1 / np.maximum(off_turn, 1e-3), 1 / np.maximum(off_mirror, 1e-3)
+    return right.as_quat(), spread
+
+
+def from_copies(originals, turned, mirrored):
+    """Fix the frame from in-plane-turned and mirrored copies, recovered with their originals.
+
+    Parameters
+    ----------
+    originals : (n, 4) array
+        Recovered orientations of the images that were copied.
+    turned : (n, 4) array
+        Of :func:`cryoem.imaging.quarter_turn` of them.
+    mirrored : (n, 4) array
+        Of :func:`cryoem.imaging.mirror` of them.
+
+    Returns
+    -------
+    Frame
+        With the hand open, ``left`` the identity.
+    """
+    q, t, m = (
+        rotations.check(x, name)
+        for x, name in ((originals, "originals"), (turned, "turned"), (mirrored, "mirrored"))
+    )
+    if not len(q) == len(t) == len(m) or len(q) == 0:
+        raise InputError(f"wanted as many copies as originals, got {len(q)}, {len(t)}, {len(m)}")
+    verdicts = []
+    for inverted in (False, True):
+        a, b, c = (rotations.inverse(x) if inverted else x for x in (q, t, m))
+        back = rotations.inverse(a)
+        verdicts.append(_fit(rotations.multiply(back, b), rotations.multiply(back, c)))
+    inverted = verdicts[1][1] < verdicts[0][1]
+    right, spread = verdicts[inverted]
+    one = np.array([0.0, 0.0, 0.0, 1.0])
+    return Frame(one, right, bool(inverted), spread, verdicts[not inverted][1], hand_known=False)
+
+
+def from_references(recovered, known):
+    """Fix frame and hand from references of known orientation, recovered with the others.
+
+    Parameters
+    ----------
+    recovered, known : (n, 4) arrays, unit, xyzw
+        Of the references.
+
+    Returns
+    -------
+    Frame
+        ``other_spread_rad`` is that of the best fit with the opposite inversion.
+    """
+    fits = {}
+    for flip in (False, True):
+        q = rotations.inverse(rotations.check(recovered, "recovered")) if flip else recovered
+        fits[flip] = evaluation.align(q, known, over="rotations")
+    spreads = {
+        flip: float(rotations.distance(fit.quaternions, known).mean()) for flip, fit in fits.items()
+    }
+    inverted = spreads[True] < spreads[False]
+    fit = fits[inverted]
+    return Frame(
+        fit.left, fit.right, inverted, spreads[inverted], spreads[not inverted], hand_known=True
+    )

@@ -1,0 +1,118 @@
+"""The density from images at given orientations: least squares by conjugate gradients.
+
+Minimise ``sum_i |C_i S_i P_i V - y_i|^2 + ridge |V|^2`` with the projector ``P``, shifts ``S`` and
+CTFs ``C``. The normal operator is a convolution: its kernel is made once by a type-1 NUFFT on a
+grid of twice the edge, after which an iteration costs two FFTs whatever the number of images.
+"""
+
+import numpy as np
+import scipy.fft
+
+from . import projection, rotations
+from .density import Density
+from .errors import InputError
+
+__all__ = ["reconstruct", "reconstruct_astra"]
+
+
+def reconstruct(
+    images,
+    quaternions,
+    *,
+    voxel_size_angstrom,
+    shifts_px=None,
+    ctf=None,
+    iterations=30,
+    ridge=1e-4,
+    progress=False,
+):
+    """Reconstruct a density by least squares.
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+    quaternions : (n, 4) array, unit, xyzw
+    voxel_size_angstrom : float
+        Of the images, and of the density.
+    shifts_px : (n, 2) array, optional
+        Where each particle was moved to, (x, y), pixels.
+    ctf : (n, size, size // 2 + 1) array, optional
+        See :func:`cryoem.imaging.ctf`.
+    iterations : int
+        Of conjugate gradients; early stopping is a regularisation too.
+    ridge : float
+        Relative to what all images together see of a frequency at Nyquist.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    Density
+    """
+    from tqdm.auto import tqdm
+
+    images, q = projection.check_images(images), rotations.check(quaternions)
+    n, size = len(images), images.shape[1]
+    if len(q) != n or n == 0:
+        raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
+    if shifts_px is not None and np.shape(shifts_px) != (n, 2):
+        raise InputError(f"shifts_px must have shape ({n}, 2), got {np.shape(shifts_px)}")
+    if ctf is not None and np.shape(ctf) != (n, size, size // 2 + 1):
+        raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {np.shape(ctf)}")
+    slices = projection.Slices(size)
+    right = np.zeros((size,) * 3, np.float32)
+    kernel = np.zeros((2 * size,) * 3, np.float32)
+    for part in tqdm(slices.chunks(n), desc="back-projection", unit="chunk", disable=not progress):
+        y = slices.from_images(images[part])
+        gain = np.broadcast_to(slices.weights / size**2, y.shape)
+        if shifts_px is not None:
+            y = y * np.exp(2j * np.pi / size * np.asarray(shifts_px)[part] @ slices.frequencies.T)
+        if ctf is not None:
+            ky, kx = slices.index
+            c = np.asarray(ctf)[part][:, ky, kx]
+            y, squared = y * c, gain * c**2
+        else:
+            squared = gain
+        right += projection.smear(slices, y * gain, q[part], size)
+        kernel += projection.smear(slices, squared, q[part], size, modes=2 * size)
+    spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=2).real.copy()
+    del kernel
+
+    def normal(v):
+        padded = np.zeros((2 * size,) * 3, np.float32)
+        padded[:size, :size, :size] = v
+        transformed = scipy.fft.rfftn(padded, workers=2, overwrite_x=True)
+        transformed *= spectrum
+        back = scipy.fft.irfftn(transformed, s=padded.shape, workers=2, overwrite_x=True)
+        return back[:size, :size, :size] + damping * v
+
+    # A plane wave of frequency k is seen by n / (2 |k|) images, each of which gives `size` to the
+    # operator: n at Nyquist.
+    damping = np.float32(ridge * n)
+    v = np.zeros_like(right)
+    residual = right.copy()
+    direction = residual.copy()
+    square = float(np.vdot(residual, residual))
+    start = square
+    for _ in tqdm(range(iterations), desc="conjugate gradients", disable=not progress):
+        if square <= 1e-12 * start:
+            break
+        image = normal(direction)
+        step = np.float32(square / float(np.vdot(direction, image)))
+        v += step * direction
+        residual -= step * image
+        previous, square = square, float(np.vdot(residual, residual))
+        direction = residual + np.float32(square / previous) * direction
+    return Density(v, voxel_size_angstrom)
+
+
+def reconstruct_astra(images, quaternions, *, voxel_size_angstrom, iterations=30):
+    """Reconstruct by ASTRA's CGLS on CUDA (no CTF, no shifts).
+
+    Raises
+    ------
+    MissingToolError
+        ASTRA or a CUDA GPU is missing.
+    """
+    images, q = projection.check_images(images), rotations.check(quaternions)
+    return Density(projection.astra_cgls(images, q, iterations), voxel_size_angstrom)
