@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export TF_CPP_MIN_LOG_LEVEL := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check notebooks lock clean
+.PHONY: help setup demo test check notebooks weights lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ notebooks: $(STAMP) ## Execute the notebooks in place
 
 bench-%: $(STAMP) ## Measure: benchmarks/NAME.py writes benchmarks/results/NAME.{json,md}
 	$(BIN)/python benchmarks/$*.py
+
+weights: $(STAMP) ## Train the weights that ship in data/ (about an hour)
+	$(BIN)/python benchmarks/train_weights.py 4jsv
 
 lock: ## Resolve pyproject.toml into requirements.lock.txt (needs uv)
 	printf '%s\n' '# Every package of the environment, exact. Made by `make lock`; installed with `pip install --no-deps -r`.' > requirements.lock.txt

@@ -14,11 +14,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from . import distances, files, networks
+from . import distances, files, networks, structures
 from .errors import InputError
 from .simulation import Preprocessing
 
-__all__ = ["Estimator", "PairLoss", "Progress", "pair_distances", "train"]
+__all__ = ["Estimator", "PairLoss", "Progress", "pair_distances", "shipped", "train"]
 
 #: Written into every file; a file of another version is refused.
 FORMAT_VERSION = 1
@@ -222,6 +222,25 @@ class Estimator:
         estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
         estimator.notes = settings["notes"]
         return estimator
+
+
+def shipped(name, *, precision="float32"):
+    """Load the trained estimator that ships for a particle, its hash checked.
+
+    Parameters
+    ----------
+    name : str
+        ``"4jsv"``: trained on fresh projections of the density that
+        :func:`cryoem.structures.load_density` makes, without noise and at SNR 1 to 1/32. Its
+        ``notes`` say how.
+    precision : str
+        See :func:`cryoem.networks.build`.
+
+    Returns
+    -------
+    Estimator
+    """
+    return Estimator.load(structures.shipped_file(f"{name}.npz"), precision=precision)
 
 
 # --------------------------------------------------------------------------------------

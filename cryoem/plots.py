@@ -250,8 +250,9 @@ def isosurface3d(density, *, level=None, ax=None):
     )
     ipv.xyzlim(0, len(v))
     ipv.style.use("minimal")
-    views = np.stack([_shaded(v, level, axis) for axis in range(3)])
-    ax = images(views, columns=3, pixel_size_angstrom=density.voxel_size_angstrom, ax=ax)
+    fine = fourier.resize(v, 3 * len(v), 3)
+    views = np.stack([_shaded(fine, level, axis) for axis in range(3)])
+    ax = images(views, columns=3, pixel_size_angstrom=density.voxel_size_angstrom / 3, ax=ax)
     for i, name in enumerate("zyx"):
         ax.text(
             (i + 0.5) / 3,
@@ -282,14 +283,14 @@ def _shaded(values, level, axis):
 
 
 def orientations3d(frames, *, reference=None, ax=None):
-    """Draw orientations as points: viewing direction on the sphere, in-plane angle as colour.
+    """Draw orientations as points on the sphere of viewing directions.
 
     Parameters
     ----------
     frames : list of (n, 4) arrays
         One set, or several to animate (a recovery's snapshots).
     reference : (n, 4) array, optional
-        True orientations, whose colours the points keep, so that order is seen to return.
+        True orientations: they colour the points by direction, so that order is seen to return.
     ax : matplotlib 3D axes, optional
         For the static picture.
 

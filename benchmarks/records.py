@@ -1,0 +1,33 @@
+"""How every benchmark leaves its figures: records as JSON, and the table as Markdown."""
+
+import json
+import time
+from pathlib import Path
+
+from cryoem import files, report
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name, records, header, rows, command):
+    """Write ``results/NAME.json`` (a list of records) and ``results/NAME.md`` (the table).
+
+    Parameters
+    ----------
+    name : str
+    records : list of dict
+        Units in the keys; the environment and the date are added to each.
+    header : list of str
+    rows : list of lists of str
+    command : str
+        What makes them again.
+    """
+    common = {"command": command, "date": time.strftime("%Y-%m-%d"), **report.environment()}
+    table = [header, ["---"] * len(header), *rows]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    versions = ", ".join(f"{k} {v}" for k, v in common["versions"].items())
+    lines += ["", f"`{command}`, {common['cores']} cores, no GPU; {versions}."]
+    with files.atomic(RESULTS / f"{name}.json") as path:
+        path.write_text(json.dumps([{**r, **common} for r in records], indent=1) + "\n")
+    with files.atomic(RESULTS / f"{name}.md") as path:
+        path.write_text("\n".join(lines) + "\n")
