@@ -1,4 +1,4 @@
-"""How every benchmark leaves its figures: records as JSON, and the table as Markdown."""
+"""How every benchmark leaves its figures: records, and the table in the README."""
 
 import json
 import time
@@ -7,10 +7,14 @@ from pathlib import Path
 from cryoem import files, report
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 
 
 def write(name, records, header, rows, command):
     """Write ``results/NAME.json`` (a list of records) and ``results/NAME.md`` (the table).
+
+    Where the README has the markers ``<!-- NAME -->`` and ``<!-- /NAME -->``, the table replaces
+    what stands between them.
 
     Parameters
     ----------
@@ -31,3 +35,8 @@ def write(name, records, header, rows, command):
         path.write_text(json.dumps([{**r, **common} for r in records], indent=1) + "\n")
     with files.atomic(RESULTS / f"{name}.md") as path:
         path.write_text("\n".join(lines) + "\n")
+    before, start, rest = README.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if start and end:
+        with files.atomic(README) as path:
+            path.write_text(before + start + "\n".join(lines) + "\n" + end + after)

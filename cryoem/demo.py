@@ -4,16 +4,30 @@ Atomic model, density, projections, distances, orientations, map; every figure i
 in ``summary.json`` and ``report.html``.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .report import environment, peak_memory_gb
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .density import Density
+    from .distances import DistanceErrors
+    from .estimator import Estimator
+    from .files import PathLike
+    from .maps import Fsc
+    from .simulation import Particles
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -23,12 +37,12 @@ __all__ = ["main", "run"]
 class Stages:
     """Says what is going on, and keeps time and memory of each stage."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.rows = []
+        self.rows: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
-    def __call__(self, title):
+    def __call__(self, title: str) -> Iterator[None]:
         """Run a stage."""
         print(f"[{time.perf_counter() - self.start:4.0f} s] {title}", flush=True)
         start = time.perf_counter()
@@ -41,18 +55,27 @@ class Stages:
             }
         )
 
-    def seconds(self):
+    def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.start
 
 
-def run(output, *, particle="4jsv", n_images=1000, snr=1 / 16, train_images=38_400, seed=0):
+def run(
+    output: PathLike,
+    *,
+    particle: str = "4jsv",
+    n_images: int = 1000,
+    snr: float = 1 / 16,
+    train_images: int = 38_400,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Run the demo.
 
     Parameters
     ----------
     output : path
-        Folder for ``summary.json``, ``map.mrc``, ``oriented.star`` with its stack, ``report.html``.
+        Folder for ``summary.json``, ``map.mrc`` (and it low-passed), ``oriented.star`` with its
+        stack, ``report.html``.
     particle : str
         A shipped particle with shipped weights.
     n_images : int
@@ -96,7 +119,7 @@ def run(output, *, particle="4jsv", n_images=1000, snr=1 / 16, train_images=38_4
     pairs = distances.sample_pairs(n_images, 100_000, seed)
     true_distances = rotations.pair_distances(truth, pairs)
 
-    def distance_errors(model):
+    def distance_errors(model: Estimator) -> tuple[np.ndarray, DistanceErrors]:
         features = model.embed(seen.images)
         found = model.distances(features, features)[pairs[:, 0], pairs[:, 1]]
         return found, distances.compare(found, true_distances)
@@ -112,7 +135,7 @@ def run(output, *, particle="4jsv", n_images=1000, snr=1 / 16, train_images=38_4
     history: dict[str, list[float]] = {"loss": [], "mae_rad": []}
     if train_images:
         with stages(f"training on {train_images:,} more images at this SNR"):
-            noise = {"snr_range": (1.0, 1.0), "clean_fraction": 1.0}
+            noise: dict[str, Any] = {"snr_range": (1.0, 1.0), "clean_fraction": 1.0}
             if math.isfinite(snr):
                 noise = {"snr_range": (snr, snr), "clean_fraction": 0.0}
             source = simulation.TrainingImages(reference, model.preprocessing, **noise)
@@ -122,12 +145,13 @@ def run(output, *, particle="4jsv", n_images=1000, snr=1 / 16, train_images=38_4
                 images=train_images,
                 seed=seed,
                 learning_rate=3e-4,
-                images_per_epoch=train_images // 6,
+                images_per_epoch=max(128, train_images // 768 * 128),
             )
     with stages("distances of all images"):
         found, errors = distance_errors(model)
     with stages("orientations from the distances, frame from copies (no truth, no density)"):
         free = orient.orient(model, seen.images, seed=seed)
+    assert free.frame is not None  # the copies fixed it
     with stages("orientations against references (the density's own frame)"):
         placed = orient.orient_by_references(model, seen.images, reference)
     with stages("baseline: projection matching, 21,600 references"):
@@ -187,6 +211,8 @@ def run(output, *, particle="4jsv", n_images=1000, snr=1 / 16, train_images=38_4
     }
     with stages("writing the results"):
         density.write_mrc(output / "map.mrc", recovered)
+        finest = summary["resolution_fsc05_angstrom"]
+        density.write_mrc(output / "map_filtered.mrc", recovered.low_passed(finest))
         star.write_particles(
             output / "oriented.star",
             seen.images,
@@ -210,17 +236,17 @@ def run(output, *, particle="4jsv", n_images=1000, snr=1 / 16, train_images=38_4
     return summary
 
 
-def _ratio(snr):
+def _ratio(snr: float) -> str:
     if math.isinf(snr):
         return "infinite"
     return f"1/{1 / snr:g}" if snr < 1 else f"{snr:g}"
 
 
-def _rows(summary):
+def _rows(summary: dict[str, Any]) -> list[list[str]]:
     """The short table: what, value, unit."""
     s = summary
 
-    def angle(key):
+    def angle(key: str) -> tuple[str, str]:
         return f"{s[key]:.3f} rad", f"{math.degrees(s[key]):.1f} degrees"
 
     limited = " (Nyquist)" if s["resolution_fsc05_nyquist_limited"] else ""
@@ -241,12 +267,22 @@ def _rows(summary):
     ]
 
 
-def _stage_rows(summary):
+def _stage_rows(summary: dict[str, Any]) -> list[list[Any]]:
     header = ["stage", "seconds", "peak memory so far (GB)"]
     return [header, *([r["stage"], r["seconds"], r["peak_memory_gb"]] for r in summary["stages"])]
 
 
-def _sections(summary, seen, reference, registered, history, found, true, angles, curves):
+def _sections(
+    summary: dict[str, Any],
+    seen: Particles,
+    reference: Density,
+    registered: Density,
+    history: dict[str, list[float]],
+    found: np.ndarray,
+    true: np.ndarray,
+    angles: np.ndarray,
+    curves: dict[str, Fsc],
+) -> list[tuple[str, list[Any]]]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,7 +303,9 @@ def _sections(summary, seen, reference, registered, history, found, true, angles
     crop = reference.box_px // 2
     both, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4.6), layout="constrained")
     plots.slices(reference.in_box(crop), title="density of the atomic model", ax=top)
-    plots.slices(registered.in_box(crop), title="reconstructed map, registered", ax=bottom)
+    finest = summary["resolution_fsc05_angstrom"]
+    shown = registered.low_passed(finest).in_box(crop)
+    plots.slices(shown, title=f"map, low-passed to {finest:.0f} Å, registered", ax=bottom)
     some = plots.images(seen.images[:6], pixel_size_angstrom=voxel).figure
     where = plots.coverage(seen.quaternions, title="true viewing directions").figure
     return [
@@ -299,7 +337,7 @@ def _sections(summary, seen, reference, registered, history, found, true, angles
     ]  # fmt: skip
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="results/demo", help="folder for the results")

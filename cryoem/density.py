@@ -1,13 +1,23 @@
 """Densities: from atomic models, from and to MRC maps, resampled, and an exact phantom."""
 
+from __future__ import annotations
+
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
 from . import files, fourier
 from .errors import InputError
+from .files import PathLike
+from .rotations import Seed
+
+if TYPE_CHECKING:
+    import gemmi
 
 __all__ = ["Density", "Phantom", "from_atoms", "read_mrc", "read_structure", "write_mrc"]
 
@@ -26,7 +36,7 @@ class Density:
     values: np.ndarray
     voxel_size_angstrom: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         values = np.asarray(self.values, dtype=np.float32)
         if values.ndim != 3 or 0 in values.shape:
             raise InputError(f"a density must have shape (nz, ny, nx), got {values.shape}")
@@ -41,7 +51,7 @@ class Density:
         object.__setattr__(self, "values", values)
 
     @property
-    def box_px(self):
+    def box_px(self) -> int:
         """Edge of the cube in voxels; ``InputError`` where the density is no cube."""
         if len(set(self.values.shape)) != 1:
             raise InputError(
@@ -49,17 +59,17 @@ class Density:
             )
         return self.values.shape[0]
 
-    def in_box(self, box_px):
+    def in_box(self, box_px: int) -> Density:
         """Return the density cropped or zero-padded about its origin to a cube of ``box_px``."""
         values = fourier.crop_or_pad(self.values, (box_px,) * 3)
         return Density(values, self.voxel_size_angstrom)
 
-    def resampled(self, box_px):
+    def resampled(self, box_px: int) -> Density:
         """Return the density Fourier-resampled to ``box_px`` voxels over the same extent."""
         voxel_size = self.voxel_size_angstrom * self.box_px / box_px
         return Density(fourier.resize(self.values, box_px, 3), voxel_size)
 
-    def low_passed(self, resolution_angstrom, *, edge=0.2):
+    def low_passed(self, resolution_angstrom: float, *, edge: float = 0.2) -> Density:
         """Return the density without what is finer than ``resolution_angstrom`` (soft edge)."""
         cutoff = self.box_px * self.voxel_size_angstrom / resolution_angstrom
         return Density(
@@ -71,7 +81,7 @@ class Density:
 # Atomic models
 
 
-def read_structure(path, *, assembly="1"):
+def read_structure(path: PathLike, *, assembly: str | None = "1") -> gemmi.Model:
     """Read an atomic model, build its biological assembly and strip the waters.
 
     Parameters
@@ -124,7 +134,7 @@ def read_structure(path, *, assembly="1"):
     return model
 
 
-def _is_old_pdb(path):
+def _is_old_pdb(path: Path) -> bool:
     """Whether columns 73-80 hold the entry's name and a line number, as before 1996."""
     import gzip
 
@@ -136,7 +146,13 @@ def _is_old_pdb(path):
     return False
 
 
-def from_atoms(model, *, voxel_size_angstrom, resolution_angstrom=None, box_px=None):
+def from_atoms(
+    model: gemmi.Model,
+    *,
+    voxel_size_angstrom: float,
+    resolution_angstrom: float | None = None,
+    box_px: int | None = None,
+) -> Density:
     """Density of an atomic model at a resolution, its centre of mass at the origin.
 
     Every atom is a sum of Gaussians (electron form factors) with the B factor
@@ -208,7 +224,7 @@ def from_atoms(model, *, voxel_size_angstrom, resolution_angstrom=None, box_px=N
 # MRC maps
 
 
-def read_mrc(path, *, voxel_size_angstrom=None):
+def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Density:
     """Read an MRC map.
 
     Parameters
@@ -272,7 +288,7 @@ def read_mrc(path, *, voxel_size_angstrom=None):
         raise InputError(f"{path}: {error}") from error
 
 
-def write_mrc(path, density):
+def write_mrc(path: PathLike, density: Density) -> None:
     """Write a density as an MRC map (mode 2, ispg 1), atomically."""
     import mrcfile
 
@@ -303,7 +319,14 @@ class Phantom:
     weights: np.ndarray = field()
 
     @classmethod
-    def random(cls, seed, *, blobs=40, radius_angstrom=60.0, sigma_angstrom=9.0):
+    def random(
+        cls,
+        seed: Seed,
+        *,
+        blobs: int = 40,
+        radius_angstrom: float = 60.0,
+        sigma_angstrom: float = 9.0,
+    ) -> Phantom:
         """Return an asymmetric phantom of ``blobs`` blobs within a ball."""
         rng = np.random.default_rng(seed)
         direction = rng.standard_normal((blobs, 3))
@@ -313,10 +336,10 @@ class Phantom:
         return cls(centres, sigmas, rng.uniform(0.5, 1.5, blobs))
 
     @staticmethod
-    def _axis(box_px, voxel_size):
+    def _axis(box_px: int, voxel_size: float) -> np.ndarray:
         return (np.arange(box_px) - box_px // 2) * voxel_size
 
-    def density(self, box_px, voxel_size_angstrom):
+    def density(self, box_px: int, voxel_size_angstrom: float) -> Density:
         """Sample the density: a :class:`Density` of ``box_px`` voxels on an edge."""
         axis = self._axis(box_px, voxel_size_angstrom)
         # (m, box) profiles along each axis; a blob is their outer product.
@@ -329,7 +352,9 @@ class Phantom:
             np.einsum("m,mz,my,mx->zyx", self.weights, z, y, x, optimize=True), voxel_size_angstrom
         )
 
-    def project(self, quaternions, box_px, voxel_size_angstrom):
+    def project(
+        self, quaternions: ArrayLike, box_px: int, voxel_size_angstrom: float
+    ) -> np.ndarray:
         """Exact projections in the units of :func:`cryoem.projection.project`.
 
         Returns

@@ -6,10 +6,12 @@ from its product instead, as ``2 atan2(|vector|, |scalar|)``.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 from tensorflow_graphics.geometry.transformation import quaternion as tfg_quaternion
 
 from . import recovery, rotations
@@ -33,10 +35,10 @@ class Descent:
 
     quaternions: np.ndarray
     losses: np.ndarray
-    snapshots: list
+    snapshots: list[np.ndarray]
 
 
-def geodesic(q, p):
+def geodesic(q: tf.Tensor, p: tf.Tensor) -> tf.Tensor:
     """``d_q`` of unit quaternion tensors (m, 4), radians, with finite gradients everywhere."""
     relative = tfg_quaternion.multiply(tfg_quaternion.conjugate(q), p)
     vector, scalar = relative[..., :3], tf.abs(relative[..., 3])
@@ -45,19 +47,19 @@ def geodesic(q, p):
 
 
 def descend(
-    pairs,
-    distances,
-    n=None,
+    pairs: ArrayLike,
+    distances: ArrayLike,
+    n: int | None = None,
     *,
-    init=None,
-    seed=0,
-    steps=5000,
-    batch_pairs=256,
-    learning_rate=0.5,
-    schedule="constant",
-    snapshot_every=0,
-    progress=False,
-):
+    init: ArrayLike | None = None,
+    seed: int = 0,
+    steps: int = 5000,
+    batch_pairs: int = 256,
+    learning_rate: float = 0.5,
+    schedule: Literal["constant", "cosine"] = "constant",
+    snapshot_every: int = 0,
+    progress: bool = False,
+) -> Descent:
     """Minimise ``L_OR`` by Adam over random batches of pairs. The defaults are the paper's.
 
     Random starts can end in local minima; :func:`cryoem.recovery.recover` does not.
@@ -104,7 +106,7 @@ def descend(
     everything = batch_pairs >= len(pairs)
 
     @tf.function
-    def run(first, count):
+    def run(first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         losses = tf.TensorArray(tf.float32, count)
         for k in tf.range(count):
             if everything:
@@ -137,6 +139,6 @@ def descend(
     return Descent(_unit(variable), np.concatenate(losses or [np.zeros(0)]), snapshots)
 
 
-def _unit(variable):
+def _unit(variable: tf.Variable) -> np.ndarray:
     q = variable.numpy().astype(np.float64)
     return q / np.linalg.norm(q, axis=1, keepdims=True)

@@ -12,8 +12,10 @@ Three ways from unit features ``f`` to a distance in [0, pi]:
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .errors import InputError
+from .rotations import Seed
 
 __all__ = [
     "HEADS",
@@ -28,7 +30,7 @@ __all__ = [
 HEADS = ("exact", "cosine", "euclidean")
 
 
-def from_features(features, others, head="exact"):
+def from_features(features: ArrayLike, others: ArrayLike, head: str = "exact") -> np.ndarray:
     """Distances between two sets of features.
 
     Parameters
@@ -53,12 +55,12 @@ def from_features(features, others, head="exact"):
     return np.arccos(np.clip(2 * product - 1, -1, 1))
 
 
-def all_pairs(n):
+def all_pairs(n: int) -> np.ndarray:
     """Every pair i < j: an (n (n - 1) / 2, 2) int array."""
     return np.stack(np.triu_indices(n, 1), axis=1)
 
 
-def sample_pairs(n, m, seed):
+def sample_pairs(n: int, m: int, seed: Seed) -> np.ndarray:
     """``m`` random pairs (i, j), i != j, of ``n`` items, with replacement: an (m, 2) int array."""
     if n < 2:
         raise InputError(f"pairs need at least two items, got {n}")
@@ -68,7 +70,7 @@ def sample_pairs(n, m, seed):
     return np.stack([i, j], axis=1)
 
 
-def image_distance(images, pairs):
+def image_distance(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Euclidean distance between images, the paper's baseline: (m,) array, no unit.
 
     Parameters
@@ -105,7 +107,7 @@ class DistanceErrors:
     mae_large_rad: float
 
 
-def compare(estimated, true):
+def compare(estimated: ArrayLike, true: ArrayLike) -> DistanceErrors:
     """Compare estimated with true distances, (m,) arrays in radians: :class:`DistanceErrors`."""
     estimated, true = np.asarray(estimated, float), np.asarray(true, float)
     if estimated.shape != true.shape or estimated.ndim != 1 or len(true) == 0:

@@ -4,19 +4,25 @@ Both sides of a pair share one encoder, so a batch of ``n`` images is embedded o
 ``n (n - 1) / 2`` pairs are compared.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
 from . import distances, files, networks, structures
 from .errors import InputError
-from .simulation import Preprocessing
+from .files import PathLike
+from .simulation import Preprocessing, TrainingImages
 
 __all__ = ["Estimator", "PairLoss", "Progress", "pair_distances", "shipped", "train"]
 
@@ -24,7 +30,7 @@ __all__ = ["Estimator", "PairLoss", "Progress", "pair_distances", "shipped", "tr
 FORMAT_VERSION = 1
 
 
-def pair_distances(features, head):
+def pair_distances(features: Any, head: str) -> Any:
     """Distances of all pairs of a batch in the backend's tensors, with finite gradients.
 
     The NumPy twin is :func:`cryoem.distances.from_features`; here the arguments of the arccosines
@@ -49,7 +55,7 @@ def pair_distances(features, head):
     return ops.arccos(ops.clip(2 * product - 1, -1 + 1e-6, 1 - 1e-6))
 
 
-def true_distances(quaternions):
+def true_distances(quaternions: Any) -> Any:
     """``d_q`` of all pairs of a batch, (n, n) tensor, radians."""
     product = ops.matmul(quaternions, ops.transpose(quaternions))
     return 2 * ops.arccos(ops.clip(ops.abs(product), 0.0, 1.0))
@@ -70,11 +76,19 @@ class PairLoss(keras.losses.Loss):
         2 is the loss; 1 turns it into the mean absolute error, a metric.
     """
 
-    def __init__(self, head, pairs="all", *, max_weight=20.0, power=2, name="pair_loss"):
+    def __init__(
+        self,
+        head: str,
+        pairs: Literal["all", "uniform"] = "all",
+        *,
+        max_weight: float = 20.0,
+        power: int = 2,
+        name: str = "pair_loss",
+    ) -> None:
         super().__init__(name=name)
         self.head, self.pairs, self.max_weight, self.power = head, pairs, max_weight, power
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
         """Compare (n, 4) true quaternions with (n, f) features."""
         d_q, d_p = true_distances(y_true), pair_distances(y_pred, self.head)
         n = ops.shape(d_q)[0]
@@ -108,19 +122,19 @@ class Estimator:
     preprocessing: Preprocessing
     architecture: str
     feature_dim: int
-    notes: dict = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(
         cls,
-        preprocessing,
+        preprocessing: Preprocessing,
         *,
-        architecture="resnet",
-        head="exact",
-        feature_dim=16,
-        seed=0,
-        precision="float32",
-    ):
+        architecture: str = "resnet",
+        head: str = "exact",
+        feature_dim: int = 16,
+        seed: int = 0,
+        precision: str = "float32",
+    ) -> Estimator:
         """Build an untrained estimator; ``seed`` sets its initial weights.
 
         The paper's is ``architecture="paper", head="cosine", feature_dim=512``.
@@ -137,7 +151,9 @@ class Estimator:
         )
         return cls(encoder, head, preprocessing, architecture, feature_dim)
 
-    def embed(self, images, *, prepared=False, batch_size=256):
+    def embed(
+        self, images: np.ndarray, *, prepared: bool = False, batch_size: int = 256
+    ) -> np.ndarray:
         """Features of images.
 
         Parameters
@@ -159,14 +175,14 @@ class Estimator:
         ]
         return np.concatenate(parts) if parts else np.zeros((0, self.feature_dim), np.float32)
 
-    def distances(self, features, others):
+    def distances(self, features: ArrayLike, others: ArrayLike) -> np.ndarray:
         """Distances between two sets of features, (n, m), radians."""
         return distances.from_features(features, others, self.head)
 
     # ----------------------------------------------------------------------------------
     # The file
 
-    def save(self, path):
+    def save(self, path: PathLike) -> None:
         """Write weights (float16) and settings to one ``.npz`` file, atomically.
 
         It holds arrays and a JSON text, nothing that could be executed on loading.
@@ -187,7 +203,7 @@ class Estimator:
             np.savez_compressed(file, settings=np.array(json.dumps(settings)), **weights)
 
     @classmethod
-    def load(cls, path, *, precision="float32"):
+    def load(cls, path: PathLike, *, precision: str = "float32") -> Estimator:
         """Read an estimator that :meth:`save` wrote.
 
         Raises
@@ -224,7 +240,7 @@ class Estimator:
         return estimator
 
 
-def shipped(name, *, precision="float32"):
+def shipped(name: str, *, precision: str = "float32") -> Estimator:
     """Load the trained estimator that ships for a particle, its hash checked.
 
     Parameters
@@ -250,43 +266,43 @@ def shipped(name, *, precision="float32"):
 class Progress(keras.callbacks.Callback):
     """A tqdm bar over the images of a training run."""
 
-    def __init__(self, images, batch_size, *, start=0):
+    def __init__(self, images: int, batch_size: int, *, start: int = 0) -> None:
         super().__init__()
         self.images, self.batch_size, self.start = images, batch_size, start
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Open the bar."""
         from tqdm.auto import tqdm
 
         self.bar = tqdm(total=self.images, initial=self.start, unit="image", desc="training")
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Advance it."""
         self.bar.update(self.batch_size)
         if logs and batch % 10 == 0:
             self.bar.set_postfix(mae_rad=f"{logs.get('mae_rad', math.nan):.3f}")
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Close it."""
         self.bar.close()
 
 
 def train(
-    estimator,
-    source,
+    estimator: Estimator,
+    source: TrainingImages,
     *,
-    images,
-    seed=0,
-    batch_size=128,
-    learning_rate=1e-3,
-    optimizer="adam",
-    schedule="cosine",
-    pairs="all",
-    images_per_epoch=25_600,
-    checkpoint=None,
-    callbacks=(),
-    progress=True,
-):
+    images: int,
+    seed: int = 0,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    optimizer: Literal["adam", "rmsprop"] = "adam",
+    schedule: Literal["cosine", "constant"] = "cosine",
+    pairs: Literal["all", "uniform"] = "all",
+    images_per_epoch: int = 25_600,
+    checkpoint: PathLike | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    progress: bool = True,
+) -> dict[str, list[float]]:
     """Train an estimator in place on fresh images.
 
     Parameters
@@ -360,7 +376,7 @@ def train(
         encoder.optimizer.build(encoder.trainable_variables)
         first, history = keeper.restore(encoder, history)
 
-    def batches():
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for step in range(first * per_epoch, epochs * per_epoch):
             yield source.batch(seed, step, batch_size, pairs=pairs)
 
@@ -386,10 +402,10 @@ def train(
     return history
 
 
-def _metric(head, pairs):
+def _metric(head: str, pairs: Literal["all", "uniform"]) -> Callable[[Any, Any], Any]:
     absolute = PairLoss(head, pairs, power=1)
 
-    def mae_rad(y_true, y_pred):
+    def mae_rad(y_true: Any, y_pred: Any) -> Any:
         return absolute.call(y_true, y_pred)
 
     return mae_rad
@@ -398,15 +414,18 @@ def _metric(head, pairs):
 class _Checkpoint(keras.callbacks.Callback):
     """Keeps weights, optimizer and history after every epoch, and finds them again."""
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         super().__init__()
-        self.folder, self.settings, self.history = folder, settings, {}
+        self.folder, self.settings = folder, settings
+        self.history: dict[str, list[float]] = {}
 
     @property
-    def _path(self):
+    def _path(self) -> Path:
         return self.folder / "checkpoint.npz"
 
-    def restore(self, encoder, history):
+    def restore(
+        self, encoder: keras.Model, history: dict[str, list[float]]
+    ) -> tuple[int, dict[str, list[float]]]:
         """Return (epochs done, history), with weights and optimizer set where a run is found."""
         if not self._path.exists():
             return 0, history
@@ -423,11 +442,12 @@ class _Checkpoint(keras.callbacks.Callback):
         return state["epochs"], state["history"]
 
     @staticmethod
-    def _variables(encoder):
+    def _variables(encoder: keras.Model) -> list[tuple[str, list[keras.Variable]]]:
         return [("model", encoder.weights), ("optimizer", encoder.optimizer.variables)]
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Write the checkpoint."""
+        assert logs is not None
         for key, values in self.history.items():
             values.append(float(logs[key]))
         arrays = {

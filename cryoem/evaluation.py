@@ -6,11 +6,15 @@ Distances are unchanged by ``q -> a q b`` and by inversion ``q -> q^-1``: all of
 """
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import rotations
+from .density import Density
 from .errors import InputError
+from .rotations import Seed
 
 __all__ = ["Alignment", "Errors", "align", "cramer_rao", "errors", "mean_error_of", "random_error"]
 
@@ -35,22 +39,22 @@ class Alignment:
     inverted: bool
 
 
-def _weights(angles):
+def _weights(angles: np.ndarray) -> np.ndarray:
     """Weights that turn a sum of squares into the mean angle (reweighted least squares)."""
     return 1 / np.sqrt(angles**2 + 1e-6)
 
 
-def _fit_left(q, p, weights):
+def _fit_left(q: np.ndarray, p: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The rotation ``a`` that maximises ``sum w <a q, p>^2``: an eigenvector of a 4 x 4 matrix."""
     # <a q, p> = <a, p q^-1>
     ratio = rotations.multiply(p, rotations.inverse(q))
     return np.linalg.eigh((ratio * weights[:, None]).T @ ratio)[1][:, -1]
 
 
-def _turns(q, p, proper, steps=30):
+def _turns(q: np.ndarray, p: np.ndarray, proper: bool, steps: int = 30) -> np.ndarray:
     """The 4 x 4 rotation (or any orthogonal matrix) that minimises the mean angle to ``p``."""
 
-    def nearest(m):
+    def nearest(m: np.ndarray) -> np.ndarray:
         u, _, vt = np.linalg.svd(m)
         if proper and np.linalg.det(u @ vt) < 0:
             u[:, -1] *= -1
@@ -67,7 +71,7 @@ def _turns(q, p, proper, steps=30):
     return matrix
 
 
-def _split(matrix):
+def _split(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Write a 4 x 4 rotation as ``q -> left q right``: a table of rank one."""
     table = np.empty((4, 4))
     for a, left in enumerate(np.eye(4)):
@@ -78,7 +82,12 @@ def _split(matrix):
     return u[:, 0], vt[0]
 
 
-def align(estimated, true, *, over="o4"):
+def align(
+    estimated: ArrayLike,
+    true: ArrayLike,
+    *,
+    over: Literal["o4", "rotations", "one-sided", "none"] = "o4",
+) -> Alignment:
     """Lay estimated orientations onto the true ones, in closed form.
 
     The top eigenvector of ``sum vec(q_i p_i^T) vec(q_i p_i^T)^T``, projected to O(4), starts a few
@@ -106,7 +115,8 @@ def align(estimated, true, *, over="o4"):
     if over == "none":
         return Alignment(q, one, one, False)
     if over == "one-sided":
-        best, smallest = None, np.inf
+        best: Alignment | None = None
+        smallest = np.inf
         for right in (one, rotations.about("z", np.pi)):
             turned = rotations.multiply(q, right)
             left = _fit_left(turned, p, np.ones(len(q)))
@@ -117,6 +127,7 @@ def align(estimated, true, *, over="o4"):
             error = rotations.distance(moved, p).mean()
             if best is None or error < smallest:
                 best, smallest = Alignment(moved, left, right, False), error
+        assert best is not None
         return best
     if over in ("o4", "rotations"):
         matrix = _turns(q, p, proper=over == "rotations")
@@ -150,7 +161,7 @@ class Errors:
     far_fraction: float
 
     @property
-    def degrees(self):
+    def degrees(self) -> dict[str, float]:
         """The angles in degrees, by name."""
         return {
             key.replace("_rad", "_degrees"): float(np.rad2deg(value))
@@ -159,13 +170,18 @@ class Errors:
         }
 
 
-def errors(estimated, true, *, over="one-sided"):
+def errors(
+    estimated: ArrayLike,
+    true: ArrayLike,
+    *,
+    over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
+) -> Errors:
     """Errors of estimated orientations, after :func:`align` over the same freedom.
 
     Parameters
     ----------
     estimated, true : (n, 4) arrays, unit, xyzw
-    over : {'o4', 'one-sided', 'none'}
+    over : {'o4', 'rotations', 'one-sided', 'none'}
 
     Returns
     -------
@@ -187,7 +203,12 @@ def errors(estimated, true, *, over="one-sided"):
     )
 
 
-def random_error(true, seed, *, over="one-sided"):
+def random_error(
+    true: np.ndarray,
+    seed: Seed,
+    *,
+    over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
+) -> float:
     """Mean error of random orientations against these true ones: the zero of the scale, radians."""
     return errors(rotations.uniform(len(true), seed), true, over=over).mean_rad
 
@@ -196,7 +217,7 @@ def random_error(true, seed, *, over="one-sided"):
 # The physical limit
 
 
-def mean_error_of(covariances):
+def mean_error_of(covariances: np.ndarray) -> np.ndarray:
     """Mean length of Gaussian rotation vectors with these covariances.
 
     Parameters
@@ -219,7 +240,14 @@ def mean_error_of(covariances):
     return integral / (2 * np.sqrt(np.pi)) * np.sqrt(scale[:, 0])
 
 
-def cramer_rao(density, quaternions, noise_variance, *, box_px=None, step=1e-2):
+def cramer_rao(
+    density: Density,
+    quaternions: ArrayLike,
+    noise_variance: float,
+    *,
+    box_px: int | None = None,
+    step: float = 1e-2,
+) -> np.ndarray:
     """Cramer-Rao bound: the smallest error covariance of orientations from noisy images.
 
     With white noise of variance ``s2`` the Fisher information of an image about its rotation

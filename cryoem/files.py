@@ -4,13 +4,17 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["atomic", "existing", "sha256"]
 
+#: What a path may be given as.
+PathLike = str | os.PathLike[str]
+
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
 
     What stood at ``path`` before stays whole until then, and for good if the block raises.
@@ -29,13 +33,13 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
-def _umask():
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def existing(path):
+def existing(path: PathLike) -> Path:
     """Return ``path`` as a ``Path`` to a file that exists, or raise ``InputError``."""
     from .errors import InputError
 
@@ -45,7 +49,7 @@ def existing(path):
     return path
 
 
-def sha256(path):
+def sha256(path: PathLike) -> str:
     """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

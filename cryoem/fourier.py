@@ -4,22 +4,27 @@ Real arrays have their origin at index ``n // 2`` of every axis. Frequencies are
 per box: an axis of ``n`` samples carries the integers from ``-(n // 2)``.
 """
 
+import os
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.fft
+from numpy.typing import ArrayLike
 
 from .errors import InputError
 
 __all__ = ["crop_or_pad", "frequencies", "low_pass", "radius", "resize", "shift"]
 
-_WORKERS = 2
+#: Threads of every transform.
+WORKERS = os.cpu_count() or 1
 
 
-def frequencies(n):
+def frequencies(n: int) -> np.ndarray:
     """Integer frequencies of an axis, in the order of ``fft``: (n,) array, cycles per box."""
     return np.fft.fftfreq(n, 1 / n)
 
 
-def radius(shape, *, half=False):
+def radius(shape: Sequence[int], *, half: bool = False) -> np.ndarray:
     """Length of each frequency of a grid, cycles per box, in the order of ``fftn``.
 
     Parameters
@@ -35,7 +40,7 @@ def radius(shape, *, half=False):
     return np.sqrt(sum(a**2 for a in np.meshgrid(*axes, indexing="ij", sparse=True)))
 
 
-def crop_or_pad(array, shape):
+def crop_or_pad(array: ArrayLike, shape: Sequence[int]) -> np.ndarray:
     """Crop or zero-pad the last axes to ``shape``; index ``n // 2`` stays the origin."""
     array = np.asarray(array)
     lead = array.ndim - len(shape)
@@ -49,16 +54,16 @@ def crop_or_pad(array, shape):
     return out
 
 
-def _filter_real(array, ndim, gain):
+def _filter_real(array: np.ndarray, ndim: int, gain: np.ndarray) -> np.ndarray:
     axes = tuple(range(-ndim, 0))
     shape = array.shape[-ndim:]
-    spectrum = scipy.fft.rfftn(array, axes=axes, workers=_WORKERS)
+    spectrum = scipy.fft.rfftn(array, axes=axes, workers=WORKERS)
     spectrum *= gain
-    filtered = scipy.fft.irfftn(spectrum, s=shape, axes=axes, workers=_WORKERS)
+    filtered = scipy.fft.irfftn(spectrum, s=shape, axes=axes, workers=WORKERS)
     return np.ascontiguousarray(filtered, dtype=array.dtype)
 
 
-def low_pass(array, ndim, cutoff, *, edge=0.0):
+def low_pass(array: ArrayLike, ndim: int, cutoff: float, *, edge: float = 0.0) -> np.ndarray:
     """Keep the frequencies below ``cutoff`` cycles per box on the last ``ndim`` axes.
 
     Parameters
@@ -79,7 +84,7 @@ def low_pass(array, ndim, cutoff, *, edge=0.0):
     return _filter_real(array, ndim, gain.astype(array.dtype))
 
 
-def resize(array, size, ndim):
+def resize(array: ArrayLike, size: int, ndim: int) -> np.ndarray:
     """Resample the last ``ndim`` axes, all equal, to ``size`` samples over the same extent.
 
     Cropping keeps only the ball of frequencies below the new Nyquist, so that nothing wraps round
@@ -101,22 +106,22 @@ def resize(array, size, ndim):
     if any(m != n for m in shape):
         raise InputError(f"the last {ndim} axes must be equal to be resized, got {shape}")
     if size == n:
-        return array
+        return array.copy()
     axes = tuple(range(-ndim, 0))
     spectrum = scipy.fft.fftshift(
-        scipy.fft.fftn(scipy.fft.ifftshift(array, axes=axes), axes=axes, workers=_WORKERS),
+        scipy.fft.fftn(scipy.fft.ifftshift(array, axes=axes), axes=axes, workers=WORKERS),
         axes=axes,
     )
     spectrum = crop_or_pad(spectrum, (size,) * ndim)
     keep = np.fft.fftshift(radius((size,) * ndim)) < min(n, size) / 2
     spectrum *= keep.astype(spectrum.real.dtype) * spectrum.real.dtype.type((size / n) ** ndim)
     real = scipy.fft.ifftn(
-        scipy.fft.ifftshift(spectrum, axes=axes), axes=axes, workers=_WORKERS
+        scipy.fft.ifftshift(spectrum, axes=axes), axes=axes, workers=WORKERS
     ).real
     return np.ascontiguousarray(scipy.fft.fftshift(real, axes=axes), dtype=array.dtype)
 
 
-def shift(images, shifts_px):
+def shift(images: ArrayLike, shifts_px: ArrayLike) -> np.ndarray:
     """Move each image by a sub-pixel amount, as a phase ramp (periodic at the borders).
 
     Parameters

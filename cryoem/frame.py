@@ -15,6 +15,7 @@ reconstruction is garbage. Two ways to fix ``b`` from what a user has:
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
 from . import evaluation, rotations
@@ -52,17 +53,17 @@ class Frame:
     hand_known: bool
 
     @property
-    def certain(self):
+    def certain(self) -> bool:
         """Whether the verdict on inversion can be relied on."""
         return self.spread_rad < 0.7 * self.other_spread_rad
 
-    def apply(self, quaternions):
+    def apply(self, quaternions: ArrayLike) -> np.ndarray:
         """Bring recovered orientations, (n, 4), into the frame."""
         q = rotations.inverse(quaternions) if self.inverted else quaternions
         return rotations.multiply(rotations.multiply(self.left, q), self.right)
 
 
-def _fit(turns, mirrors, steps=20):
+def _fit(turns: np.ndarray, mirrors: np.ndarray, steps: int = 20) -> tuple[np.ndarray, float]:
     """Axes ``b^-1 z`` and ``b^-1 y`` of the copies' constant turns, robustly; (right, spread)."""
     turn_vectors = Rotation.from_quat(turns)
     mirror_matrices = Rotation.from_quat(mirrors).as_matrix()
@@ -91,7 +92,7 @@ def _fit(turns, mirrors, steps=20):
     return right.as_quat(), spread
 
 
-def from_copies(originals, turned, mirrored):
+def from_copies(originals: ArrayLike, turned: ArrayLike, mirrored: ArrayLike) -> Frame:
     """Fix the frame from in-plane-turned and mirrored copies, recovered with their originals.
 
     Parameters
@@ -125,7 +126,7 @@ def from_copies(originals, turned, mirrored):
     return Frame(one, right, bool(inverted), spread, verdicts[not inverted][1], hand_known=False)
 
 
-def from_references(recovered, known):
+def from_references(recovered: ArrayLike, known: ArrayLike) -> Frame:
     """Fix frame and hand from references of known orientation, recovered with the others.
 
     Parameters

@@ -5,9 +5,11 @@ Each is a function of arrays and a generator. Images are (n, size, size), ``[y, 
 
 import numpy as np
 import scipy.fft
+from numpy.typing import ArrayLike
 
 from . import fourier
 from .errors import InputError
+from .rotations import Seed
 
 __all__ = [
     "add_noise",
@@ -27,7 +29,9 @@ __all__ = [
 shift = fourier.shift
 
 
-def add_noise(images, seed, *, snr=None, variance=None):
+def add_noise(
+    images: ArrayLike, seed: Seed, *, snr: float | None = None, variance: float | None = None
+) -> np.ndarray:
     """Add white Gaussian noise.
 
     Parameters
@@ -49,32 +53,32 @@ def add_noise(images, seed, *, snr=None, variance=None):
     if snr is not None:
         if not snr > 0:
             raise InputError(f"snr must be positive, got {snr}")
-        variance = float(np.var(images)) / snr
-    if not variance >= 0:
+        variance = float(np.var(np.asarray(images))) / snr
+    if variance is None or not variance >= 0:
         raise InputError(f"variance must not be negative, got {variance}")
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal(np.shape(images), dtype=np.float32)
     return np.asarray(images, np.float32) + np.float32(np.sqrt(variance)) * noise
 
 
-def triangular_shifts(n, seed, max_px):
+def triangular_shifts(n: int, seed: Seed, max_px: float) -> np.ndarray:
     """Draw (n, 2) shifts in pixels from the paper's triangular law, nothing beyond ``max_px``."""
     if max_px == 0:
         return np.zeros((n, 2))
     return np.random.default_rng(seed).triangular(-max_px, 0, max_px, (n, 2))
 
 
-def downsample(images, box_px):
+def downsample(images: ArrayLike, box_px: int) -> np.ndarray:
     """Fourier-crop images to ``box_px`` pixels over the same extent, free of aliasing."""
     return fourier.resize(images, box_px, 2)
 
 
-def crop(images, box_px):
+def crop(images: ArrayLike, box_px: int) -> np.ndarray:
     """Cut the central ``box_px`` pixels out (or pad with zeros); the origin stays the origin."""
     return fourier.crop_or_pad(images, (box_px, box_px))
 
 
-def normalise(images, *, radius_px=None):
+def normalise(images: ArrayLike, *, radius_px: float | None = None) -> np.ndarray:
     """Bring each image to mean 0 and standard deviation 1.
 
     Parameters
@@ -98,16 +102,16 @@ def normalise(images, *, radius_px=None):
     return (images - mean) / np.where(deviation > 0, deviation, 1)
 
 
-def flip_contrast(images):
+def flip_contrast(images: ArrayLike) -> np.ndarray:
     """Turn black particles on white into white on black, or back."""
     return -np.asarray(images)
 
 
-def _indexed(images, y, x):
+def _indexed(images: ArrayLike, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.asarray(images)[:, y, x]
 
 
-def quarter_turn(images):
+def quarter_turn(images: ArrayLike) -> np.ndarray:
     """Turn images by +90 degrees in their plane about pixel ``n // 2``: orientation ``R Rz(pi/2)``.
 
     Exact: pixels are moved, not interpolated (at even boxes the outermost line wraps round).
@@ -118,7 +122,7 @@ def quarter_turn(images):
     return _indexed(images, (i[None, :] + size // 2) % size, (-i[:, None] + size // 2) % size)
 
 
-def mirror(images):
+def mirror(images: ArrayLike) -> np.ndarray:
     """Mirror images in x about pixel ``n // 2``, ``P(-x, y)``: orientation ``R Ry(pi)``."""
     size = np.shape(images)[-1]
     i = np.arange(size) - size // 2
@@ -129,25 +133,25 @@ def mirror(images):
 # Contrast transfer function
 
 
-def wavelength_angstrom(voltage_kv):
+def wavelength_angstrom(voltage_kv: ArrayLike) -> np.ndarray:
     """Electron wavelength in angstrom, relativistic."""
     volts = 1e3 * np.asarray(voltage_kv, dtype=np.float64)
     return 12.2643 / np.sqrt(volts + 0.97845e-6 * volts**2)
 
 
 def ctf(
-    box_px,
-    pixel_size_angstrom,
-    defocus_u_angstrom,
-    defocus_v_angstrom=None,
-    defocus_angle_degrees=0.0,
+    box_px: int,
+    pixel_size_angstrom: float,
+    defocus_u_angstrom: ArrayLike,
+    defocus_v_angstrom: ArrayLike | None = None,
+    defocus_angle_degrees: ArrayLike = 0.0,
     *,
-    voltage_kv=300.0,
-    spherical_aberration_mm=2.7,
-    amplitude_contrast=0.1,
-    phase_shift_degrees=0.0,
-    b_factor_angstrom2=0.0,
-):
+    voltage_kv: ArrayLike = 300.0,
+    spherical_aberration_mm: ArrayLike = 2.7,
+    amplitude_contrast: ArrayLike = 0.1,
+    phase_shift_degrees: ArrayLike = 0.0,
+    b_factor_angstrom2: ArrayLike = 0.0,
+) -> np.ndarray:
     """Contrast transfer function with RELION's signs, on the half grid of ``rfft2``.
 
     Parameters
@@ -174,7 +178,7 @@ def ctf(
     if defocus_v_angstrom is None:
         defocus_v_angstrom = defocus_u_angstrom
 
-    def per_image(value):
+    def per_image(value: ArrayLike) -> np.ndarray:
         return np.atleast_1d(np.asarray(value, dtype=np.float64))[:, None, None]
 
     du, dv, angle = map(per_image, (defocus_u_angstrom, defocus_v_angstrom, defocus_angle_degrees))
@@ -195,7 +199,7 @@ def ctf(
     return (-np.sin(phase) * np.exp(-per_image(b_factor_angstrom2) * k2 / 4)).astype(np.float32)
 
 
-def apply_ctf(images, ctf_values):
+def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> np.ndarray:
     """Multiply each image's transform by its CTF; (n, size, size // 2 + 1) or one for all."""
     images = np.asarray(images, np.float32)
     size = images.shape[-1]
@@ -204,5 +208,5 @@ def apply_ctf(images, ctf_values):
             f"the CTF of {size} px images must have shape (n, {size}, {size // 2 + 1}), "
             f"got {np.shape(ctf_values)}"
         )
-    spectra = scipy.fft.rfft2(images, workers=2) * ctf_values
-    return scipy.fft.irfft2(spectra, s=(size, size), workers=2)
+    spectra = scipy.fft.rfft2(images, workers=fourier.WORKERS) * ctf_values
+    return scipy.fft.irfft2(spectra, s=(size, size), workers=fourier.WORKERS)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
+from numpy.typing import ArrayLike
 from scipy import ndimage
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
@@ -45,11 +46,11 @@ class Fsc:
     values: np.ndarray
 
     @property
-    def mean(self):
+    def mean(self) -> float:
         """Mean over the shells up to Nyquist."""
         return float(self.values.mean())
 
-    def resolution(self, threshold):
+    def resolution(self, threshold: float) -> Resolution:
         """Resolution at the first crossing of ``threshold``, linearly interpolated."""
         below = np.flatnonzero(self.values < threshold)
         if len(below) == 0:
@@ -63,7 +64,7 @@ class Fsc:
         return Resolution(float(1 / (f0 + (v0 - threshold) / (v0 - v1) * (f1 - f0))), False)
 
 
-def fsc(a, b):
+def fsc(a: Density, b: Density) -> Fsc:
     """Fourier shell correlation, shell by shell of ``round(|k|)``.
 
     ``Re sum(F1* F2) / sqrt(sum |F1|^2 sum |F2|^2)`` (Harauz and van Heel, Optik 73 (1986)). No mask
@@ -83,7 +84,7 @@ def fsc(a, b):
             f"two maps must share box and voxel size, got {n} x {a.voxel_size_angstrom} A "
             f"and {b.box_px} x {b.voxel_size_angstrom} A"
         )
-    f1, f2 = (scipy.fft.rfftn(d.values, workers=2) for d in (a, b))
+    f1, f2 = (scipy.fft.rfftn(d.values, workers=fourier.WORKERS) for d in (a, b))
     shell = np.rint(fourier.radius((n,) * 3, half=True)).astype(int)
     # A half grid holds every other frequency twice; both halves give the same real part.
     weight = np.full(f1.shape, 2.0, np.float32)
@@ -91,7 +92,7 @@ def fsc(a, b):
     if n % 2 == 0:
         weight[..., -1] = 1
 
-    def total(x):
+    def total(x: np.ndarray) -> np.ndarray:
         return np.bincount(shell.ravel(), (weight * x).ravel())[1 : (n + 1) // 2]
 
     cross = total((np.conj(f1) * f2).real)
@@ -105,7 +106,7 @@ def fsc(a, b):
 # Moving maps
 
 
-def mirrored(density):
+def mirrored(density: Density) -> Density:
     """Mirror image ``V(-r)`` about the origin voxel."""
     values = density.values
     for axis in range(3):
@@ -115,7 +116,7 @@ def mirrored(density):
     return Density(values, density.voxel_size_angstrom)
 
 
-def _transform(values, k):
+def _transform(values: np.ndarray, k: np.ndarray) -> np.ndarray:
     """Transform of a cube at frequencies (m, 3), xyz, cycles per box; complex (m,)."""
     import finufft
 
@@ -128,14 +129,14 @@ def _transform(values, k):
 class _Spectrum:
     """A cube's transform, interpolated: coarse and quick, for searches only."""
 
-    def __init__(self, values):
+    def __init__(self, values: np.ndarray) -> None:
         self.n = values.shape[0]
         padded = fourier.crop_or_pad(values, (2 * self.n,) * 3)
-        f = scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(padded), workers=2))
+        f = scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(padded), workers=fourier.WORKERS))
         self._linear = [f.real.copy(), f.imag.copy()]
         self._cubic = [ndimage.spline_filter(part, output=np.float32) for part in self._linear]
 
-    def at(self, k, *, quick=False):
+    def at(self, k: np.ndarray, *, quick: bool = False) -> np.ndarray:
         """Transform at frequencies (..., 3), xyz, cycles per box."""
         at = np.moveaxis(2 * k[..., ::-1] + self.n, -1, 0)
         parts, order = (self._linear, 1) if quick else (self._cubic, 3)
@@ -145,14 +146,16 @@ class _Spectrum:
         return real + 1j * imaginary
 
 
-def _half_ball(n):
+def _half_ball(n: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Indices and (m, 3) frequencies, xyz, of a half grid within Nyquist."""
     inside = np.nonzero(fourier.radius((n,) * 3, half=True) < n / 2)
     f = fourier.frequencies(n)
     return inside, np.stack([inside[2].astype(float), f[inside[1]], f[inside[0]]], axis=1)
 
 
-def turned(density, quaternion, shift_angstrom=(0.0, 0.0, 0.0)):
+def turned(
+    density: Density, quaternion: ArrayLike, shift_angstrom: ArrayLike = (0.0, 0.0, 0.0)
+) -> Density:
     """Turn a density by ``A`` and then move it: ``V(A^-1 (r - t))``, in Fourier space.
 
     Parameters
@@ -172,7 +175,7 @@ def turned(density, quaternion, shift_angstrom=(0.0, 0.0, 0.0)):
     t = np.asarray(shift_angstrom, float) / (n * density.voxel_size_angstrom)
     spectrum = np.zeros((n, n, n // 2 + 1), np.complex64)
     spectrum[inside] = values * np.exp(-2j * np.pi * k @ t)
-    real = scipy.fft.fftshift(scipy.fft.irfftn(spectrum, s=(n,) * 3, workers=2))
+    real = scipy.fft.fftshift(scipy.fft.irfftn(spectrum, s=(n,) * 3, workers=fourier.WORKERS))
     return Density(real, density.voxel_size_angstrom)
 
 
@@ -201,7 +204,14 @@ class Registration:
     correlation: float
 
 
-def register(density, reference, *, allow_mirror=True, resolution_angstrom=15.0, seed=0):
+def register(
+    density: Density,
+    reference: Density,
+    *,
+    allow_mirror: bool = True,
+    resolution_angstrom: float = 15.0,
+    seed: int = 0,
+) -> Registration:
     """Lay a map onto a reference by rotation, shift and, where allowed, hand.
 
     A coarse search over all rotations at 30 A or so, then a local fit of the best few at
@@ -233,7 +243,7 @@ def register(density, reference, *, allow_mirror=True, resolution_angstrom=15.0,
         h: _Spectrum((mirrored(density) if h else density).resampled(small).values) for h in hands
     }
 
-    def band(cutoff_angstrom, count):
+    def band(cutoff_angstrom: float, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Random frequencies of a ball, and the reference's transform there, of unit norm."""
         k = rng.standard_normal((count, 3))
         k *= rng.random((count, 1)) ** (1 / 3) / np.linalg.norm(k, axis=1, keepdims=True)
@@ -252,11 +262,13 @@ def register(density, reference, *, allow_mirror=True, resolution_angstrom=15.0,
             candidates += [(s, hand, q) for s, q in zip(score, part, strict=True)]
     candidates.sort(key=lambda c: -c[0])
 
-    def fit(hand, q, cutoff, count, start):
+    def fit(
+        hand: bool, q: np.ndarray, cutoff: float, count: int, start: np.ndarray
+    ) -> tuple[float, bool, np.ndarray, np.ndarray]:
         k, wanted = band(cutoff, count)
         source = sources[hand]
 
-        def loss(p):
+        def loss(p: np.ndarray) -> float:
             spin = Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(q)
             f = source.at(spin.inv().apply(k)) * np.exp(-2j * np.pi * k @ p[3:] / extent)
             return -float((f @ wanted.conj()).real / np.linalg.norm(f))

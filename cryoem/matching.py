@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import rotations
+from .density import Density
 from .projection import project
+from .simulation import Preprocessing
 
 __all__ = ["Match", "match"]
 
@@ -25,7 +27,9 @@ class Match:
     scores: np.ndarray
 
 
-def match(images, density, preprocessing, *, references=21_600):
+def match(
+    images: np.ndarray, density: Density, preprocessing: Preprocessing, *, references: int = 21_600
+) -> Match:
     """Give each image the orientation of the reference projection that it correlates with best.
 
     Parameters

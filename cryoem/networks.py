@@ -1,5 +1,8 @@
 """The encoders: Keras 3 on any backend, images in, features out."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import layers
 
@@ -8,7 +11,9 @@ from .errors import InputError
 __all__ = ["ARCHITECTURES", "build"]
 
 
-def paper(image, feature_dim, dtype):
+def paper(
+    image: keras.KerasTensor, feature_dim: int, dtype: keras.DTypePolicy
+) -> keras.KerasTensor:
     """Seven times convolution, ReLU and 2 x 2 max-pooling; 4,551,936 weights at 512 features.
 
     Banjac et al., arXiv 2104.06237, figure 3. ``feature_dim`` other than 512 adds a linear layer.
@@ -21,14 +26,18 @@ def paper(image, feature_dim, dtype):
     return x if feature_dim == 512 else layers.Dense(feature_dim, dtype="float32")(x)
 
 
-def resnet(image, feature_dim, dtype):
+def resnet(
+    image: keras.KerasTensor, feature_dim: int, dtype: keras.DTypePolicy
+) -> keras.KerasTensor:
     """A residual network that keeps where things are: the last map is flattened, not averaged.
 
     No batch normalisation: branches start at zero instead, so that a feature never depends on the
     other images of its batch, and half precision stays fast on CPUs.
     """
 
-    def convolve(x, filters, kernel=3, strides=1, **options):
+    def convolve(
+        x: keras.KerasTensor, filters: int, kernel: int = 3, strides: int = 1, **options: Any
+    ) -> keras.KerasTensor:
         return layers.Conv2D(filters, kernel, strides, padding="same", dtype=dtype, **options)(x)
 
     x = convolve(image, 32, kernel=5, strides=2, activation="relu")
@@ -46,10 +55,19 @@ def resnet(image, feature_dim, dtype):
 
 
 #: The named choices of :func:`build`.
-ARCHITECTURES = {"resnet": resnet, "paper": paper}
+ARCHITECTURES: dict[
+    str, Callable[[keras.KerasTensor, int, keras.DTypePolicy], keras.KerasTensor]
+] = {"resnet": resnet, "paper": paper}
 
 
-def build(architecture, crop_px, feature_dim, *, normalise, precision="float32"):
+def build(
+    architecture: str,
+    crop_px: int,
+    feature_dim: int,
+    *,
+    normalise: bool,
+    precision: str = "float32",
+) -> keras.Model:
     """Build an encoder.
 
     Parameters

@@ -1,11 +1,19 @@
 """From images to orientations with a trained estimator, in a frame that a map can use."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import distances, frame, imaging, projection, recovery, rotations
+from .density import Density
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .estimator import Estimator
 
 __all__ = ["Orientations", "orient", "orient_by_references"]
 
@@ -32,7 +40,9 @@ class Orientations:
     features: np.ndarray
 
 
-def orient(estimator, images, *, copies=200, anchors=256, seed=0):
+def orient(
+    estimator: Estimator, images: ArrayLike, *, copies: int = 200, anchors: int = 256, seed: int = 0
+) -> Orientations:
     """Orient images against each other: no density, no truth.
 
     In-plane-turned and mirrored copies of some images are embedded with the images; all are
@@ -81,7 +91,9 @@ def orient(estimator, images, *, copies=200, anchors=256, seed=0):
     return Orientations(fixed.apply(q[:n]), found.residuals_rad[:n], fixed, features[:n])
 
 
-def orient_by_references(estimator, images, density, *, references=2000):
+def orient_by_references(
+    estimator: Estimator, images: np.ndarray, density: Density, *, references: int = 2000
+) -> Orientations:
     """Orient images against projections of a known density: frame and hand are the density's.
 
     Parameters

@@ -4,14 +4,29 @@ The same colour means the same thing everywhere: what is true, what is estimated
 what chance gives.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import rotations
+
+if TYPE_CHECKING:
+    import ipyvolume
+    from matplotlib.axes import Axes
+    from mpl_toolkits.mplot3d import Axes3D
+
+    from .density import Density
+    from .maps import Fsc
 
 __all__ = [
     "COLOURS",
     "coverage",
     "curve",
+    "density3d",
     "distance_histogram",
     "error_histogram",
     "fsc",
@@ -25,7 +40,7 @@ __all__ = [
 COLOURS = {"true": "#1b1b1b", "estimated": "#0072b2", "baseline": "#d55e00", "random": "#999999"}
 
 
-def _axes(ax, **options):
+def _axes(ax: Axes | None, **options: Any) -> Axes:
     if ax is None:
         import matplotlib.pyplot as plt
 
@@ -33,7 +48,14 @@ def _axes(ax, **options):
     return ax
 
 
-def _montage(tiles, columns):
+def _outline(width: float) -> list[Any]:
+    """A dark rim that keeps white marks readable on any image."""
+    from matplotlib import patheffects
+
+    return [patheffects.withStroke(linewidth=width, foreground="black")]
+
+
+def _montage(tiles: np.ndarray, columns: int) -> np.ndarray:
     rows = -(-len(tiles) // columns)
     height, width = tiles.shape[1:]
     sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
@@ -43,7 +65,14 @@ def _montage(tiles, columns):
     return sheet
 
 
-def images(stack, *, columns=6, pixel_size_angstrom=None, title=None, ax=None):
+def images(
+    stack: ArrayLike,
+    *,
+    columns: int = 6,
+    pixel_size_angstrom: float | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Show images side by side, on one grey scale.
 
     Parameters
@@ -65,15 +94,29 @@ def images(stack, *, columns=6, pixel_size_angstrom=None, title=None, ax=None):
         size = stack.shape[1]
         length = max(10, round(size * pixel_size_angstrom / 3 / 50) * 50)
         y, x = size * 0.93, size * 0.06
-        ax.plot([x, x + length / pixel_size_angstrom], [y, y], color="white", lw=2.5)
-        ax.text(x, y - size * 0.04, f"{length} Å", color="white", fontsize=8, va="bottom")
+        ax.plot(
+            [x, x + length / pixel_size_angstrom],
+            [y, y],
+            color="white",
+            lw=2.5,
+            path_effects=_outline(4.5),
+        )
+        ax.text(
+            x,
+            y - size * 0.04,
+            f"{length} Å",
+            color="white",
+            fontsize=8,
+            va="bottom",
+            path_effects=_outline(2),
+        )
     ax.set_axis_off()
     if title:
         ax.set_title(title)
     return ax
 
 
-def slices(density, *, title=None, ax=None):
+def slices(density: Density, *, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Central slices of a density: xy, xz and yz."""
     v = density.values
     z, y, x = (n // 2 for n in v.shape)
@@ -91,26 +134,42 @@ def slices(density, *, title=None, ax=None):
     return ax
 
 
-def coverage(quaternions, *, title=None, ax=None, bins=(24, 48)):
+def coverage(
+    quaternions: ArrayLike,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+    bins: tuple[int, int] | None = None,
+) -> Axes:
     """Viewing directions on a Mollweide map, relative to uniform.
 
     Parameters
     ----------
     quaternions : (n, 4) array
-    bins : (rows, columns)
-        Rows are equal in the cosine of the tilt, so that all cells have one area.
+    bins : (rows, columns), optional
+        Rows are equal in the cosine of the tilt, so that all cells have one area. Default: about
+        eight views a cell where they are uniform, 24 rows at most.
     ax : Axes with the Mollweide projection, optional
     """
     ax = _axes(ax, figsize=(5.5, 3.2), subplot_kw={"projection": "mollweide"})
     direction = rotations.view_directions(quaternions)
     longitude = np.arctan2(direction[:, 1], direction[:, 0])
+    if bins is None:
+        rows = int(np.clip(np.sqrt(len(direction) / 16), 4, 24))
+        bins = rows, 2 * rows
     rows, columns = bins
     sine = np.linspace(-1, 1, rows + 1)
     east = np.linspace(-np.pi, np.pi, columns + 1)
     counts, _, _ = np.histogram2d(direction[:, 2], longitude, bins=[sine, east])
     relative = counts / (len(direction) / counts.size)
     mesh = ax.pcolormesh(
-        east, np.arcsin(sine), relative, cmap="viridis", vmin=0, vmax=max(2, relative.max())
+        np.linspace(-np.pi, np.pi, 8 * columns + 1),  # fine, as the map bends every edge
+        np.arcsin(np.linspace(-1, 1, 8 * rows + 1)),
+        np.kron(relative, np.ones((8, 8))),
+        cmap="viridis",
+        vmin=0,
+        vmax=max(2, relative.max()),
+        rasterized=True,
     )
     bar = ax.figure.colorbar(mesh, ax=ax, shrink=0.7)
     bar.set_label("density / uniform")
@@ -122,12 +181,25 @@ def coverage(quaternions, *, title=None, ax=None, bins=(24, 48)):
     return ax
 
 
-def distance_histogram(distances, *, label=None, colour=COLOURS["true"], uniform=True, ax=None):
+def distance_histogram(
+    distances: ArrayLike,
+    *,
+    label: str | None = None,
+    colour: str = COLOURS["true"],
+    uniform: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
     """Histogram of orientation distances, with the law of uniform orientations beside it."""
     ax = _axes(ax, figsize=(5, 3.2))
     edges = np.linspace(0, np.pi, 61)
     ax.hist(
-        distances, edges, density=True, histtype="stepfilled", alpha=0.35, color=colour, label=label
+        distances,
+        edges.tolist(),
+        density=True,
+        histtype="stepfilled",
+        alpha=0.35,
+        color=colour,
+        label=label,
     )
     if uniform and not any(line.get_gid() == "uniform" for line in ax.lines):
         law = (1 - np.cos(edges)) / np.pi
@@ -139,7 +211,14 @@ def distance_histogram(distances, *, label=None, colour=COLOURS["true"], uniform
     return ax
 
 
-def predicted_against_true(estimated, true, *, unit="rad", title=None, ax=None):
+def predicted_against_true(
+    estimated: ArrayLike,
+    true: ArrayLike,
+    *,
+    unit: str = "rad",
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Estimated against true distances of pairs, as a density, with the median and the diagonal."""
     estimated, true = np.asarray(estimated), np.asarray(true)
     ax = _axes(ax, figsize=(4.2, 3.8))
@@ -160,8 +239,16 @@ def predicted_against_true(estimated, true, *, unit="rad", title=None, ax=None):
 
 
 def curve(
-    values, *, x=None, xlabel="step", ylabel="loss (rad²)", label=None, log=True, ax=None, **style
-):
+    values: Sequence[float] | np.ndarray,
+    *,
+    x: ArrayLike | None = None,
+    xlabel: str = "step",
+    ylabel: str = "loss (rad²)",
+    label: str | None = None,
+    log: bool = True,
+    ax: Axes | None = None,
+    **style: Any,
+) -> Axes:
     """Draw a curve of training or recovery."""
     ax = _axes(ax, figsize=(5, 3.2))
     x = np.arange(1, len(values) + 1) if x is None else x
@@ -175,7 +262,14 @@ def curve(
     return ax
 
 
-def error_histogram(errors_rad, *, label=None, colour=COLOURS["estimated"], bins=50, ax=None):
+def error_histogram(
+    errors_rad: ArrayLike,
+    *,
+    label: str | None = None,
+    colour: str = COLOURS["estimated"],
+    bins: int = 50,
+    ax: Axes | None = None,
+) -> Axes:
     """Histogram of orientation errors in degrees, with their mean."""
     ax = _axes(ax, figsize=(5, 3.2))
     degrees = np.rad2deg(errors_rad)
@@ -186,7 +280,7 @@ def error_histogram(errors_rad, *, label=None, colour=COLOURS["estimated"], bins
     return ax
 
 
-def fsc(curves, *, ax=None):
+def fsc(curves: Mapping[str, Fsc], *, ax: Axes | None = None) -> Axes:
     """Fourier shell correlations.
 
     Parameters
@@ -216,7 +310,9 @@ def fsc(curves, *, ax=None):
 # Interactive 3D, with a static picture beside it
 
 
-def isosurface3d(density, *, level=None, ax=None):
+def isosurface3d(
+    density: Density, *, level: float | None = None, ax: Axes | None = None
+) -> tuple[ipyvolume.Figure, Axes]:
     """Draw an isosurface: an ipyvolume figure, and the same seen along z, y and x as a picture.
 
     Parameters
@@ -253,20 +349,45 @@ def isosurface3d(density, *, level=None, ax=None):
     fine = fourier.resize(v, 3 * len(v), 3)
     views = np.stack([_shaded(fine, level, axis) for axis in range(3)])
     ax = images(views, columns=3, pixel_size_angstrom=density.voxel_size_angstrom / 3, ax=ax)
-    for i, name in enumerate("zyx"):
-        ax.text(
-            (i + 0.5) / 3,
-            -0.02,
-            f"along {name}",
-            transform=ax.transAxes,
-            ha="center",
-            va="top",
-            fontsize=9,
-        )
+    _name_views(ax)
     return figure, ax
 
 
-def _shaded(values, level, axis):
+def density3d(density: Density, *, ax: Axes | None = None) -> tuple[Any, Axes]:
+    """Draw a density as a translucent volume: an ipyvolume figure, and its projections.
+
+    Parameters
+    ----------
+    density : Density
+    ax : matplotlib.axes.Axes, optional
+        For the static picture.
+
+    Returns
+    -------
+    figure : ipyvolume.Figure
+    ax : matplotlib.axes.Axes
+        The static picture: the density summed along z, y and x.
+    """
+    import ipyvolume as ipv
+
+    v = density.values
+    figure = ipv.figure(width=420, height=420)
+    with np.errstate(invalid="ignore"):  # it divides by the gradient, which is zero outside
+        ipv.volshow(v, level=[0.1, 0.4, 0.8], opacity=[0.02, 0.06, 0.1], controls=False)
+    ipv.style.use("minimal")
+    sums = np.stack([v.sum(axis=axis) for axis in range(3)])
+    ax = images(sums, columns=3, pixel_size_angstrom=density.voxel_size_angstrom, ax=ax)
+    _name_views(ax)
+    return figure, ax
+
+
+def _name_views(ax: Axes) -> None:
+    for i, name in enumerate("zyx"):
+        at = (i + 0.5) / 3, -0.02
+        ax.text(*at, f"along {name}", transform=ax.transAxes, ha="center", va="top", fontsize=9)
+
+
+def _shaded(values: np.ndarray, level: float, axis: int) -> np.ndarray:
     """Depth and slope of the first surface met along an axis, as a grey image."""
     v = np.moveaxis(values, axis, 0)
     solid = v > level
@@ -282,7 +403,9 @@ def _shaded(values, level, axis):
     return np.where(hit, shade * (1 - 0.4 * depth / len(v)), 0)
 
 
-def orientations3d(frames, *, reference=None, ax=None):
+def orientations3d(
+    frames: Sequence[np.ndarray], *, reference: np.ndarray | None = None, ax: Axes3D | None = None
+) -> tuple[ipyvolume.Figure, Axes3D]:
     """Draw orientations as points on the sphere of viewing directions.
 
     Parameters
@@ -301,7 +424,7 @@ def orientations3d(frames, *, reference=None, ax=None):
         The static picture of the last frame.
     """
     import ipyvolume as ipv
-    import matplotlib
+    import matplotlib.pyplot as plt
 
     points = np.stack([rotations.view_directions(q) for q in frames])  # (frames, n, 3)
     colours = _colours(frames[-1] if reference is None else reference)
@@ -315,13 +438,13 @@ def orientations3d(frames, *, reference=None, ax=None):
     if len(frames) > 1:
         ipv.animation_control(scatter, interval=150, add=False)
     if ax is None:
-        ax = matplotlib.pyplot.figure(figsize=(4, 4)).add_subplot(projection="3d")
+        ax = plt.figure(figsize=(4, 4)).add_subplot(projection="3d")
     ax.scatter(*points[-1].T, c=colours, s=6, depthshade=False)
     ax.set_box_aspect((1, 1, 1))
     ax.set_axis_off()
     return figure, ax
 
 
-def _colours(q):
+def _colours(q: ArrayLike) -> np.ndarray:
     """Colours by viewing direction: (n, 3), in [0, 1]."""
     return 0.5 + 0.5 * rotations.view_directions(q)

@@ -5,8 +5,12 @@ slice ``R (kx, ky, 0)`` of the density's transform. The slice is evaluated by a 
 FFT (finufft) on the disc below Nyquist, and its adjoint by a type-1.
 """
 
+from types import ModuleType
+from typing import Any, Literal
+
 import numpy as np
 import scipy.fft
+from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
 from . import fourier, rotations
@@ -33,7 +37,7 @@ class Slices:
         2 where the frequency stands for its conjugate too, else 1.
     """
 
-    def __init__(self, box_px):
+    def __init__(self, box_px: int) -> None:
         self.box_px = box_px
         inside = fourier.radius((box_px, box_px), half=True) < box_px / 2
         self.index: tuple[np.ndarray, np.ndarray] = np.nonzero(inside)  # type: ignore[assignment]
@@ -41,30 +45,30 @@ class Slices:
         self.frequencies = np.stack([kx, ky], axis=1)
         self.weights = np.where(kx > 0, 2.0, 1.0).astype(np.float32)
 
-    def points(self, quaternions, density_box_px):
+    def points(self, quaternions: ArrayLike, density_box_px: int) -> list[np.ndarray]:
         """Where slices lie in the density's transform: float32 arrays z, y, x in radians."""
         matrices = Rotation.from_quat(quaternions).as_matrix()
         k = np.einsum("nij,kj->ink", matrices[:, :, :2], self.frequencies)
         k *= 2 * np.pi / density_box_px
         return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
 
-    def to_images(self, coefficients):
+    def to_images(self, coefficients: np.ndarray) -> np.ndarray:
         """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
         m = self.box_px
         spectra = np.zeros((len(coefficients), m, m // 2 + 1), np.complex64)
         ky, kx = self.index
         spectra[:, ky, kx] = coefficients
-        images = scipy.fft.irfft2(spectra, s=(m, m), workers=2)
+        images = scipy.fft.irfft2(spectra, s=(m, m), workers=fourier.WORKERS)
         return scipy.fft.fftshift(images, axes=(1, 2))
 
-    def from_images(self, images):
+    def from_images(self, images: ArrayLike) -> np.ndarray:
         """Turn (n, box, box) images into (n, k) slice coefficients."""
         images = np.asarray(images, dtype=np.float32)
-        spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=2)
+        spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=fourier.WORKERS)
         ky, kx = self.index
         return spectra[:, ky, kx]
 
-    def chunks(self, n):
+    def chunks(self, n: int) -> list[slice]:
         """Ranges of images whose slices fit into memory together."""
         step = max(1, _POINTS_AT_ONCE // len(self.weights))
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
@@ -81,7 +85,7 @@ class Projector:
         images, free of aliasing. Default: the density's box.
     """
 
-    def __init__(self, density, box_px=None):
+    def __init__(self, density: Density, box_px: int | None = None) -> None:
         full = density.box_px
         box_px = full if box_px is None else box_px
         if not 2 <= box_px <= full:
@@ -94,7 +98,7 @@ class Projector:
         self._volume = np.ascontiguousarray(density.resampled(grid).values, dtype=np.complex64)
         self._scale = np.float32(full * box_px**2 / grid**3)
 
-    def project(self, quaternions):
+    def project(self, quaternions: ArrayLike) -> np.ndarray:
         """Project at each orientation.
 
         Parameters
@@ -118,7 +122,13 @@ class Projector:
         return images
 
 
-def project(density, quaternions, *, box_px=None, backend="nufft"):
+def project(
+    density: Density,
+    quaternions: ArrayLike,
+    *,
+    box_px: int | None = None,
+    backend: Literal["nufft", "astra"] = "nufft",
+) -> np.ndarray:
     """Project a density at many orientations: ``P(x, y) = integral of V(R (x, y, z)) dz``.
 
     Parameters
@@ -150,7 +160,13 @@ def project(density, quaternions, *, box_px=None, backend="nufft"):
     raise InputError(f"backend must be 'nufft' or 'astra', got {backend!r}")
 
 
-def backproject(images, quaternions, *, backend="nufft", voxel_size_angstrom=1.0):
+def backproject(
+    images: ArrayLike,
+    quaternions: ArrayLike,
+    *,
+    backend: Literal["nufft", "astra"] = "nufft",
+    voxel_size_angstrom: float = 1.0,
+) -> Density:
     """Smear images back into a density: the adjoint of :func:`project` at equal boxes.
 
     Parameters
@@ -181,7 +197,14 @@ def backproject(images, quaternions, *, backend="nufft", voxel_size_angstrom=1.0
     return Density(total, voxel_size_angstrom)
 
 
-def smear(slices, coefficients, quaternions, density_box_px, *, modes=None):
+def smear(
+    slices: Slices,
+    coefficients: ArrayLike,
+    quaternions: ArrayLike,
+    density_box_px: int,
+    *,
+    modes: int | None = None,
+) -> np.ndarray:
     """Type-1 NUFFT of (n, k) slice coefficients: a real (modes, modes, modes) float32 array.
 
     ``modes`` is the number of voxels that come out on an edge, by default the density's box.
@@ -198,7 +221,7 @@ def smear(slices, coefficients, quaternions, density_box_px, *, modes=None):
     ).real
 
 
-def check_images(images, name="images"):
+def check_images(images: ArrayLike, name: str = "images") -> np.ndarray:
     """Return images as an (n, size, size) float32 array, or say what is wrong with them."""
     images = np.asarray(images, dtype=np.float32)
     if images.ndim != 3 or images.shape[1] != images.shape[2]:
@@ -213,7 +236,7 @@ def check_images(images, name="images"):
 # ASTRA
 
 
-def _astra():
+def _astra() -> ModuleType:
     """Import ASTRA with CUDA, or raise: without CUDA its 3D calls end the whole process."""
     try:
         import astra
@@ -228,7 +251,7 @@ def _astra():
     return astra
 
 
-def astra_vectors(quaternions, box_px):
+def astra_vectors(quaternions: ArrayLike, box_px: int) -> np.ndarray:
     """ASTRA's ``parallel3d_vec`` geometry of this package's convention: an (n, 12) array.
 
     Rows are the ray direction, the detector's centre and the steps to the next column and the next
@@ -240,7 +263,7 @@ def astra_vectors(quaternions, box_px):
     return np.concatenate([z, centre, x, y], axis=1)
 
 
-def _astra_geometries(astra, quaternions, box_px):
+def _astra_geometries(astra: ModuleType, quaternions: ArrayLike, box_px: int) -> tuple[Any, Any]:
     return (
         astra.create_proj_geom(
             "parallel3d_vec", box_px, box_px, astra_vectors(quaternions, box_px)
@@ -249,7 +272,7 @@ def _astra_geometries(astra, quaternions, box_px):
     )
 
 
-def _astra_project(density, q):
+def _astra_project(density: Density, q: np.ndarray) -> np.ndarray:
     astra = _astra()
     projections, volume = _astra_geometries(astra, q, density.box_px)
     handle, sinogram = astra.create_sino3d_gpu(density.values, projections, volume)
@@ -257,7 +280,7 @@ def _astra_project(density, q):
     return np.ascontiguousarray(sinogram.transpose(1, 0, 2))  # from [row, image, column]
 
 
-def _astra_backproject(images, q):
+def _astra_backproject(images: np.ndarray, q: np.ndarray) -> np.ndarray:
     astra = _astra()
     projections, volume = _astra_geometries(astra, q, images.shape[1])
     sinogram = np.ascontiguousarray(images.transpose(1, 0, 2))
@@ -266,7 +289,7 @@ def _astra_backproject(images, q):
     return values
 
 
-def astra_cgls(images, quaternions, iterations):
+def astra_cgls(images: np.ndarray, quaternions: ArrayLike, iterations: int) -> np.ndarray:
     """ASTRA's CGLS: a (size, size, size) array; see :mod:`cryoem.reconstruction`."""
     astra = _astra()
     projections, volume = _astra_geometries(astra, quaternions, images.shape[1])

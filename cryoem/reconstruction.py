@@ -7,8 +7,9 @@ grid of twice the edge, after which an iteration costs two FFTs whatever the num
 
 import numpy as np
 import scipy.fft
+from numpy.typing import ArrayLike
 
-from . import projection, rotations
+from . import fourier, projection, rotations
 from .density import Density
 from .errors import InputError
 
@@ -16,16 +17,16 @@ __all__ = ["reconstruct", "reconstruct_astra"]
 
 
 def reconstruct(
-    images,
-    quaternions,
+    images: ArrayLike,
+    quaternions: ArrayLike,
     *,
-    voxel_size_angstrom,
-    shifts_px=None,
-    ctf=None,
-    iterations=30,
-    ridge=1e-4,
-    progress=False,
-):
+    voxel_size_angstrom: float,
+    shifts_px: ArrayLike | None = None,
+    ctf: ArrayLike | None = None,
+    iterations: int = 30,
+    ridge: float = 1e-4,
+    progress: bool = False,
+) -> Density:
     """Reconstruct a density by least squares.
 
     Parameters
@@ -75,15 +76,17 @@ def reconstruct(
             squared = gain
         right += projection.smear(slices, y * gain, q[part], size)
         kernel += projection.smear(slices, squared, q[part], size, modes=2 * size)
-    spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=2).real.copy()
+    spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=fourier.WORKERS).real.copy()
     del kernel
 
-    def normal(v):
+    def normal(v: np.ndarray) -> np.ndarray:
         padded = np.zeros((2 * size,) * 3, np.float32)
         padded[:size, :size, :size] = v
-        transformed = scipy.fft.rfftn(padded, workers=2, overwrite_x=True)
+        transformed = scipy.fft.rfftn(padded, workers=fourier.WORKERS, overwrite_x=True)
         transformed *= spectrum
-        back = scipy.fft.irfftn(transformed, s=padded.shape, workers=2, overwrite_x=True)
+        back = scipy.fft.irfftn(
+            transformed, s=padded.shape, workers=fourier.WORKERS, overwrite_x=True
+        )
         return back[:size, :size, :size] + damping * v
 
     # A plane wave of frequency k is seen by n / (2 |k|) images, each of which gives `size` to the
@@ -106,7 +109,9 @@ def reconstruct(
     return Density(v, voxel_size_angstrom)
 
 
-def reconstruct_astra(images, quaternions, *, voxel_size_angstrom, iterations=30):
+def reconstruct_astra(
+    images: ArrayLike, quaternions: ArrayLike, *, voxel_size_angstrom: float, iterations: int = 30
+) -> Density:
     """Reconstruct by ASTRA's CGLS on CUDA (no CTF, no shifts).
 
     Raises

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
+from numpy.typing import ArrayLike
 
 from . import rotations
 from .errors import InputError
+from .rotations import Seed
 
 __all__ = [
     "Recovery",
@@ -56,7 +58,9 @@ class Recovery:
     landmarks: np.ndarray
 
 
-def check_pairs(pairs, distances, n=None):
+def check_pairs(
+    pairs: ArrayLike, distances: ArrayLike, n: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Check pairs and their distances; return (pairs, distances, n).
 
     Parameters
@@ -96,12 +100,12 @@ def check_pairs(pairs, distances, n=None):
     return pairs, distances, n
 
 
-def pair_loss(quaternions, pairs, distances):
+def pair_loss(quaternions: np.ndarray, pairs: ArrayLike, distances: np.ndarray) -> float:
     """``L_OR`` over the pairs, radians squared."""
     return float(np.mean((rotations.pair_distances(quaternions, pairs) - distances) ** 2))
 
 
-def error_floor(n, sd):
+def error_floor(n: int, sd: float) -> float:
     """Mean error over O(4) that nobody beats: every other orientation known, ``n`` noisy distances.
 
     Each distance of standard deviation ``sd`` measures one direction of a rotation vector; ``n`` of
@@ -124,25 +128,27 @@ def error_floor(n, sd):
 # Lateration
 
 
-def _vectors(q):
+def _vectors(q: np.ndarray) -> np.ndarray:
     """``v(q)``, scaled so that ``<v(q), v(p)> = <q, p>^2``: (..., 10)."""
     return (q[..., :, None] * q[..., None, :])[..., _ROWS, _COLUMNS] * _PACK
 
 
-def _top(v):
+def _top(v: np.ndarray) -> np.ndarray:
     """Unit quaternions nearest to estimates of ``v(q)``: top eigenvectors, (..., 4)."""
     m = np.empty((*v.shape[:-1], 4, 4))
     m[..., _ROWS, _COLUMNS] = m[..., _COLUMNS, _ROWS] = v / _PACK
     return np.linalg.eigh(m)[1][..., -1]
 
 
-def _solve(normal, right):
+def _solve(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Least squares from normal equations (..., 10, 10) and (..., 10), with a whiff of ridge."""
     ridge = 1e-9 * np.trace(normal, axis1=-2, axis2=-1)[..., None, None] + 1e-30
     return np.linalg.solve(normal + ridge * np.eye(10), right[..., None])[..., 0]
 
 
-def laterate(distances, landmarks, *, weights=None):
+def laterate(
+    distances: ArrayLike, landmarks: ArrayLike, *, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Place particles against landmarks of known orientation, in closed form.
 
     Parameters
@@ -160,15 +166,20 @@ def laterate(distances, landmarks, *, weights=None):
         Each row depends on its own distances alone.
     """
     landmarks = rotations.check(landmarks, "landmarks")
-    distances = np.asarray(distances, dtype=np.float64)
-    if distances.ndim != 2 or distances.shape[1] != len(landmarks):
+    d = np.asarray(distances, dtype=np.float64)
+    if d.ndim != 2 or d.shape[1] != len(landmarks):
         raise InputError(
-            f"distances must have shape (n, {len(landmarks)}), one column a landmark, "
-            f"got {distances.shape}"
+            f"distances must have shape (n, {len(landmarks)}), one column a landmark, got {d.shape}"
+        )
+    unknown = ~np.isfinite(d) & (True if weights is None else np.asarray(weights) > 0)
+    if unknown.any():
+        raise InputError(
+            f"distances must be finite: row {np.argwhere(unknown)[0, 0]} has one that is not; "
+            "weight 0 marks an unknown distance"
         )
     if len(landmarks) < ENOUGH:
         raise InputError(f"lateration needs at least {ENOUGH} landmarks, got {len(landmarks)}")
-    s = np.cos(distances / 2) ** 2
+    s = np.cos(np.nan_to_num(d) / 2) ** 2
     vectors = _vectors(landmarks)
     if weights is None:
         return _top(s @ np.linalg.pinv(vectors).T)
@@ -180,7 +191,7 @@ def laterate(distances, landmarks, *, weights=None):
 class _Graph:
     """The pairs as sparse matrices, for one step of lateration of everyone at once."""
 
-    def __init__(self, pairs, distances, n):
+    def __init__(self, pairs: np.ndarray, distances: np.ndarray, n: int) -> None:
         i, j = pairs.T
         s = np.cos(distances / 2) ** 2
         both, other = np.concatenate([i, j]), np.concatenate([j, i])
@@ -189,7 +200,7 @@ class _Graph:
         self.s = scipy.sparse.csr_array((np.concatenate([s, s]), (both, other)), shape)
         self.upper = np.triu_indices(10)
 
-    def step(self, q, members, rows):
+    def step(self, q: np.ndarray, members: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Laterate ``rows`` against those ``members`` that they have a distance to."""
         vectors = _vectors(q[members])
         packed = vectors[:, self.upper[0]] * vectors[:, self.upper[1]]
@@ -199,14 +210,21 @@ class _Graph:
         normal[:, self.upper[0], self.upper[1]] = normal[:, self.upper[1], self.upper[0]] = summed
         return _top(_solve(normal, self.s[rows][:, members] @ vectors))
 
-    def neighbours(self, members):
+    def neighbours(self, members: np.ndarray) -> np.ndarray:
         """How many members each item has a distance to: (n,)."""
         chosen = np.zeros(self.known.shape[0])
         chosen[members] = 1
         return self.known @ chosen
 
 
-def solve_landmarks(distances, seed, *, known=None, starts=64, sweeps=100):
+def solve_landmarks(
+    distances: np.ndarray,
+    seed: Seed,
+    *,
+    known: np.ndarray | None = None,
+    starts: int = 64,
+    sweeps: int = 100,
+) -> tuple[np.ndarray, float]:
     """Orient a small set jointly, from many random starts; the lowest loss wins.
 
     Each sweep laterates every member against all the others at once. About one random start in
@@ -233,7 +251,7 @@ def solve_landmarks(distances, seed, *, known=None, starts=64, sweeps=100):
     q = np.random.default_rng(seed).standard_normal((starts, m, 4))
     q /= np.linalg.norm(q, axis=-1, keepdims=True)
 
-    def losses(q):
+    def losses(q: np.ndarray) -> np.ndarray:
         cosine = np.abs(q @ np.swapaxes(q, -1, -2))
         off = 2 * np.arccos(np.minimum(cosine, 1)) - distances
         return np.sum(w * off**2, axis=(-1, -2)) / w.sum()
@@ -254,7 +272,7 @@ def solve_landmarks(distances, seed, *, known=None, starts=64, sweeps=100):
 # Everyone
 
 
-def _gauss_newton(q, pairs, distances):
+def _gauss_newton(q: np.ndarray, pairs: np.ndarray, distances: np.ndarray) -> np.ndarray:
     """One Gauss-Newton step on ``L_OR``: every particle against the others as they stand."""
     i, j = pairs.T
     n = len(q)
@@ -279,16 +297,16 @@ def _gauss_newton(q, pairs, distances):
 
 
 def recover(
-    pairs,
-    distances,
-    n=None,
+    pairs: ArrayLike,
+    distances: ArrayLike,
+    n: int | None = None,
     *,
-    seed=0,
-    landmarks=80,
-    starts=64,
-    sweeps=2,
-    polish=3,
-):
+    seed: int = 0,
+    landmarks: int = 80,
+    starts: int = 64,
+    sweeps: int = 2,
+    polish: int = 3,
+) -> Recovery:
     """Find the orientations whose distances are the given ones.
 
     Parameters

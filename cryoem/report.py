@@ -1,5 +1,7 @@
 """Reports: what a run was made with, and a page that reads without a server or a network."""
 
+from __future__ import annotations
+
 import base64
 import html
 import importlib.metadata
@@ -7,8 +9,14 @@ import io
 import os
 import platform
 import resource
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from . import files
+from .files import PathLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["environment", "peak_memory_gb", "write"]
 
@@ -23,30 +31,41 @@ figure { margin: 1rem 0 } img { max-width: 100% } figcaption { color: #555; font
 """
 
 
-def peak_memory_gb():
+def peak_memory_gb() -> float:
     """Largest resident memory of this process so far, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def environment():
+def environment() -> dict[str, Any]:
     """Versions and machine, for records of what was measured."""
-    names = ("cryoem", "numpy", "scipy", "finufft", "gemmi", "keras", "tensorflow-cpu")
+    names = (
+        "cryoem",
+        "numpy",
+        "scipy",
+        "finufft",
+        "gemmi",
+        "keras",
+        "tensorflow-cpu",
+        "tensorflow",
+    )
+    installed = {d.name for d in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "system": platform.system(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: importlib.metadata.version(name) for name in names if name in installed},
     }
 
 
-def _picture(figure):
+def _picture(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _table(rows):
+def _table(rows: Sequence[Sequence[object]]) -> str:
     header, *body = rows
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     lines = "".join(
@@ -56,7 +75,7 @@ def _table(rows):
     return f"<table><tr>{head}</tr>{lines}</table>"
 
 
-def write(path, title, sections):
+def write(path: PathLike, title: str, sections: Sequence[tuple[str, Sequence[Any]]]) -> None:
     """Write an HTML page with its pictures inside, atomically.
 
     Parameters

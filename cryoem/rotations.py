@@ -4,7 +4,11 @@ The convention is in the package's docstring. Composition and conversion are Sci
 what stands here is what the method needs beyond it.
 """
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
 from .errors import InputError
@@ -30,8 +34,11 @@ __all__ = [
     "view_directions",
 ]
 
+#: What randomness may be given as.
+Seed = int | np.random.Generator
 
-def check(quaternions, name="quaternions"):
+
+def check(quaternions: ArrayLike, name: str = "quaternions") -> np.ndarray:
     """Return ``quaternions`` as an (n, 4) float64 array, or say what is wrong with them.
 
     Parameters
@@ -65,7 +72,7 @@ def check(quaternions, name="quaternions"):
 # The group
 
 
-def multiply(q, p):
+def multiply(q: ArrayLike, p: ArrayLike) -> np.ndarray:
     """Compose ``q p`` (first ``p``, then ``q``); (n, 4) or (4,), broadcast over rows."""
     q, p = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
     qv, qw, pv, pw = q[..., :3], q[..., 3:], p[..., :3], p[..., 3:]
@@ -74,12 +81,12 @@ def multiply(q, p):
     return np.concatenate([vector, scalar], axis=-1)
 
 
-def inverse(q):
+def inverse(q: ArrayLike) -> np.ndarray:
     """Return the conjugate of unit quaternions, (..., 4)."""
     return np.asarray(q, dtype=np.float64) * np.array([-1.0, -1.0, -1.0, 1.0])
 
 
-def about(axis, angle):
+def about(axis: Literal["x", "y", "z"], angle: ArrayLike) -> np.ndarray:
     """Return the quaternion(s) of a turn by ``angle`` radians about ``axis`` ('x', 'y' or 'z').
 
     Parameters
@@ -94,22 +101,22 @@ def about(axis, angle):
     return Rotation.from_euler(axis, angle).as_quat()
 
 
-def in_plane(q, angle):
+def in_plane(q: ArrayLike, angle: ArrayLike) -> np.ndarray:
     """Orientation of the image turned in its plane by ``angle`` radians: ``R Rz(angle)``."""
     return multiply(q, about("z", angle))
 
 
-def mirror_x(q):
+def mirror_x(q: ArrayLike) -> np.ndarray:
     """Orientation of the mirrored image ``P(-x, y)``, the view from behind: ``R Ry(pi)``."""
     return multiply(q, about("y", np.pi))
 
 
-def other_hand(q):
+def other_hand(q: ArrayLike) -> np.ndarray:
     """Orientations at which the mirror image of the density gives the same images: ``R Rz(pi)``."""
     return multiply(q, about("z", np.pi))
 
 
-def view_directions(q):
+def view_directions(q: ArrayLike) -> np.ndarray:
     """Viewing directions in the density's frame, ``R z``: (n, 3) unit vectors."""
     return Rotation.from_quat(q).apply([0.0, 0.0, 1.0])
 
@@ -118,7 +125,7 @@ def view_directions(q):
 # The distance of the paper
 
 
-def distance(q, p):
+def distance(q: ArrayLike, p: ArrayLike) -> np.ndarray:
     """Geodesic distance ``d_q = 2 arccos |<q, p>|`` between orientations, in [0, pi].
 
     Evaluated as ``4 atan2(|p - s q|, |p + s q|)`` with ``s`` the sign of ``<q, p>``, which is exact
@@ -142,7 +149,7 @@ def distance(q, p):
     return 4 * np.arctan2(np.linalg.norm(p - s * q, axis=-1), np.linalg.norm(p + s * q, axis=-1))
 
 
-def pair_distances(q, pairs):
+def pair_distances(q: np.ndarray, pairs: ArrayLike) -> np.ndarray:
     """Distances of the pairs ``pairs``, an (m, 2) array of indices into ``q``; (m,), radians."""
     pairs = np.asarray(pairs)
     return distance(q[pairs[:, 0]], q[pairs[:, 1]])
@@ -152,7 +159,7 @@ def pair_distances(q, pairs):
 # Sampling
 
 
-def uniform(n, seed):
+def uniform(n: int, seed: Seed) -> np.ndarray:
     """Uniform random orientations on SO(3).
 
     Parameters
@@ -168,11 +175,17 @@ def uniform(n, seed):
     return q / np.linalg.norm(q, axis=1, keepdims=True)
 
 
-def _from_angles(rot, tilt, psi):
+def _from_angles(rot: np.ndarray, tilt: np.ndarray, psi: np.ndarray) -> np.ndarray:
     return Rotation.from_euler("ZYZ", np.stack([rot, tilt, psi], axis=-1)).as_quat()
 
 
-def _directions(n, rng, rot_range, tilt_range, euler=False):
+def _directions(
+    n: int,
+    rng: np.random.Generator,
+    rot_range: tuple[float, float],
+    tilt_range: tuple[float, float],
+    euler: bool = False,
+) -> np.ndarray:
     rot = rng.uniform(*rot_range, n)
     low, high = tilt_range
     tilt = (
@@ -181,7 +194,14 @@ def _directions(n, rng, rot_range, tilt_range, euler=False):
     return _from_angles(rot, tilt, rng.uniform(0, 2 * np.pi, n))
 
 
-def preferred(n, seed, *, axis=(0.0, 0.0, 1.0), half_angle=np.pi / 6, fraction=0.9):
+def preferred(
+    n: int,
+    seed: Seed,
+    *,
+    axis: ArrayLike = (0.0, 0.0, 1.0),
+    half_angle: float = np.pi / 6,
+    fraction: float = 0.9,
+) -> np.ndarray:
     """Orientations with a preferred direction: most views lie in a cone about ``axis``.
 
     Parameters
@@ -211,7 +231,7 @@ def preferred(n, seed, *, axis=(0.0, 0.0, 1.0), half_angle=np.pi / 6, fraction=0
 _TURN, _HALF = (0.0, 2 * np.pi), (0.0, np.pi)
 
 #: How views can be spread: the named choices of :func:`sample`.
-COVERAGES = {
+COVERAGES: dict[str, Callable[[int, Seed], np.ndarray]] = {
     "uniform": uniform,
     "euler": lambda n, seed: _directions(n, np.random.default_rng(seed), _TURN, _HALF, euler=True),
     "half": lambda n, seed: _directions(n, np.random.default_rng(seed), _TURN, (0, np.pi / 2)),
@@ -220,7 +240,9 @@ COVERAGES = {
 }
 
 
-def sample(n, seed, coverage="uniform", *, tilt_range=None):
+def sample(
+    n: int, seed: Seed, coverage: str = "uniform", *, tilt_range: tuple[float, float] | None = None
+) -> np.ndarray:
     """Random orientations with a given coverage of the viewing directions.
 
     Parameters
@@ -253,7 +275,7 @@ def sample(n, seed, coverage="uniform", *, tilt_range=None):
     return COVERAGES[coverage](n, seed)
 
 
-def grid(n):
+def grid(n: int) -> np.ndarray:
     """``n`` orientations spread evenly over SO(3): a super-Fibonacci spiral, deterministic.
 
     Returns
@@ -274,7 +296,7 @@ def grid(n):
     )
 
 
-def perturb(q, rotation_vectors):
+def perturb(q: ArrayLike, rotation_vectors: ArrayLike) -> np.ndarray:
     """Turn each orientation by a small rotation vector of its own, in the detector's frame.
 
     ``R exp([w])``: the third component of ``w`` is an in-plane turn.
@@ -291,7 +313,7 @@ def perturb(q, rotation_vectors):
 # RELION's angles
 
 
-def from_relion(rot, tilt, psi):
+def from_relion(rot: ArrayLike, tilt: ArrayLike, psi: ArrayLike) -> np.ndarray:
     """Quaternions of RELION's angles ``rlnAngleRot``, ``rlnAngleTilt``, ``rlnAnglePsi``, degrees.
 
     Parameters
@@ -308,7 +330,7 @@ def from_relion(rot, tilt, psi):
     return Rotation.from_euler("ZYZ", angles, degrees=True).as_quat().reshape(-1, 4)
 
 
-def to_relion(q):
+def to_relion(q: ArrayLike) -> np.ndarray:
     """RELION's angles of quaternions: an (n, 3) array of rot, tilt, psi in degrees.
 
     At tilt 0 and 180 only one combination of rot and psi is defined; rot takes all of it or psi is

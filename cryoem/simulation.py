@@ -5,11 +5,15 @@ there, and only then brought to what the network reads (:class:`Preprocessing`).
 projected at the network's sampling directly, which is an order of magnitude cheaper.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import fourier, imaging, rotations
+from .density import Density
 from .errors import InputError
 from .projection import Projector, check_images, project
 
@@ -37,7 +41,15 @@ class Particles:
     pixel_size_angstrom: float
 
 
-def particles(density, n, seed, *, snr=np.inf, max_shift_px=0.0, coverage="uniform"):
+def particles(
+    density: Density,
+    n: int,
+    seed: int | Sequence[int],
+    *,
+    snr: float = np.inf,
+    max_shift_px: float = 0.0,
+    coverage: str = "uniform",
+) -> Particles:
     """Simulate particle images at the density's own sampling.
 
     Parameters
@@ -90,11 +102,11 @@ class Preprocessing:
     crop_px: int
     pixel_size_angstrom: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 2 <= self.crop_px <= self.down_px <= self.frame_px:
             raise InputError(f"wanted 2 <= crop_px <= down_px <= frame_px, got {self}")
 
-    def __call__(self, images):
+    def __call__(self, images: ArrayLike) -> np.ndarray:
         """Prepare (n, frame_px, frame_px) images: (n, crop_px, crop_px) float32."""
         images = check_images(images)
         if images.shape[1] != self.frame_px:
@@ -128,14 +140,14 @@ class TrainingImages:
 
     def __init__(
         self,
-        density,
-        preprocessing,
+        density: Density,
+        preprocessing: Preprocessing,
         *,
-        snr_range=(1 / 64, 1.0),
-        clean_fraction=0.3,
-        max_shift_px=0.0,
-        coverage="uniform",
-    ):
+        snr_range: tuple[float, float] = (1 / 64, 1.0),
+        clean_fraction: float = 0.3,
+        max_shift_px: float = 0.0,
+        coverage: str = "uniform",
+    ) -> None:
         p = preprocessing
         if density.box_px != p.frame_px:
             raise InputError(f"the density has {density.box_px} voxels, the frame {p.frame_px} px")
@@ -152,7 +164,9 @@ class TrainingImages:
         frames = project(density, rotations.grid(64), box_px=p.down_px)
         self.signal_variance = float(frames.var())
 
-    def batch(self, seed, step, n, *, pairs="all"):
+    def batch(
+        self, seed: int, step: int, n: int, *, pairs: Literal["all", "uniform"] = "all"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Draw a batch.
 
         Parameters

@@ -1,13 +1,22 @@
 """Particles as RELION 3.1 STAR files with their image stacks."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import files, rotations
 from .errors import InputError
+from .files import PathLike
 from .projection import check_images
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["ParticleSet", "read_particles", "write_particles"]
 
@@ -34,12 +43,18 @@ class ParticleSet:
     quaternions: np.ndarray
     shifts_px: np.ndarray
     pixel_size_angstrom: float
-    table: object
+    table: pd.DataFrame
 
 
 def write_particles(
-    path, images, quaternions, *, pixel_size_angstrom, shifts_px=None, columns=None
-):
+    path: PathLike,
+    images: ArrayLike,
+    quaternions: ArrayLike,
+    *,
+    pixel_size_angstrom: float,
+    shifts_px: ArrayLike | None = None,
+    columns: Mapping[str, ArrayLike] | None = None,
+) -> Path:
     """Write particles: ``path`` (STAR) and the stack beside it (``.mrcs``), each atomically.
 
     Parameters
@@ -106,7 +121,7 @@ def write_particles(
     return stack
 
 
-def read_particles(path):
+def read_particles(path: PathLike) -> ParticleSet:
     """Read a RELION 3.1 STAR file and its one stack.
 
     Parameters
@@ -176,7 +191,7 @@ def read_particles(path):
     if not np.array_equal(numbers, np.arange(1, len(data) + 1)):
         data = data[numbers - 1]
 
-    def column(name):
+    def column(name: str) -> np.ndarray:
         return np.asarray(table[name], float) if name in table else np.zeros(len(table))
 
     q = rotations.from_relion(*(column(f"rlnAngle{a}") for a in ("Rot", "Tilt", "Psi")))

@@ -1,12 +1,20 @@
 """Atomic models by name: those that ship in ``data/``, and any PDB entry from the network."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import density, files
+from .density import Density
 from .errors import DownloadError, InputError
+from .files import PathLike
+
+if TYPE_CHECKING:
+    import gemmi
 
 __all__ = ["SHIPPED", "Particle", "fetch", "load", "load_density", "standard_d2"]
 
@@ -48,7 +56,7 @@ SHIPPED = {
 }
 
 
-def shipped_file(filename):
+def shipped_file(filename: str) -> Path:
     """Path to a file of ``data/``, its hash checked against ``data/SHA256SUMS``."""
     lines = (DATA / "SHA256SUMS").read_text().splitlines()
     sums = {name: digest for digest, name in (line.split() for line in lines)}
@@ -63,7 +71,7 @@ def shipped_file(filename):
     return path
 
 
-def load(name):
+def load(name: str) -> gemmi.Model:
     """Load a particle's atomic model.
 
     Parameters
@@ -91,6 +99,7 @@ def load(name):
             for chain in density.read_structure(path, assembly=None):
                 model.add_chain(chain)
         return standard_d2(model) if particle.symmetry == "D2" else model
+    name = str(name)
     if Path(name).exists():
         return density.read_structure(name)
     if len(str(name)) == 4 and str(name).isalnum() and str(name)[0].isdigit():
@@ -101,7 +110,13 @@ def load(name):
     )
 
 
-def load_density(name, *, voxel_size_angstrom=3.67, resolution_angstrom=8.0, box_px=116):
+def load_density(
+    name: str,
+    *,
+    voxel_size_angstrom: float = 3.67,
+    resolution_angstrom: float = 8.0,
+    box_px: int = 116,
+) -> Density:
     """Density of a particle; the defaults are the paper's sampling, and what ships was made with.
 
     Parameters
@@ -123,7 +138,9 @@ def load_density(name, *, voxel_size_angstrom=3.67, resolution_angstrom=8.0, box
     )
 
 
-def fetch(pdb_id, *, url=PDB_URL, cache=None, retries=3):
+def fetch(
+    pdb_id: str, *, url: str = PDB_URL, cache: PathLike | None = None, retries: int = 3
+) -> Path:
     """Download a PDB entry, once.
 
     Parameters
@@ -174,7 +191,7 @@ def fetch(pdb_id, *, url=PDB_URL, cache=None, retries=3):
     ) from last
 
 
-def standard_d2(model):
+def standard_d2(model: gemmi.Model) -> gemmi.Model:
     """Bring a tetramer of four like chains into D2's standard setting, exactly symmetric.
 
     The two-folds that carry the first chain onto each other are found by superposition of their
@@ -195,7 +212,7 @@ def standard_d2(model):
     if len(model) != 4:
         raise InputError(f"a D2 tetramer has four chains, got {len(model)}")
 
-    def alphas(chain):
+    def alphas(chain: gemmi.Chain) -> dict[Any, list[float]]:
         return {r.seqid.num: a.pos.tolist() for r in chain for a in r if a.name == "CA"}
 
     chains = [alphas(chain) for chain in model]
