@@ -90,7 +90,11 @@ def descend(
     pairs, distances, n = recovery.check_pairs(pairs, distances, n)
     if schedule not in ("constant", "cosine"):
         raise InputError(f"schedule must be 'constant' or 'cosine', got {schedule!r}")
-    start = rotations.uniform(n, seed) if init is None else rotations.check(init, "init")
+    start = (
+        rotations.uniform(n, rotations.stream(seed, "start"))
+        if init is None
+        else rotations.check(init, "init")
+    )
     if len(start) != n:
         raise InputError(f"init must hold {n} orientations, got {len(start)}")
     rate = (

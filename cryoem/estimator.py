@@ -132,16 +132,18 @@ class Estimator:
         architecture: str = "resnet",
         head: str = "exact",
         feature_dim: int = 16,
-        seed: int = 0,
+        seed: int | None = 0,
         precision: str = "float32",
     ) -> Estimator:
-        """Build an untrained estimator; ``seed`` sets its initial weights.
+        """Build an untrained estimator.
 
-        The paper's is ``architecture="paper", head="cosine", feature_dim=512``.
+        ``seed`` sets Keras' global seed, and by it the initial weights; None leaves it alone. The
+        paper's is ``architecture="paper", head="cosine", feature_dim=512``.
         """
         if head not in distances.HEADS:
             raise InputError(f"head must be one of {', '.join(distances.HEADS)}, got {head!r}")
-        keras.utils.set_random_seed(seed)
+        if seed is not None:
+            keras.utils.set_random_seed(seed)
         encoder = networks.build(
             architecture,
             preprocessing.crop_px,
@@ -223,20 +225,24 @@ class Estimator:
                 f"{path}: written in format {settings.get('format_version')}, "
                 f"this version of cryoem reads {FORMAT_VERSION}"
             )
-        estimator = cls.create(
-            Preprocessing(**settings["preprocessing"]),
-            architecture=settings["architecture"],
-            head=settings["head"],
-            feature_dim=settings["feature_dim"],
-            precision=precision,
-        )
+        try:
+            estimator = cls.create(
+                Preprocessing(**settings["preprocessing"]),
+                architecture=settings["architecture"],
+                head=settings["head"],
+                feature_dim=settings["feature_dim"],
+                seed=None,
+                precision=precision,
+            )
+            estimator.notes = dict(settings["notes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: incomplete settings ({error})") from error
         wanted = [w.shape for w in estimator.encoder.weights]
         if wanted != [w.shape for w in weights]:
             raise InputError(
                 f"{path}: the weights do not fit its {settings['architecture']} network"
             )
         estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
-        estimator.notes = settings["notes"]
         return estimator
 
 

@@ -210,7 +210,9 @@ def random_error(
     over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
 ) -> float:
     """Mean error of random orientations against these true ones: the zero of the scale, radians."""
-    return errors(rotations.uniform(len(true), seed), true, over=over).mean_rad
+    return errors(
+        rotations.uniform(len(true), rotations.stream(seed, "random")), true, over=over
+    ).mean_rad
 
 
 # --------------------------------------------------------------------------------------

@@ -169,7 +169,8 @@ def ctf(
     Returns
     -------
     (n, box_px, box_px // 2 + 1) float32 array
-        Negative at low frequency: particles come out black on white, as they are recorded.
+        Positive at low frequency when under focus: for particles that are white on black, as
+        RELION keeps them (recorded images are flipped first, :func:`flip_contrast`).
 
     References
     ----------

@@ -337,7 +337,7 @@ def recover(
     """
     pairs, distances, n = check_pairs(pairs, distances, n)
     graph = _Graph(pairs, distances, n)
-    rng = np.random.default_rng(seed)
+    rng = rotations.stream(seed, "recovery")
     degree = np.diff(graph.known.indptr)
     if (degree < ENOUGH).any():
         few = np.flatnonzero(degree < ENOUGH)

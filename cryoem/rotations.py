@@ -4,7 +4,7 @@ The convention is in the package's docstring. Composition and conversion are Sci
 what stands here is what the method needs beyond it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,13 +29,25 @@ __all__ = [
     "perturb",
     "preferred",
     "sample",
+    "stream",
     "to_relion",
     "uniform",
     "view_directions",
 ]
 
 #: What randomness may be given as.
-Seed = int | np.random.Generator
+Seed = int | Sequence[int] | np.random.Generator
+
+
+def stream(seed: Seed, use: str) -> np.random.Generator:
+    """Return the generator of one use of a seed, independent of its other uses.
+
+    Without it two uses of one seed draw the same numbers: "random" orientations would be the true
+    ones wherever the two were made with the same seed. A generator is returned as it is.
+    """
+    if isinstance(seed, np.random.Generator):
+        return seed
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(use.encode())))
 
 
 def check(quaternions: ArrayLike, name: str = "quaternions") -> np.ndarray:

@@ -69,7 +69,7 @@ def particles(
     -------
     Particles
     """
-    views, moves, noise = (np.random.default_rng([seed, stream]) for stream in range(3))
+    views, moves, noise = (rotations.stream(seed, use) for use in ("views", "shifts", "noise"))
     q = rotations.sample(n, views, coverage)
     images = project(density, q)
     shifts = imaging.triangular_shifts(n, moves, max_shift_px)
