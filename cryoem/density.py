@@ -107,7 +107,7 @@ def read_structure(path: PathLike, *, assembly: str | None = "1") -> gemmi.Model
         structure = gemmi.read_structure(str(path))
         if structure.input_format == gemmi.CoorFormat.Pdb and _is_old_pdb(path):
             structure = gemmi.read_pdb(str(path), max_line_length=72)
-    except (RuntimeError, ValueError, OSError, UnicodeDecodeError) as error:
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
         raise InputError(f"{path}: not a readable PDB or mmCIF file ({error})") from error
     if len(structure) == 0 or structure[0].count_atom_sites() == 0:
         raise InputError(f"{path}: holds no atoms; wanted a PDB or mmCIF atomic model")

@@ -218,7 +218,7 @@ class Estimator:
             with np.load(path, allow_pickle=False) as archive:
                 settings = json.loads(str(archive["settings"]))
                 weights = [archive[k] for k in sorted(archive.files) if k.startswith("weight_")]
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not an estimator's file ({error})") from error
         if settings.get("format_version") != FORMAT_VERSION:
             raise InputError(

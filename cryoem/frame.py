@@ -55,7 +55,8 @@ class Frame:
     @property
     def certain(self) -> bool:
         """Whether the verdict on inversion can be relied on."""
-        return self.spread_rad < 0.7 * self.other_spread_rad
+        # A single copy fits both verdicts to the last digit: it decides nothing.
+        return self.other_spread_rad > 1e-6 and self.spread_rad < 0.7 * self.other_spread_rad
 
     def apply(self, quaternions: ArrayLike) -> np.ndarray:
         """Bring recovered orientations, (n, 4), into the frame."""

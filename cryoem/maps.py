@@ -40,10 +40,13 @@ class Fsc:
     frequencies : (k,) array, 1/angstrom
         Of the shells 1, 2, ... below Nyquist.
     values : (k,) array
+    nyquist : float, 1/angstrom, optional
+        Where the curve ends; default: its last shell.
     """
 
     frequencies: np.ndarray
     values: np.ndarray
+    nyquist: float | None = None
 
     @property
     def mean(self) -> float:
@@ -54,8 +57,7 @@ class Fsc:
         """Resolution at the first crossing of ``threshold``, linearly interpolated."""
         below = np.flatnonzero(self.values < threshold)
         if len(below) == 0:
-            # The last shell lies half a step or less below Nyquist: report the shell's own edge.
-            return Resolution(float(1 / self.frequencies[-1]), True)
+            return Resolution(float(1 / (self.nyquist or self.frequencies[-1])), True)
         i = below[0]
         if i == 0:
             return Resolution(float(1 / self.frequencies[0]), False)
@@ -99,7 +101,8 @@ def fsc(a: Density, b: Density) -> Fsc:
     power = np.sqrt(total(np.abs(f1) ** 2) * total(np.abs(f2) ** 2))
     values = np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
     shells = np.arange(1, (n + 1) // 2)
-    return Fsc(shells / (n * a.voxel_size_angstrom), values)
+    voxel = a.voxel_size_angstrom
+    return Fsc(shells / (n * voxel), values, 1 / (2 * voxel))
 
 
 # --------------------------------------------------------------------------------------

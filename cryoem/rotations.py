@@ -110,7 +110,8 @@ def about(axis: Literal["x", "y", "z"], angle: ArrayLike) -> np.ndarray:
     -------
     (4,) or (n, 4) array
     """
-    return Rotation.from_euler(axis, angle).as_quat()
+    angle = np.asarray(angle, dtype=np.float64)
+    return Rotation.from_euler(axis, angle[..., None] if angle.ndim else angle).as_quat()
 
 
 def in_plane(q: ArrayLike, angle: ArrayLike) -> np.ndarray:

@@ -86,6 +86,8 @@ def write_particles(
             f"{len(images)} images but {len(q)} quaternions; wanted at least one of each"
         )
     shifts = np.zeros((len(q), 2)) if shifts_px is None else np.asarray(shifts_px, float)
+    if shifts.shape != (len(q), 2):
+        raise InputError(f"shifts_px must have shape ({len(q)}, 2), got {shifts.shape}")
     stack = path.with_suffix(".mrcs")
     rot, tilt, psi = rotations.to_relion(q).T
     optics = pd.DataFrame(
@@ -192,7 +194,12 @@ def read_particles(path: PathLike) -> ParticleSet:
         data = data[numbers - 1]
 
     def column(name: str) -> np.ndarray:
-        return np.asarray(table[name], float) if name in table else np.zeros(len(table))
+        if name not in table:
+            return np.zeros(len(table))
+        try:
+            return np.asarray(table[name], float)
+        except ValueError as error:
+            raise InputError(f"{path}: column {name} holds what is no number ({error})") from error
 
     q = rotations.from_relion(*(column(f"rlnAngle{a}") for a in ("Rot", "Tilt", "Psi")))
     origins = np.stack([column("rlnOriginXAngst"), column("rlnOriginYAngst")], axis=1)

@@ -1,0 +1,45 @@
+"""What several test files share: a phantom that is known exactly, and a small trained network."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["MPLBACKEND"] = "Agg"
+# Many small matrices: on two cores BLAS threads wait for each other longer than they work.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+
+from cryoem import density, simulation, structures
+
+
+@pytest.fixture(scope="session")
+def phantom():
+    return density.Phantom.random(0)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped densities at the paper's sampling."""
+    return {name: structures.load_density(name) for name in structures.SHIPPED}
+
+
+@pytest.fixture(scope="session")
+def preprocessing():
+    return simulation.Preprocessing(32, 16, 16, 7.0)
+
+
+@pytest.fixture(scope="session")
+def source(phantom, preprocessing):
+    return simulation.TrainingImages(phantom.density(32, 7.0), preprocessing, clean_fraction=1.0)
+
+
+@pytest.fixture(scope="session")
+def trained(source, preprocessing):
+    """A small network after a few seconds: (estimator, history)."""
+    from cryoem import estimator
+
+    network = estimator.Estimator.create(preprocessing, seed=1)
+    history = estimator.train(
+        network, source, images=4800, batch_size=64, images_per_epoch=1600, progress=False
+    )
+    return network, history

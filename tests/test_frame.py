@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from cryoem import evaluation, frame, rotations
+from cryoem.errors import InputError
+
+N = 200
+
+
+def recovered(seed, inverted, noise_rad):
+    """Orientations and their copies as distances give them: in a frame of O(4), with noise."""
+    rng = np.random.default_rng(seed)
+    true = rotations.uniform(N, rng)
+    sets = [true, rotations.in_plane(true, np.pi / 2), rotations.mirror_x(true)]
+    a, b = rotations.uniform(2, rng)
+    out = []
+    for q in sets:
+        q = rotations.perturb(q, rng.normal(0, noise_rad, (N, 3)))
+        q = rotations.inverse(q) if inverted else q
+        signs = rng.choice([-1.0, 1.0], (N, 1))
+        out.append(signs * rotations.multiply(rotations.multiply(a, q), b))
+    return true, out
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_without_noise_the_copies_fix_the_frame_exactly(inverted, seed):
+    true, sets = recovered(seed, inverted, 0.0)
+    fixed = frame.from_copies(*sets)
+    assert fixed.inverted == inverted and fixed.certain and not fixed.hand_known
+    assert fixed.spread_rad < 1e-6
+    # The eigenvectors of one-sided alignment: its reweighting stops at 1e-3 rad.
+    assert evaluation.errors(fixed.apply(sets[0]), true, over="one-sided").mean_rad < 1e-6
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("noise_rad", [0.05, 0.2])
+def test_with_noise_the_frame_costs_little(inverted, noise_rad):
+    true, sets = recovered(5, inverted, noise_rad)
+    fixed = frame.from_copies(*sets)
+    assert fixed.inverted == inverted and fixed.certain
+    one_sided = evaluation.errors(fixed.apply(sets[0]), true, over="one-sided").mean_rad
+    best = evaluation.errors(sets[0], true, over="o4").mean_rad
+    # The frame is known to noise / sqrt(200), which adds in squares.
+    assert best <= one_sided < 1.1 * best
+
+
+def test_without_the_frame_a_map_is_garbage():
+    true, sets = recovered(5, False, 0.05)
+    assert evaluation.errors(sets[0], true, over="one-sided").mean_rad > 0.3
+
+
+def test_some_bad_copies_do_not_move_the_frame():
+    true, (q, turned, mirrored) = recovered(6, False, 0.05)
+    turned[:40] = rotations.uniform(40, 1)
+    mirrored[60:100] = rotations.uniform(40, 2)
+    fixed = frame.from_copies(q, turned, mirrored)
+    one_sided = evaluation.errors(fixed.apply(q), true, over="one-sided").mean_rad
+    assert one_sided < 1.1 * evaluation.errors(q, true, over="o4").mean_rad
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_garbage_is_not_certain(seed):
+    fixed = frame.from_copies(*rotations.uniform(3 * N, seed).reshape(3, N, 4))
+    assert not fixed.certain
+
+
+def test_one_copy_cannot_tell_inversion():
+    # A single quarter-turn and half-turn about perpendicular axes fit both verdicts exactly.
+    _, (q, turned, mirrored) = recovered(1, False, 0.0)
+    fixed = frame.from_copies(q[:1], turned[:1], mirrored[:1])
+    assert fixed.spread_rad < 1e-6 and fixed.other_spread_rad < 1e-6
+    assert not fixed.certain
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_references_fix_frame_and_hand(inverted):
+    true, (q, *_) = recovered(2, inverted, 0.05)
+    fixed = frame.from_references(q[:50], true[:50])
+    assert fixed.inverted == inverted and fixed.hand_known and fixed.certain
+    unaligned = evaluation.errors(fixed.apply(q), true, over="none").mean_rad
+    # Fifty references leave a frame of noise / sqrt(50), in squares.
+    assert unaligned < 1.1 * evaluation.errors(q, true, over="o4").mean_rad
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((5, 5, 4), "5, 5, 4"), ((5, 4, 5), "5, 4, 5"), ((0, 0, 0), "0, 0, 0")]
+)
+def test_copies_must_match_their_originals(sizes, message):
+    with pytest.raises(InputError, match=message):
+        frame.from_copies(*(rotations.uniform(n, 0) for n in sizes))
+
+
+def test_references_must_match():
+    with pytest.raises(InputError, match="as many"):
+        frame.from_references(rotations.uniform(5, 0), rotations.uniform(4, 0))

@@ -1,0 +1,247 @@
+import numpy as np
+import pytest
+from measures import correlation, relative_error
+from scipy.spatial.transform import Rotation
+
+from cryoem import imaging, maps, reconstruction, rotations
+from cryoem.density import Density, Phantom
+from cryoem.errors import InputError
+
+BOX, VOXEL, N = 32, 7.0, 400
+
+
+def noise(seed, box=40, voxel=5.0):
+    return Density(np.random.default_rng(seed).standard_normal((box,) * 3), voxel)
+
+
+# --------------------------------------------------------------------------------------
+# Reconstruction from the exact phantom's images
+
+
+@pytest.fixture(scope="module")
+def views():
+    return rotations.uniform(N, 1)
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_exact_images_give_the_phantom_back(phantom, views, box):
+    voxel = VOXEL * 32 / box
+    images = phantom.project(views, box, voxel)
+    found = reconstruction.reconstruct(images, views, voxel_size_angstrom=voxel)
+    expected = phantom.density(box, voxel)
+    assert found.voxel_size_angstrom == voxel
+    assert maps.fsc(found, expected).mean > 0.99
+    assert correlation(found.values, expected.values) > 0.999
+    # Not only the shape but the scale: interpolation and early stopping leave a percent.
+    slope = np.vdot(found.values, expected.values) / np.vdot(expected.values, expected.values)
+    assert slope == pytest.approx(1, abs=0.02)
+
+
+def test_shifts_are_undone(phantom, views):
+    shifts = imaging.triangular_shifts(N, 2, 4.0)
+    images = imaging.shift(phantom.project(views, BOX, VOXEL), shifts)
+    expected = phantom.density(BOX, VOXEL)
+    found = reconstruction.reconstruct(
+        images, views, voxel_size_angstrom=VOXEL, shifts_px=shifts, iterations=20
+    )
+    assert maps.fsc(found, expected).mean > 0.99
+    wrong = reconstruction.reconstruct(
+        images, views, voxel_size_angstrom=VOXEL, shifts_px=-shifts, iterations=20
+    )
+    assert maps.fsc(wrong, expected).mean < 0.9
+
+
+def test_the_ctf_is_undone_where_several_defoci_fill_each_others_zeros(phantom, views):
+    defoci = np.random.default_rng(3).uniform(8_000, 30_000, N)
+    ctf = imaging.ctf(BOX, VOXEL, defoci, defoci - 500, 40.0)
+    images = imaging.apply_ctf(phantom.project(views, BOX, VOXEL), ctf)
+    expected = phantom.density(BOX, VOXEL)
+    found = reconstruction.reconstruct(images, views, voxel_size_angstrom=VOXEL, ctf=ctf)
+    assert maps.fsc(found, expected).mean > 0.99
+    ignored = reconstruction.reconstruct(images, views, voxel_size_angstrom=VOXEL)
+    assert maps.fsc(ignored, expected).mean < 0.9
+
+
+def test_a_turned_set_of_orientations_gives_the_turned_density(phantom, views):
+    a = rotations.uniform(1, 9)[0]
+    images = phantom.project(views, BOX, VOXEL)
+    found = reconstruction.reconstruct(
+        images, rotations.multiply(a, views), voxel_size_angstrom=VOXEL, iterations=20
+    )
+    turned = Phantom(
+        Rotation.from_quat(a).apply(phantom.centres_angstrom),
+        phantom.sigmas_angstrom,
+        phantom.weights,
+    )
+    assert maps.fsc(found, turned.density(BOX, VOXEL)).mean > 0.99
+
+
+def test_the_other_hand_gives_the_mirror_image_and_an_inversion_garbage(phantom, views):
+    images = phantom.project(views, BOX, VOXEL)
+    expected = phantom.density(BOX, VOXEL)
+    hand, garbage = (
+        reconstruction.reconstruct(images, q, voxel_size_angstrom=VOXEL, iterations=15)
+        for q in (rotations.other_hand(views), rotations.inverse(views))
+    )
+    assert maps.fsc(hand, maps.mirrored(expected)).mean > 0.99
+    # What is left is the envelope, in the first shells.
+    assert maps.fsc(garbage, expected).mean < 0.5
+    assert maps.fsc(garbage, expected).values[8:].max() < 0.5
+
+
+def test_no_signal_gives_no_density(views):
+    found = reconstruction.reconstruct(np.zeros((N, 16, 16)), views, voxel_size_angstrom=1.0)
+    assert (found.values == 0).all()
+
+
+def test_one_image_is_explained(phantom, views):
+    image = phantom.project(views[:1], 24, 9.0)
+    found = reconstruction.reconstruct(image, views[:1], voxel_size_angstrom=9.0)
+    again = Density(found.values, 9.0)
+    from cryoem.projection import project
+
+    assert relative_error(project(again, views[:1]), image) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("images", "count", "options", "message"),
+    [
+        (5, 4, {}, "one quaternion an image"),
+        (0, 0, {}, "at least one"),
+        (5, 5, {"shifts_px": np.zeros((5, 3))}, r"\(5, 2\)"),
+        (5, 5, {"ctf": np.ones((1, 8, 5))}, r"\(5, 8, 5\)"),
+        (5, 5, {"ctf": np.ones((5, 8, 8))}, r"\(5, 8, 5\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(images, count, options, message):
+    with pytest.raises(InputError, match=message):
+        reconstruction.reconstruct(
+            np.zeros((images, 8, 8)),
+            rotations.uniform(count, 0),
+            voxel_size_angstrom=1.0,
+            **options,
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Fourier shell correlation
+
+
+@pytest.mark.parametrize("box", [40, 41])
+def test_a_density_against_itself_has_fsc_one(box):
+    d = noise(0, box)
+    curve = maps.fsc(d, d)
+    np.testing.assert_allclose(curve.values, 1, atol=1e-5)
+    scaled = Density(-3 * d.values, 5.0)
+    np.testing.assert_allclose(maps.fsc(d, scaled).values, -1, atol=1e-5)
+    # Shells 1, 2, ... below Nyquist.
+    assert len(curve.values) == (box - 1) // 2
+    np.testing.assert_allclose(curve.frequencies * box * 5.0, np.arange(1, (box + 1) // 2))
+
+
+def test_independent_noise_has_no_fsc():
+    curve = maps.fsc(noise(1), noise(2))
+    shells = np.arange(1, 20)
+    # A shell of 4 pi k^2 voxels, half of them independent: four standard errors each.
+    assert (np.abs(curve.values) < 4 / np.sqrt(2 * np.pi * shells**2)).all()
+
+
+@pytest.mark.parametrize("box", [20, 21])
+def test_the_fsc_is_its_formula(box):
+    a, b = noise(3, box), noise(4, box)
+    b = Density(a.values + b.values, 5.0)
+    f1, f2 = np.fft.fftn(a.values), np.fft.fftn(b.values)
+    k = np.fft.fftfreq(box, 1 / box)
+    shell = np.rint(np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k**2))
+    for i, found in enumerate(maps.fsc(a, b).values):
+        s = shell == i + 1
+        cross = np.sum(np.conj(f1[s]) * f2[s]).real
+        expected = cross / np.sqrt(np.sum(abs(f1[s]) ** 2) * np.sum(abs(f2[s]) ** 2))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_empty_map_has_no_fsc():
+    empty = Density(np.zeros((20,) * 3), 5.0)
+    assert (maps.fsc(noise(0, 20), empty).values == 0).all()
+
+
+def test_the_resolution_is_interpolated():
+    curve = maps.Fsc(np.array([0.01, 0.02, 0.03, 0.04]), np.array([1.0, 0.8, 0.2, 0.6]))
+    at = curve.resolution(0.5)
+    assert at.angstrom == pytest.approx(1 / 0.025) and not at.nyquist_limited
+    assert curve.resolution(0.143 + 0.1).angstrom == pytest.approx(1 / (0.02 + 0.557 / 60))
+    assert curve.mean == pytest.approx(0.65)
+
+
+def test_a_curve_that_starts_below_resolves_no_shell():
+    curve = maps.Fsc(np.array([0.01, 0.02]), np.array([0.3, 0.9]))
+    at = curve.resolution(0.5)
+    assert at.angstrom == pytest.approx(100) and not at.nyquist_limited
+
+
+@pytest.mark.parametrize("box", [40, 41])
+def test_a_curve_that_never_falls_is_limited_by_nyquist(box):
+    d = noise(0, box, 3.0)
+    at = maps.fsc(d, d).resolution(0.5)
+    assert at.nyquist_limited
+    assert at.angstrom == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("other", [noise(1, 41), noise(1, 40, 5.1)])
+def test_maps_of_different_sampling_are_refused(other):
+    with pytest.raises(InputError, match="share box and voxel size"):
+        maps.fsc(noise(0), other)
+
+
+# --------------------------------------------------------------------------------------
+# Moving maps
+
+
+@pytest.mark.parametrize("box", [40, 41])
+def test_turning_and_moving_a_map_is_the_phantom_turned_and_moved(phantom, box):
+    a, shift = rotations.uniform(1, 2)[0], np.array([6.0, -3.0, 1.5])
+    expected = Phantom(
+        Rotation.from_quat(a).apply(phantom.centres_angstrom) + shift,
+        phantom.sigmas_angstrom,
+        phantom.weights,
+    ).density(box, 6.0)
+    found = maps.turned(phantom.density(box, 6.0), a, shift)
+    assert relative_error(found.values, expected.values) < 1e-2
+
+
+@pytest.mark.parametrize("box", [7, 8])
+def test_mirroring_keeps_the_origin_and_twice_is_nothing(box):
+    d = noise(0, box)
+    other = maps.mirrored(d)
+    assert other.values[(box // 2,) * 3] == d.values[(box // 2,) * 3]
+    assert other.values[(box // 2 + 1,) * 3] == d.values[(box // 2 - 1,) * 3]
+    np.testing.assert_array_equal(maps.mirrored(other).values, d.values)
+
+
+@pytest.mark.parametrize("hand", [False, True])
+def test_a_planted_turn_and_shift_is_found(phantom, hand):
+    reference = phantom.density(40, 6.0)
+    source = maps.mirrored(reference) if hand else reference
+    a, shift = rotations.uniform(1, 3)[0], np.array([7.0, -4.0, 2.0])
+    found = maps.register(maps.turned(source, a, shift), reference, resolution_angstrom=20.0)
+    assert found.mirrored == hand
+    assert found.correlation > 0.999
+    assert correlation(found.density.values, reference.values) > 0.999
+    # What was fitted is what was done: for the same hand, the inverse of what was planted.
+    if not hand:
+        assert rotations.distance(found.quaternion, rotations.inverse(a)) < 0.01
+        undone = -Rotation.from_quat(a).inv().apply(shift)
+        np.testing.assert_allclose(found.shift_angstrom, undone, atol=0.3)
+
+
+def test_where_the_hand_is_known_no_mirror_is_tried(phantom):
+    reference = phantom.density(40, 6.0)
+    found = maps.register(
+        maps.mirrored(reference), reference, allow_mirror=False, resolution_angstrom=25.0
+    )
+    assert not found.mirrored and found.correlation < 0.99
+
+
+def test_a_map_of_another_box_is_refused():
+    with pytest.raises(InputError, match="40 voxels"):
+        maps.register(noise(0, 41), noise(0))

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+from measures import relative_error
+from scipy import stats
+
+from cryoem import imaging, rotations, simulation
+from cryoem.errors import InputError
+
+VOXEL = 5.5
+
+
+@pytest.fixture(scope="module")
+def density(phantom):
+    return phantom.density(48, VOXEL * 40 / 48)
+
+
+# --------------------------------------------------------------------------------------
+# Test images
+
+
+def test_particles_are_the_phantom_at_their_orientations(phantom, density):
+    made = simulation.particles(density, 5, 1)
+    expected = phantom.project(made.quaternions, 48, density.voxel_size_angstrom)
+    assert relative_error(made.images, expected) < 1e-2
+    assert made.noise_variance == 0
+    assert made.pixel_size_angstrom == density.voxel_size_angstrom
+
+
+def test_particles_have_the_snr_asked_for(density):
+    clean = simulation.particles(density, 40, 1)
+    noisy = simulation.particles(density, 40, 1, snr=0.1)
+    noise = noisy.images - clean.images
+    np.testing.assert_array_equal(noisy.quaternions, clean.quaternions)
+    tolerance = 4 * np.sqrt(2 / noise.size)
+    assert noise.var() == pytest.approx(noisy.noise_variance, rel=tolerance)
+    assert clean.images.var() / noise.var() == pytest.approx(0.1, rel=tolerance)
+
+
+def test_undoing_the_shifts_centres_the_particles(density):
+    centred = simulation.particles(density, 5, 1)
+    moved = simulation.particles(density, 5, 1, max_shift_px=4.0)
+    assert np.abs(moved.shifts_px).max() > 1
+    np.testing.assert_array_equal(moved.quaternions, centred.quaternions)
+    assert relative_error(imaging.shift(moved.images, -moved.shifts_px), centred.images) < 1e-4
+
+
+def test_particles_depend_on_their_seed_alone(density):
+    a, b, c = (simulation.particles(density, 3, seed, snr=1).images for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert not np.allclose(a, c)
+
+
+def test_particles_keep_their_coverage(density):
+    made = simulation.particles(density, 30, 0, coverage="half")
+    assert (rotations.view_directions(made.quaternions)[:, 2] >= 0).all()
+
+
+# --------------------------------------------------------------------------------------
+# Preprocessing
+
+
+@pytest.mark.parametrize("sizes", [(32, 16, 1), (32, 16, 17), (32, 33, 16), (16, 32, 8)])
+def test_preprocessing_cannot_enlarge(sizes):
+    with pytest.raises(InputError, match="crop_px <= down_px <= frame_px"):
+        simulation.Preprocessing(*sizes, 1.0)
+
+
+def test_prepared_images_are_small_and_normalised():
+    prepare = simulation.Preprocessing(48, 24, 20, 4.6)
+    images = prepare(np.random.default_rng(0).random((3, 48, 48)))
+    assert images.shape == (3, 20, 20) and images.dtype == np.float32
+    np.testing.assert_allclose(images.mean(axis=(1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(images.std(axis=(1, 2)), 1, atol=1e-5)
+    assert prepare(np.zeros((0, 48, 48))).shape == (0, 20, 20)
+
+
+def test_images_of_another_box_are_refused():
+    with pytest.raises(InputError, match=r"48 px.*got 40 px"):
+        simulation.Preprocessing(48, 24, 20, 4.6)(np.zeros((3, 40, 40)))
+
+
+# --------------------------------------------------------------------------------------
+# Training images come by another path and must be the same
+
+
+@pytest.mark.parametrize("sizes", [(48, 24, 24), (48, 32, 28), (48, 48, 48)])
+def test_clean_training_images_are_prepared_test_images(phantom, density, sizes):
+    prepare = simulation.Preprocessing(*sizes, density.voxel_size_angstrom)
+    source = simulation.TrainingImages(density, prepare, clean_fraction=1.0)
+    images, q = source.batch(3, 0, 12)
+    exact = phantom.project(q.astype(float), 48, density.voxel_size_angstrom)
+    # The coarse path crops the density instead of the image and interpolates on a finer grid.
+    assert relative_error(images, prepare(exact)) < 3e-2
+
+
+def test_shifted_training_images_are_shifted_by_what_the_frame_says(phantom, density):
+    prepare = simulation.Preprocessing(48, 24, 24, density.voxel_size_angstrom)
+    source = simulation.TrainingImages(density, prepare, clean_fraction=1.0, max_shift_px=6.0)
+    images, q = source.batch(3, 0, 200)
+    still = prepare(phantom.project(q.astype(float), 48, density.voxel_size_angstrom))
+    positive = np.maximum(images - images.min(axis=(1, 2), keepdims=True), 0) ** 4
+    base = np.maximum(still - still.min(axis=(1, 2), keepdims=True), 0) ** 4
+    axis = np.arange(24) - 12
+
+    def centre(x):
+        return (x * axis).sum(axis=(1, 2)) / x.sum(axis=(1, 2))
+
+    moved = centre(positive) - centre(base)
+    # Triangular within 6 px of the frame, 3 px of these: deviation 3 / sqrt(6).
+    assert moved.std() == pytest.approx(3 / np.sqrt(6), rel=0.15)
+    assert np.abs(moved).max() < 3.1
+
+
+@pytest.mark.parametrize("sizes", [(48, 24, 24), (48, 32, 28)])
+def test_training_noise_is_prepared_test_noise(density, sizes):
+    # At SNR 1/1000 images are noise; compare how their normalised signal has shrunk.
+    prepare = simulation.Preprocessing(*sizes, density.voxel_size_angstrom)
+    clean = simulation.TrainingImages(density, prepare, clean_fraction=1.0)
+    noisy = simulation.TrainingImages(density, prepare, clean_fraction=0.0, snr_range=(0.1, 0.1))
+    n = 300
+    a, q = clean.batch(5, 0, n)
+    b, same = noisy.batch(5, 0, n)
+    np.testing.assert_array_equal(q, same)
+    made = simulation.particles(density, n, 5)
+    tested = prepare(imaging.add_noise(made.images, 0, snr=0.1))
+    still = prepare(made.images)
+    trained_share = np.mean(a * b)  # correlation with the clean image: sqrt(S / (S + N))
+    tested_share = np.mean(still * tested)
+    ratio = (1 / trained_share**2 - 1) / (1 / tested_share**2 - 1)
+    # Signal variance is averaged over 64 views here and 300 there: a few percent.
+    assert ratio == pytest.approx(1, abs=0.06)
+    spectrum = [np.mean(np.abs(np.fft.fft2(x)) ** 2, axis=0) for x in (b, tested)]
+    assert relative_error(*spectrum) < 0.1
+
+
+def test_a_batch_depends_on_seed_and_step_alone(source):
+    a, q = source.batch(1, 7, 16)
+    source.batch(1, 8, 4)
+    again, q_again = source.batch(1, 7, 16)
+    np.testing.assert_array_equal(a, again)
+    np.testing.assert_array_equal(q, q_again)
+    for other in ((1, 8), (2, 7)):
+        assert not np.allclose(source.batch(*other, 16)[1], q)
+
+
+def test_some_images_are_clean(density):
+    prepare = simulation.Preprocessing(48, 24, 24, density.voxel_size_angstrom)
+    mixed = simulation.TrainingImages(density, prepare, clean_fraction=0.3, snr_range=(1e-3, 1e-3))
+    clean = simulation.TrainingImages(density, prepare, clean_fraction=1.0)
+    share = np.mean(mixed.batch(0, 0, 400)[0] * clean.batch(0, 0, 400)[0], axis=(1, 2))
+    assert np.mean(share > 0.99) == pytest.approx(0.3, abs=4 * np.sqrt(0.21 / 400))
+
+
+def test_all_pairs_follow_the_haar_law_and_uniform_pairs_the_flat_one(source):
+    _, q = source.batch(0, 0, 4000, pairs="all")
+    d = rotations.distance(q[::2], q[1::2])
+    assert stats.kstest(d, lambda t: (t - np.sin(t)) / np.pi).pvalue > 1e-3
+    _, q = source.batch(0, 0, 4000, pairs="uniform")
+    d = rotations.distance(q[::2], q[1::2])
+    assert stats.kstest(d, "uniform", args=(0, np.pi)).pvalue > 1e-3
+
+
+def test_sources_that_cannot_be_are_refused(phantom, source):
+    with pytest.raises(InputError, match="32 voxels, the frame 48"):
+        simulation.TrainingImages(
+            phantom.density(32, 7.0), simulation.Preprocessing(48, 24, 24, 4.6)
+        )
+    with pytest.raises(InputError, match="whole"):
+        simulation.TrainingImages(
+            phantom.density(32, 7.0), simulation.Preprocessing(32, 20, 16, 7.0)
+        )
+    with pytest.raises(InputError, match="'all' or 'uniform'"):
+        source.batch(0, 0, 4, pairs="some")
