@@ -213,13 +213,14 @@ def table(found):
     paper = {"noiseless": "0.20 rad (5j0n)", "noisy": "0.25 rad (5j0n)"}
     for case, title in (("noiseless", "noiseless"), ("noisy", "SNR 1/16")):
         for r in of(case):
+            limit = f"; limit {r['bound_mean_rad']:.3f}" if r["bound_mean_rad"] else ""
             rows += [
                 [
-                    f"4JSV {title}, {r['n']:,} images: error, frame fixed without the truth",
+                    f"4JSV {title}, {r['n']:,} unseen images: error, frame fixed without the truth",
                     paper[case],
                     f"**{r['one_sided_error_rad']:.3f} rad** (median "
-                    f"{r['one_sided_median_rad']:.3f}; E_OR {r['e_or_rad']:.3f}; limit "
-                    f"{r['bound_mean_rad']:.3f}), {r['orient_seconds']:.0f} s",
+                    f"{r['one_sided_median_rad']:.3f}; E_OR {r['e_or_rad']:.3f}{limit}), "
+                    f"{r['orient_seconds']:.0f} s",
                 ],
                 [
                     f"4JSV {title}: projection matching, same images, no training",
@@ -233,7 +234,7 @@ def table(found):
         limited = "Nyquist, " if r["nyquist_limited"] else ""
         rows.append(
             [
-                f"map of the noiseless images at the orientations recovered at {title}",
+                f"map of the noiseless images at the orientations recovered from {title} images",
                 "12.2 A (5j0n)" if r["snr"] == "inf" else "15.2 A (5j0n)",
                 f"{limited}{r['resolution_fsc05_angstrom']:.1f} A at FSC 0.5 (true orientations "
                 f"{r['resolution_fsc05_true_orientations_angstrom']:.1f}); mean FSC "

@@ -122,7 +122,7 @@ def error_floor(n: int, sd: float) -> float:
     -------
     float, radians
     """
-    return 2 * np.sqrt(2 / np.pi) * np.sqrt(3) * sd / np.sqrt(n)
+    return float(2 * np.sqrt(2 / np.pi) * np.sqrt(3) * sd / np.sqrt(n))
 
 
 # --------------------------------------------------------------------------------------
