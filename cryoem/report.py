@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
         "tensorflow-cpu",
         "tensorflow",
     )
-    installed = {d.name for d in importlib.metadata.distributions()}
+    installed = {d.name.lower().replace("_", "-") for d in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
         "cores": os.cpu_count(),
