@@ -1,5 +1,5 @@
 # `make help` lists the targets. Everything runs in .venv, which `make setup` builds from the lock.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
