@@ -24,7 +24,7 @@ demo: $(STAMP) ## The whole method on a real protein, into results/demo/
 
 test: $(STAMP) ## All tests, the notebooks included
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
 
 check: $(STAMP) ## Lint, format and types
 	$(BIN)/ruff check .
@@ -34,10 +34,10 @@ check: $(STAMP) ## Lint, format and types
 notebooks: $(STAMP) ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench-%: $(STAMP) ## Measure: benchmarks/NAME.py writes benchmarks/results/NAME.{json,md}
+bench-%: $(STAMP) ## Measure: bench-method (ten minutes) writes benchmarks/results/method.{json,md}
 	$(BIN)/python benchmarks/$*.py
 
-weights: $(STAMP) ## Train the weights that ship in data/ (about an hour)
+weights: $(STAMP) ## Train the weights that ship in data/ (over an hour)
 	$(BIN)/python benchmarks/train_weights.py 4jsv
 
 lock: ## Resolve pyproject.toml into requirements.lock.txt (needs uv)

@@ -30,7 +30,7 @@ def write(name, records, header, rows, command):
     table = [header, ["---"] * len(header), *rows]
     lines = ["| " + " | ".join(row) + " |" for row in table]
     versions = ", ".join(f"{k} {v}" for k, v in common["versions"].items())
-    lines += ["", f"`{command}`, {common['cores']} cores, no GPU; {versions}."]
+    lines += ["", f"`{command}`, {common['cores']} cores; {versions}."]
     with files.atomic(RESULTS / f"{name}.json") as path:
         path.write_text(json.dumps([{**r, **common} for r in records], indent=1) + "\n")
     with files.atomic(RESULTS / f"{name}.md") as path:

@@ -16,14 +16,22 @@ The convention, written here once and used everywhere:
 * SNR is (variance of the clean images) / (variance of the noise), over the whole frame, at the
   sampling at which the noise is added.
 
-The rooms, in the order of the method: :mod:`~cryoem.structures` and :mod:`~cryoem.density` (what
-is seen), :mod:`~cryoem.rotations`, :mod:`~cryoem.projection` and :mod:`~cryoem.imaging` (how it is
-seen), :mod:`~cryoem.estimator` (distances, the method's first step), :mod:`~cryoem.recovery`
-(orientations, its second), :mod:`~cryoem.frame` (the frame that distances leave open),
-:mod:`~cryoem.evaluation` (errors and their physical limit), :mod:`~cryoem.matching` (the baseline),
-:mod:`~cryoem.reconstruction` (the map), :mod:`~cryoem.star` (files), :mod:`~cryoem.plots`.
+The rooms, in the order of the method:
 
-Only :mod:`~cryoem.estimator` and :mod:`~cryoem.descent` import TensorFlow.
+* what is seen: :mod:`~cryoem.structures` (atomic models), :mod:`~cryoem.density`;
+* how it is seen: :mod:`~cryoem.rotations`, :mod:`~cryoem.projection`, :mod:`~cryoem.imaging`, and
+  :mod:`~cryoem.simulation`, which puts them together;
+* the first step, distances: :mod:`~cryoem.distances`, :mod:`~cryoem.networks`,
+  :mod:`~cryoem.estimator`;
+* the second, orientations: :mod:`~cryoem.recovery`, :mod:`~cryoem.descent` (the paper's), and
+  :mod:`~cryoem.frame`; :mod:`~cryoem.orient` goes from images to orientations;
+* the map: :mod:`~cryoem.reconstruction`, and :mod:`~cryoem.maps`, which judges it;
+* how good it all is: :mod:`~cryoem.evaluation`, :mod:`~cryoem.matching` (the baseline);
+* :mod:`~cryoem.star` (particle files), :mod:`~cryoem.plots`, :mod:`~cryoem.demo`,
+  :mod:`~cryoem.report`; below them all :mod:`~cryoem.fourier`, :mod:`~cryoem.files`,
+  :mod:`~cryoem.errors`.
+
+Only :mod:`~cryoem.networks`, :mod:`~cryoem.estimator` and :mod:`~cryoem.descent` import TensorFlow.
 """
 
 __version__ = "0.1.0"

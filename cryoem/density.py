@@ -263,7 +263,12 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
         raise InputError(f"{path}: wanted a three-dimensional map, got shape {values.shape}")
     if np.iscomplexobj(values):
         raise InputError(f"{path}: wanted a real map, got a transform (mode {int(header.mode)})")
+    for note in notes:
+        if issubclass(note.category, RuntimeWarning):  # mrcfile's own; others only passed by
+            warnings.warn(f"{path}: {note.message}", stacklevel=2)
     order = tuple(int(header[name]) for name in ("mapc", "mapr", "maps"))
+    if sorted(order) != [1, 2, 3]:
+        warnings.warn(f"{path}: axis order {order} is none; read as 1, 2, 3", stacklevel=2)
     if sorted(order) == [1, 2, 3] and order != (1, 2, 3):
         # Array axes are (section, row, column); bring them to (z, y, x) = (3, 2, 1).
         axes = [order[::-1].index(axis) for axis in (3, 2, 1)]

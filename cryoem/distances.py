@@ -115,6 +115,8 @@ def compare(estimated: ArrayLike, true: ArrayLike) -> DistanceErrors:
             f"wanted two (m,) arrays of distances, got {estimated.shape} and {true.shape}"
         )
     off = np.abs(estimated - true)
+    if not np.isfinite(off).all():
+        raise InputError(f"distances must be finite: {np.sum(~np.isfinite(off))} pairs are not")
     third = np.minimum((true / (np.pi / 3)).astype(int), 2)
     by_third = [float(off[third == k].mean()) if (third == k).any() else np.nan for k in range(3)]
     return DistanceErrors(float(np.mean(off**2)), float(off.mean()), *by_third)

@@ -317,7 +317,8 @@ def train(
     source : TrainingImages
         Anything with ``batch(seed, step, n, pairs=...)``.
     images : int
-        How many images to see in all; the length of training is this, not minutes.
+        How many images to see in all, rounded up to whole epochs; the length of training is this,
+        not minutes.
     seed : int
         Batch ``step`` depends on (seed, step) alone.
     batch_size : int
@@ -344,9 +345,15 @@ def train(
     dict
         ``loss`` and ``mae_rad`` (weighted as the loss is), a list with one value an epoch.
     """
-    steps = max(1, images // batch_size)
-    per_epoch = max(1, min(steps, images_per_epoch // batch_size))
-    epochs = math.ceil(steps / per_epoch)
+    if images < 1 or batch_size < 2:
+        raise InputError(
+            f"wanted at least one image, in batches of two or more; got images={images}, "
+            f"batch_size={batch_size}"
+        )
+    steps = math.ceil(images / batch_size)
+    epochs = math.ceil(steps / max(1, images_per_epoch // batch_size))
+    per_epoch = math.ceil(steps / epochs)
+    steps = epochs * per_epoch
     rate = learning_rate
     if schedule == "cosine":
         warm = max(1, min(500, steps // 20))
@@ -374,6 +381,10 @@ def train(
         "schedule": schedule,
         "pairs": pairs,
         "images_per_epoch": images_per_epoch,
+        "architecture": estimator.architecture,
+        "head": estimator.head,
+        "feature_dim": estimator.feature_dim,
+        "source": getattr(source, "settings", None),
     }
     keeper = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings)
     history: dict[str, list[float]] = {"loss": [], "mae_rad": []}
@@ -435,16 +446,20 @@ class _Checkpoint(keras.callbacks.Callback):
         """Return (epochs done, history), with weights and optimizer set where a run is found."""
         if not self._path.exists():
             return 0, history
-        with np.load(self._path, allow_pickle=False) as archive:
-            state = json.loads(str(archive["state"]))
-            if state["settings"] != self.settings:
-                raise InputError(
-                    f"{self._path}: made with {state['settings']}, asked for {self.settings}; "
-                    "name another folder or remove this one"
-                )
-            for prefix, variables in self._variables(encoder):
-                for i, variable in enumerate(variables):
-                    variable.assign(archive[f"{prefix}_{i}"])
+        try:
+            with np.load(self._path, allow_pickle=False) as archive:
+                state = json.loads(str(archive["state"]))
+                arrays = {name: archive[name] for name in archive.files}
+        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{self._path}: not a whole checkpoint ({error})") from error
+        if state["settings"] != json.loads(json.dumps(self.settings)):
+            raise InputError(
+                f"{self._path}: made with {state['settings']}, asked for {self.settings}; "
+                "name another folder or remove this one"
+            )
+        for prefix, variables in self._variables(encoder):
+            for i, variable in enumerate(variables):
+                variable.assign(arrays[f"{prefix}_{i}"])
         return state["epochs"], state["history"]
 
     @staticmethod

@@ -131,6 +131,10 @@ def shift(images: ArrayLike, shifts_px: ArrayLike) -> np.ndarray:
         (x, y); a positive shift moves the content to larger indices.
     """
     images = np.asarray(images)
+    if np.shape(shifts_px) != (len(images), 2) or not np.isfinite(shifts_px).all():
+        raise InputError(
+            f"shifts_px must be finite and have shape ({len(images)}, 2), got {np.shape(shifts_px)}"
+        )
     size = images.shape[-1]
     kx = np.arange(size // 2 + 1)
     ky = frequencies(size)

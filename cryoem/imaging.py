@@ -63,6 +63,8 @@ def add_noise(
 
 def triangular_shifts(n: int, seed: Seed, max_px: float) -> np.ndarray:
     """Draw (n, 2) shifts in pixels from the paper's triangular law, nothing beyond ``max_px``."""
+    if not max_px >= 0:
+        raise InputError(f"the largest shift must not be negative, got {max_px}")
     if max_px == 0:
         return np.zeros((n, 2))
     return np.random.default_rng(seed).triangular(-max_px, 0, max_px, (n, 2))
@@ -186,6 +188,8 @@ def ctf(
     wavelength = per_image(wavelength_angstrom(voltage_kv))
     aberration = per_image(spherical_aberration_mm) * 1e7
     w = per_image(amplitude_contrast)
+    if not ((w >= 0) & (w < 1)).all():
+        raise InputError(f"amplitude_contrast must lie in [0, 1), got {amplitude_contrast!r}")
     ky = fourier.frequencies(box_px)[:, None]
     kx = np.arange(box_px // 2 + 1)[None, :]
     k2 = (kx**2 + ky**2) / (box_px * pixel_size_angstrom) ** 2

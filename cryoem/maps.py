@@ -66,6 +66,16 @@ class Fsc:
         return Resolution(float(1 / (f0 + (v0 - threshold) / (v0 - v1) * (f1 - f0))), False)
 
 
+def _common_box(a: Density, b: Density) -> int:
+    n = a.box_px
+    if b.box_px != n or not np.isclose(a.voxel_size_angstrom, b.voxel_size_angstrom, rtol=1e-3):
+        raise InputError(
+            f"two maps must share box and voxel size, got {n} x {a.voxel_size_angstrom} A "
+            f"and {b.box_px} x {b.voxel_size_angstrom} A"
+        )
+    return n
+
+
 def fsc(a: Density, b: Density) -> Fsc:
     """Fourier shell correlation, shell by shell of ``round(|k|)``.
 
@@ -80,12 +90,7 @@ def fsc(a: Density, b: Density) -> Fsc:
     -------
     Fsc
     """
-    n = a.box_px
-    if b.box_px != n or not np.isclose(a.voxel_size_angstrom, b.voxel_size_angstrom, rtol=1e-3):
-        raise InputError(
-            f"two maps must share box and voxel size, got {n} x {a.voxel_size_angstrom} A "
-            f"and {b.box_px} x {b.voxel_size_angstrom} A"
-        )
+    n = _common_box(a, b)
     f1, f2 = (scipy.fft.rfftn(d.values, workers=fourier.WORKERS) for d in (a, b))
     shell = np.rint(fourier.radius((n,) * 3, half=True)).astype(int)
     # A half grid holds every other frequency twice; both halves give the same real part.
@@ -234,9 +239,9 @@ def register(
     -------
     Registration
     """
-    n, voxel = reference.box_px, reference.voxel_size_angstrom
-    if density.box_px != n:
-        raise InputError(f"wanted a map of {n} voxels like the reference, got {density.box_px}")
+    n, voxel = _common_box(reference, density), reference.voxel_size_angstrom
+    if not (density.values.any() and reference.values.any()):
+        raise InputError("a map that is zero everywhere cannot be registered")
     extent = n * voxel
     rng = np.random.default_rng(seed)
     small = min(n, 2 * int(np.ceil(extent / resolution_angstrom * 1.5 / 2)) * 2)

@@ -28,7 +28,12 @@ class Match:
 
 
 def match(
-    images: np.ndarray, density: Density, preprocessing: Preprocessing, *, references: int = 21_600
+    images: np.ndarray,
+    density: Density,
+    preprocessing: Preprocessing,
+    *,
+    references: int = 21_600,
+    progress: bool = False,
 ) -> Match:
     """Give each image the orientation of the reference projection that it correlates with best.
 
@@ -40,6 +45,8 @@ def match(
         Images and references are compared after it.
     references : int
         Spread evenly over SO(3); 21,600 are about 10 degrees apart.
+    progress : bool
+        Show a bar.
 
     Returns
     -------
@@ -47,7 +54,10 @@ def match(
     """
     known = rotations.grid(references)
     table = np.empty((references, preprocessing.crop_px**2), np.float32)
-    for i in range(0, references, 512):
+    from tqdm.auto import tqdm
+
+    starts = range(0, references, 512)
+    for i in tqdm(starts, desc="references", unit="batch", disable=not progress):
         frames = project(density, known[i : i + 512])
         table[i : i + 512] = preprocessing(frames).reshape(-1, table.shape[1])
     best, scores = np.empty(len(images), int), np.empty(len(images), np.float32)

@@ -56,8 +56,12 @@ def reconstruct(
     n, size = len(images), images.shape[1]
     if len(q) != n or n == 0:
         raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
-    if shifts_px is not None and np.shape(shifts_px) != (n, 2):
-        raise InputError(f"shifts_px must have shape ({n}, 2), got {np.shape(shifts_px)}")
+    if shifts_px is not None and (
+        np.shape(shifts_px) != (n, 2) or not np.isfinite(shifts_px).all()
+    ):
+        raise InputError(
+            f"shifts_px must be finite and have shape ({n}, 2), got {np.shape(shifts_px)}"
+        )
     if ctf is not None and np.shape(ctf) != (n, size, size // 2 + 1):
         raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {np.shape(ctf)}")
     slices = projection.Slices(size)
@@ -120,4 +124,8 @@ def reconstruct_astra(
         ASTRA or a CUDA GPU is missing.
     """
     images, q = projection.check_images(images), rotations.check(quaternions)
+    if len(q) != len(images) or len(q) == 0:
+        raise InputError(
+            f"wanted one quaternion an image, at least one; got {len(q)} and {len(images)}"
+        )
     return Density(projection.astra_cgls(images, q, iterations), voxel_size_angstrom)

@@ -172,6 +172,10 @@ def laterate(
         raise InputError(
             f"distances must have shape (n, {len(landmarks)}), one column a landmark, got {d.shape}"
         )
+    if weights is not None and np.shape(weights) != d.shape:
+        raise InputError(
+            f"weights must have the distances' shape {d.shape}, got {np.shape(weights)}"
+        )
     unknown = ~np.isfinite(d) & (True if weights is None else np.asarray(weights) > 0)
     if unknown.any():
         raise InputError(

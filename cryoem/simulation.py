@@ -6,7 +6,7 @@ projected at the network's sampling directly, which is an order of magnitude che
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -69,6 +69,10 @@ def particles(
     -------
     Particles
     """
+    if n < 1:
+        raise InputError(f"n must be positive, got {n}")
+    if not snr > 0:
+        raise InputError(f"snr must be positive (infinity for clean images), got {snr}")
     views, moves, noise = (rotations.stream(seed, use) for use in ("views", "shifts", "noise"))
     q = rotations.sample(n, views, coverage)
     images = project(density, q)
@@ -111,7 +115,7 @@ class Preprocessing:
         images = check_images(images)
         if images.shape[1] != self.frame_px:
             raise InputError(
-                f"this network reads images of {self.frame_px} px "
+                f"wanted images of {self.frame_px} px "
                 f"({self.pixel_size_angstrom} A each), got {images.shape[1]} px"
             )
         small = np.empty((len(images), self.crop_px, self.crop_px), np.float32)
@@ -149,6 +153,11 @@ class TrainingImages:
         coverage: str = "uniform",
     ) -> None:
         p = preprocessing
+        low, high = snr_range
+        if not 0 < low <= high:
+            raise InputError(f"snr_range must be (low, high), both positive, got {snr_range}")
+        if not 0 <= clean_fraction <= 1:
+            raise InputError(f"clean_fraction must lie in [0, 1], got {clean_fraction}")
         if density.box_px != p.frame_px:
             raise InputError(f"the density has {density.box_px} voxels, the frame {p.frame_px} px")
         # The crop's extent in the density's voxels; integer, so that both samplings agree exactly.
@@ -163,6 +172,15 @@ class TrainingImages:
         self._projector = Projector(density.in_box(int(extent)), p.crop_px)
         frames = project(density, rotations.grid(64), box_px=p.down_px)
         self.signal_variance = float(frames.var())
+        #: What a checkpoint must find unchanged to be continued.
+        self.settings = {
+            "preprocessing": asdict(p),
+            "snr_range": list(snr_range),
+            "clean_fraction": clean_fraction,
+            "max_shift_px": max_shift_px,
+            "coverage": coverage,
+            "signal_variance": float(f"{self.signal_variance:.5g}"),
+        }
 
     def batch(
         self, seed: int, step: int, n: int, *, pairs: Literal["all", "uniform"] = "all"
@@ -185,6 +203,8 @@ class TrainingImages:
         p = self.preprocessing
         q = rotations.sample(n, rng, self.coverage)
         if pairs == "uniform":
+            if n % 2:
+                raise InputError(f"pairs='uniform' needs an even batch, got {n}")
             axis = rng.standard_normal((n // 2, 3))
             axis /= np.linalg.norm(axis, axis=1, keepdims=True)
             q[1::2] = rotations.perturb(q[::2], axis * rng.uniform(0, np.pi, (n // 2, 1)))

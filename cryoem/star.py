@@ -57,6 +57,9 @@ def write_particles(
 ) -> Path:
     """Write particles: ``path`` (STAR) and the stack beside it (``.mrcs``), each atomically.
 
+    The optics block names a usual microscope (300 kV, 2.7 mm, amplitude contrast 0.1) because
+    RELION wants one; without defocus columns the images carry no CTF.
+
     Parameters
     ----------
     path : path ending in ``.star``
@@ -88,6 +91,11 @@ def write_particles(
     shifts = np.zeros((len(q), 2)) if shifts_px is None else np.asarray(shifts_px, float)
     if shifts.shape != (len(q), 2):
         raise InputError(f"shifts_px must have shape ({len(q)}, 2), got {shifts.shape}")
+    for name, values in (columns or {}).items():
+        if np.shape(values) != (len(q),):
+            raise InputError(f"column {name} must hold {len(q)} values, got {np.shape(values)}")
+    if not (np.isfinite(pixel_size_angstrom) and pixel_size_angstrom > 0):
+        raise InputError(f"pixel_size_angstrom must be positive, got {pixel_size_angstrom}")
     stack = path.with_suffix(".mrcs")
     rot, tilt, psi = rotations.to_relion(q).T
     optics = pd.DataFrame(

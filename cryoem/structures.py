@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,11 @@ SHIPPED = {
 
 def shipped_file(filename: str) -> Path:
     """Path to a file of ``data/``, its hash checked against ``data/SHA256SUMS``."""
+    if not (DATA / "SHA256SUMS").is_file():
+        raise InputError(
+            f"{DATA}: the shipped data is not here; install from a clone of the repository, "
+            "with pip install -e ."
+        )
     lines = (DATA / "SHA256SUMS").read_text().splitlines()
     sums = {name: digest for digest, name in (line.split() for line in lines)}
     if filename not in sums:
@@ -71,7 +77,7 @@ def shipped_file(filename: str) -> Path:
     return path
 
 
-def load(name: str) -> gemmi.Model:
+def load(name: str, *, assembly: str | None = "1") -> gemmi.Model:
     """Load a particle's atomic model.
 
     Parameters
@@ -79,6 +85,9 @@ def load(name: str) -> gemmi.Model:
     name : str
         A shipped particle (``"4jsv"``, ``"1i10"``), a path to a PDB or mmCIF file, or a PDB id,
         which is fetched from the network and cached.
+    assembly : str or None
+        The biological assembly of a file or an entry, see :func:`cryoem.density.read_structure`;
+        that of a shipped particle is fixed.
 
     Returns
     -------
@@ -101,9 +110,9 @@ def load(name: str) -> gemmi.Model:
         return standard_d2(model) if particle.symmetry == "D2" else model
     name = str(name)
     if Path(name).exists():
-        return density.read_structure(name)
-    if len(str(name)) == 4 and str(name).isalnum() and str(name)[0].isdigit():
-        return density.read_structure(fetch(name))
+        return density.read_structure(name, assembly=assembly)
+    if len(name) == 4 and name.isalnum() and name[0].isdigit():
+        return density.read_structure(fetch(name), assembly=assembly)
     raise InputError(
         f"{name!r} is neither a file, nor a PDB id (a digit and three letters or digits), nor one "
         f"of the shipped particles: {', '.join(SHIPPED)}"
@@ -113,6 +122,7 @@ def load(name: str) -> gemmi.Model:
 def load_density(
     name: str,
     *,
+    assembly: str | None = "1",
     voxel_size_angstrom: float = 3.67,
     resolution_angstrom: float = 8.0,
     box_px: int = 116,
@@ -121,7 +131,7 @@ def load_density(
 
     Parameters
     ----------
-    name : str
+    name, assembly
         See :func:`load`.
     voxel_size_angstrom, resolution_angstrom, box_px
         See :func:`cryoem.density.from_atoms`.
@@ -131,7 +141,7 @@ def load_density(
     Density
     """
     return density.from_atoms(
-        load(name),
+        load(name, assembly=assembly),
         voxel_size_angstrom=voxel_size_angstrom,
         resolution_angstrom=resolution_angstrom,
         box_px=box_px,
@@ -173,7 +183,8 @@ def fetch(
     cache.mkdir(parents=True, exist_ok=True)
     downloader = pooch.HTTPDownloader(progressbar=False, timeout=30)
     last: Exception | None = None
-    for _ in range(retries + 1):
+    for attempt in range(retries + 1):
+        time.sleep(0.2 * (2**attempt - 1))  # at once, then with growing patience
         try:
             with files.atomic(target) as temporary:
                 downloader(address, str(temporary), None)
