@@ -34,7 +34,7 @@ check: $(STAMP) ## Lint, format and types
 notebooks: $(STAMP) ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench-%: $(STAMP) ## Measure: bench-method (ten minutes) writes benchmarks/results/method.{json,md}
+bench-%: $(STAMP) ## Measure: bench-method (five minutes) writes benchmarks/results/method.{json,md}
 	$(BIN)/python benchmarks/$*.py
 
 weights: $(STAMP) ## Train the weights that ship in data/ (over an hour)

@@ -1,4 +1,4 @@
-"""The method against the paper, on what ships: ``make bench-method`` (about ten minutes).
+"""The method against the paper, on what ships: ``make bench-method`` (about five minutes).
 
 Test orientations come from a seed that nothing was trained or tuned on.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -321,7 +321,7 @@ class Phantom:
 
     centres_angstrom: np.ndarray
     sigmas_angstrom: np.ndarray
-    weights: np.ndarray = field()
+    weights: np.ndarray
 
     @classmethod
     def random(

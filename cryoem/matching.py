@@ -44,7 +44,7 @@ def match(
     preprocessing : Preprocessing
         Images and references are compared after it.
     references : int
-        Spread evenly over SO(3); 21,600 are about 10 degrees apart.
+        Spread evenly over SO(3); 21,600 are about 9 degrees apart.
     progress : bool
         Show a bar.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import distances, frame, imaging, projection, recovery, rotations
+from . import frame, imaging, projection, recovery, rotations
 from .density import Density
 from .errors import InputError
 
@@ -111,7 +111,7 @@ def orient_by_references(
     known = rotations.grid(references)
     landmarks = estimator.embed(projection.project(density, known))
     features = estimator.embed(images)
-    table = distances.from_features(features, landmarks, estimator.head)
+    table = estimator.distances(features, landmarks)
     q = recovery.laterate(table, known)
     residuals = np.empty(len(q))
     for i in range(0, len(q), 256):

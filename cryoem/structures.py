@@ -100,15 +100,15 @@ def load(name: str, *, assembly: str | None = "1") -> gemmi.Model:
     InputError
         Neither a shipped name, nor a file, nor a PDB id.
     """
-    if str(name).lower() in SHIPPED:
-        particle = SHIPPED[str(name).lower()]
+    name = str(name)
+    if name.lower() in SHIPPED:
+        particle = SHIPPED[name.lower()]
         paths = [shipped_file(f) for f in particle.filenames]
         model = density.read_structure(paths[0], assembly=particle.assembly)
         for path in paths[1:]:
             for chain in density.read_structure(path, assembly=None):
                 model.add_chain(chain)
         return standard_d2(model) if particle.symmetry == "D2" else model
-    name = str(name)
     if Path(name).exists():
         return density.read_structure(name, assembly=assembly)
     if len(name) == 4 and name.isalnum() and name[0].isdigit():
