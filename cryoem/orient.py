@@ -35,8 +35,8 @@ class Orientations:
     used : (n,) int array
         How many landmarks placed each image.
     expected_error_rad : (n,) array
-        Mean error to expect of an image with such residuals: on average right where copies told
-        the scale (:func:`orient`), merely in order where not (:func:`orient_by_references`).
+        Mean error to expect of an image with such residuals: to scale, roughly, where copies told
+        it (:func:`orient`), merely in order where not (:func:`orient_by_references`).
     outlier : (n,) bool array
         Images that fit far worse than most: not this particle, or nothing that can be seen.
     """
@@ -132,20 +132,23 @@ def orient(
 def _scaled(expected: np.ndarray, copied: np.ndarray, off: np.ndarray) -> np.ndarray:
     """Bring expected errors to the scale on which images and their copies disagree.
 
+    Were the errors of an image and its copy independent, they would disagree by a root of two more
+    than each is off; but a copy shows the same noise. Measured on 4JSV, what is expected so is 1.4
+    times the true mean error without noise, 0.9 at SNR 1/4 and 0.75 to 0.8 from 1/16 to 1/128.
+
     Parameters
     ----------
     expected : (n,) array
         Of all images, in order but not to scale.
     copied : (c,) int array
     off : (c,) array, radians
-        How far the copies of those are from them. Two independent errors make it: one is a root of
-        two smaller.
+        How far the copies of those are from them.
     """
     if len(copied) < 3:
         return expected
-    slope, start = np.polyfit(expected[copied], off / np.sqrt(2), 1)
+    slope, start = np.polyfit(expected[copied], off, 1)
     if slope < 0:
-        return np.full(len(expected), off.mean() / np.sqrt(2))
+        return np.full(len(expected), off.mean())
     return np.maximum(start + slope * expected, 0)
 
 

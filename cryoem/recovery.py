@@ -290,7 +290,7 @@ def _complete(s: np.ndarray, known: np.ndarray, sweeps: int = 200) -> np.ndarray
     for sweep in range(sweeps):
         x = _fit_rows(known, s, v)
         if sweep % 5 == 4:
-            off = np.linalg.norm(known * (x @ v.T - s))
+            off = float(np.linalg.norm(known * (x @ v.T - s)))
             if before - off < 1e-3 * off or off < 1e-7 * np.sqrt(known.sum()):
                 break
             before = off
