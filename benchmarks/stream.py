@@ -1,6 +1,7 @@
 """Orientation of growing sets from a file: ``make bench-stream`` (an hour and 6 GB of disk).
 
-Time by step, peak memory and error over n. Each n runs in a process of its own, so that its peak
+Processor time by step (of all threads: it depends little on what else runs), wall time, peak memory
+and error over n. Each n runs in a process of its own, so that its peak
 is its own; the images, SNR 1/16, are simulated into one file from a seed that nothing was trained
 or tuned on. ``python benchmarks/stream.py FOLDER`` keeps that file in FOLDER, and finds it there.
 """
@@ -46,15 +47,15 @@ class Part:
 
 
 def clocked(owner, name):
-    """Replace a function by one that adds its seconds up in the list that is returned."""
+    """Replace a function by one that notes its processor seconds in the list that is returned."""
     function, seconds = getattr(owner, name), []
 
     def run(*args, **kwargs):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return function(*args, **kwargs)
         finally:
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
 
     setattr(owner, name, run)
     return seconds
@@ -82,11 +83,10 @@ def measure(folder, n):
         "seed": TEST_SEED,
         "snr": SNR,
         "seconds": seconds,
-        "cpu_seconds": cpu,
-        "landmarks_seconds": sum(landmarks),
-        "embedding_seconds": chunks,
-        "lateration_seconds": sum(placing) - chunks,
-        "reading_writing_seconds": seconds - sum(landmarks) - sum(placing),
+        "landmarks_cpu_seconds": sum(landmarks),
+        "embedding_cpu_seconds": chunks,
+        "lateration_cpu_seconds": sum(placing) - chunks,
+        "reading_writing_cpu_seconds": cpu - sum(landmarks) - sum(placing),
         "peak_memory_gb": peak,
         "resting_memory_gb": resting,
         "one_sided_error_rad": error.mean_rad,
@@ -94,20 +94,27 @@ def measure(folder, n):
 
 
 def table(found):
-    def row(r, n, seconds):
-        return [
-            n,
-            *(f"{x:,.3g} s" if x < 1000 else f"{x / 3600:,.1f} h" for x in seconds),
-            f"{r['peak_memory_gb']:.2f} GB" if r else "",
-            f"{r['one_sided_error_rad']:.3f} rad" if r else "",
-        ]
+    def shown(seconds):
+        return f"{seconds:,.3g} s" if seconds < 1000 else f"{seconds / 3600:,.2g} h"
 
-    steps = ["landmarks", "embedding", "lateration", "reading_writing"]
-    rows = [row(r, f"{r['n']:,}", [r[f"{step}_seconds"] for step in steps]) for r in found]
+    names = [
+        f"{s}_cpu_seconds" for s in ("landmarks", "embedding", "lateration", "reading_writing")
+    ]
+    rows = [
+        [
+            f"{r['n']:,}",
+            *(shown(r[name]) for name in names),
+            shown(r["seconds"]),
+            f"{r['peak_memory_gb']:.2f} GB",
+            f"{r['one_sided_error_rad']:.3f} rad",
+        ]
+        for r in found
+    ]
     last = found[-1]
-    grown = [last["landmarks_seconds"]]
-    grown += [last[f"{step}_seconds"] * TARGET / last["n"] for step in steps[1:]]
-    return [*rows, row(None, f"{TARGET:,}, extrapolated from the line above", grown)]
+    each = [1] + [TARGET / last["n"]] * 3  # landmarks are as many whatever n
+    grown = [last[name] * times for name, times in zip(names, each, strict=True)]
+    title = f"{TARGET:,}, **extrapolated** from {last['n']:,}"
+    return [*rows, [title, *map(shown, grown), "", "", ""]]
 
 
 def main(folder):
@@ -119,15 +126,8 @@ def main(folder):
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         found.append(json.loads(output.splitlines()[-1]))
         print(found[-1], flush=True)
-    header = [
-        "particles",
-        "landmarks",
-        "embedding",
-        "lateration",
-        "reading, writing",
-        "peak memory",
-    ]
-    header += ["error, frame fixed without the truth"]
+    header = ["particles", "landmarks, core time", "embedding", "lateration", "reading, writing"]
+    header += ["wall time", "peak memory", "error, frame fixed without the truth"]
     records.write("stream", found, header, table(found), "make bench-stream")
 
 
