@@ -76,9 +76,9 @@ def orient(
     ----------
     estimator : Estimator
     particles : path or (n, size, size) stack
-        A ``.star`` or ``.npy`` file, or whatever has a shape and reads slices. With a scheduler,
-        files are opened by the workers, so that the path must hold there too; an array's chunks
-        travel to them instead.
+        A particle file (:func:`cryoem.star.read_particles`), an ``.npy`` file, or whatever has a
+        shape and reads slices. With a scheduler the workers open the files, so that their paths
+        must hold there too; the chunks of an array in memory travel to them instead.
     work : path
         Folder of this run, made if need be; what it holds is a few hundred bytes a particle.
     landmarks : int
@@ -120,7 +120,7 @@ def orient(
         "version": __version__,
         "particles": [n, *images.shape[1:]],
         "particles_sha256": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
-        "estimator_sha256": estimator.fingerprint,
+        "estimator": estimator.fingerprint,
         "landmarks": len(chosen),
         "copies": copies,
         "seed": seed,
@@ -177,15 +177,13 @@ class _Source:
     def stack(self) -> Stack:
         if not isinstance(self.given, Path):
             return self.given  # type: ignore[return-value]
-        if self.given.suffix == ".star":
-            return self._star
         if self.given.suffix == ".npy":
             # Mapped for each chunk: pages that were read leave the process with their map.
             return np.load(files.existing(self.given), mmap_mode="r")
-        raise InputError(f"{self.given}: wanted a .star or .npy file of particles")
+        return self._file
 
     @cached_property
-    def _star(self) -> Stack:
+    def _file(self) -> Stack:
         return star.read_particles(self.given).images  # type: ignore[arg-type]
 
     @property
