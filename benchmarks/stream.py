@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import records
 
-from cryoem import estimator, evaluation, orient, report, simulation, stream, structures
+from cryoem import estimator, evaluation, report, simulation, stream, structures
 
 PARTICLE, TEST_SEED, SNR = "4jsv", 90_212, 1 / 16
 SIZES = [1_000, 3_000, 10_000, 30_000, 100_000]
@@ -67,7 +67,7 @@ def measure(folder, n):
     edge = network.preprocessing.frame_px
     network.embed(np.zeros((256, edge, edge)))  # TensorFlow's start-up is not the curve's
     resting = report.peak_memory_gb()
-    embedding, landmarks = clocked(network, "embed"), clocked(orient, "orient")
+    embedding, landmarks = clocked(network, "embed"), clocked(stream, "_landmarks")
     placing = clocked(stream._Job, "place")
     with tempfile.TemporaryDirectory() as work:
         start, cpu = time.perf_counter(), time.process_time()

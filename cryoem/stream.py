@@ -1,9 +1,10 @@
 """Orientations of sets larger than memory: chunk by chunk, resumable, on one machine or many.
 
-Some hundred particles, drawn by seed from all of them, are the landmarks: :mod:`cryoem.orient`
-recovers them jointly and fixes their frame. Every other orientation then depends on its own image
-and on the landmarks alone, so that the set is read, embedded, laterated and written in chunks, by
-this process or by Dask's workers, and the outcome depends on neither.
+Some hundred particles, drawn by seed from all of them, are the landmarks: they are recovered
+jointly (:func:`cryoem.recovery.find_landmarks`), and copies of them fix the frame. Every other
+orientation then depends on its own image and on the landmarks alone, so that the set is read,
+embedded, laterated and written in chunks, by this process or by Dask's workers, and the outcome
+depends on neither.
 
 What is done lies in a work folder: ``landmarks.npz``, with all that the outcome depends on;
 ``particles.npy``, one row a particle; and ``done.json``, which rows those are. A run that finds
@@ -20,7 +21,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -29,12 +30,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import __version__, files, recovery, rotations, star
-from . import orient as together
+from . import __version__, files, frame, imaging, recovery, rotations, star
 from .errors import InputError, MissingToolError
 from .files import PathLike
 from .frame import Frame
 from .orient import Orientations
+from .recovery import Landmarks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from .estimator import Estimator
 
 __all__ = ["Stack", "orient"]
+
+#: What is kept of each particle besides its features; see :class:`cryoem.recovery.Recovery`.
+OUTCOME = ("quaternions", "residuals_rad", "used", "expected_error_rad", "outlier")
 
 
 class Stack(Protocol):
@@ -60,7 +64,7 @@ def orient(
     particles: PathLike | Stack,
     work: PathLike,
     *,
-    landmarks: int = 512,
+    landmarks: int = 256,
     copies: int = 200,
     seed: int = 0,
     chunk: int = 1024,
@@ -98,8 +102,8 @@ def orient(
     Returns
     -------
     Orientations
-        ``quaternions``, ``residuals_rad`` and ``features`` are mapped from the work folder,
-        read-only.
+        Its arrays are mapped from the work folder, read-only. The records of ``particles.npy``
+        hold the rest of :class:`cryoem.recovery.Recovery` too.
 
     Raises
     ------
@@ -113,6 +117,8 @@ def orient(
         raise InputError(f"chunk must be positive, got {chunk}")
     source = _Source(particles)
     n = source.n
+    if n < 2 * recovery.ENOUGH:
+        raise InputError(f"wanted at least {2 * recovery.ENOUGH} images to orient, got {n}")
     rng = rotations.stream(seed, "landmarks")
     chosen = np.sort(rng.choice(n, min(landmarks, n), replace=False, shuffle=False))
     images = np.concatenate([source.read(i, i + 1) for i in chosen])
@@ -126,13 +132,12 @@ def orient(
         "seed": seed,
     }
     folder = _Folder(Path(work), settings)
-    marks = folder.landmarks()
-    if marks is None:
-        marks = together.orient(
-            estimator, images, copies=copies, anchors=len(chosen) + 2 * copies, seed=seed
-        )
-        folder.keep(marks)
-    job = _Job(estimator, source, marks.quaternions, marks.features)
+    kept = folder.landmarks(estimator.head)
+    if kept is None:
+        kept = _landmarks(estimator, images, copies, seed)
+        folder.keep(*kept)
+    marks, fixed = kept
+    job = _Job(estimator, source, marks)
     missing = folder.missing(n, chunk)
     with contextlib.ExitStack() as stack:
         placed: Iterator[tuple[int, np.ndarray]] = (
@@ -146,7 +151,25 @@ def orient(
             folder.write(start, rows, n)
             bar.update(len(rows))
     rows = folder.rows()
-    return Orientations(rows["quaternion"], rows["residual_rad"], marks.frame, rows["features"])
+    return Orientations(rows["quaternions"], rows["residuals_rad"], fixed, rows["features"])
+
+
+def _landmarks(
+    estimator: Estimator, images: np.ndarray, copies: int, seed: int
+) -> tuple[Landmarks, Frame]:
+    """Recover landmarks jointly with copies of some, which are landmarks too and fix the frame."""
+    n, c = len(images), min(copies, len(images))
+    features = np.concatenate(
+        [
+            estimator.embed(images),
+            estimator.embed(imaging.quarter_turn(images[:c])),
+            estimator.embed(imaging.mirror(images[:c])),
+        ]
+    )
+    marks = recovery.find_landmarks(features, estimator.head, seed=seed, landmarks=len(features))
+    q = marks.place(features).quaternions
+    fixed = frame.from_copies(q[:c], q[n : n + c], q[n + c :])
+    return replace(marks, quaternions=fixed.apply(marks.quaternions)), fixed
 
 
 def _bar(n: int, done: int, progress: bool) -> Any:
@@ -167,10 +190,8 @@ class _Source:
         if isinstance(particles, str | os.PathLike):
             self.given = Path(particles).resolve()
         shape = self.stack.shape
-        if len(shape) != 3 or shape[1] != shape[2] or shape[0] == 0:
-            raise InputError(
-                f"particles must have shape (n, size, size) with n > 0, got {tuple(shape)}"
-            )
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise InputError(f"particles must have shape (n, size, size), got {tuple(shape)}")
         self.n = int(shape[0])
 
     @property
@@ -204,8 +225,7 @@ class _Job:
 
     estimator: Estimator
     source: _Source
-    quaternions: np.ndarray
-    features: np.ndarray
+    landmarks: Landmarks
 
     def place(self, start: int, images: np.ndarray) -> np.ndarray:
         """Embed and laterate: one record a particle, each by its own image alone."""
@@ -213,13 +233,10 @@ class _Job:
             features = self.estimator.embed(images)
         except InputError as error:
             raise InputError(f"in the chunk that begins at particle {start}: {error}") from error
-        table = self.estimator.distances(features, self.features)
-        q = recovery.laterate(table, self.quaternions)
-        induced = 2 * np.arccos(np.minimum(np.abs(q @ self.quaternions.T), 1))
-        residuals = np.abs(induced - table).mean(axis=1)
-        columns = {"quaternion": q, "residual_rad": residuals, "features": features}
+        found = self.landmarks.place(features)
+        columns = {name: getattr(found, name) for name in OUTCOME} | {"features": features}
         kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
-        rows = np.empty(len(q), kinds)
+        rows = np.empty(len(images), kinds)
         for name, column in columns.items():
             rows[name] = column
         return rows
@@ -254,14 +271,14 @@ class _Folder:
     def count(self) -> int:
         return sum(stop - start for start, stop in self.done)
 
-    def landmarks(self) -> Orientations | None:
-        """Return the landmarks that an earlier run with these settings left, if any."""
+    def landmarks(self, head: str) -> tuple[Landmarks, Frame] | None:
+        """Return what an earlier run with these settings kept, if any."""
         if not self._landmarks.exists():
             return None
         try:
             with np.load(self._landmarks, allow_pickle=False) as archive:
                 state = json.loads(str(archive["state"]))
-                arrays = {name: archive[name] for name in archive.files if name != "state"}
+                arrays = {name: archive[name] for name in ("features", "quaternions", "index")}
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{self._landmarks}: not a run's landmarks ({error})") from error
         for name, value in self.settings.items():
@@ -274,17 +291,26 @@ class _Folder:
         fixed: dict[str, Any] = state["frame"]
         for side in ("left", "right"):
             fixed[side] = np.array(fixed[side])
-        return Orientations(frame=Frame(**fixed), **arrays)
+        above = state["outlier_above_rad"]
+        return Landmarks(head=head, outlier_above_rad=above, **arrays), Frame(**fixed)
 
-    def keep(self, marks: Orientations) -> None:
+    def keep(self, marks: Landmarks, fixed: Frame) -> None:
         """Keep landmarks and the settings that they stand for; nothing is done against them."""
         self._done.unlink(missing_ok=True)
         self.done = []
-        arrays = {k: v for k, v in vars(marks).items() if k != "frame"}
-        fixed = {k: np.asarray(v).tolist() for k, v in vars(marks.frame).items()}
-        state = json.dumps({"settings": self.settings, "frame": fixed})
+        state = {
+            "settings": self.settings,
+            "frame": {name: np.asarray(value).tolist() for name, value in vars(fixed).items()},
+            "outlier_above_rad": marks.outlier_above_rad,
+        }
         with files.atomic(self._landmarks) as temporary, open(temporary, "wb") as file:
-            np.savez(file, state=np.array(state), **arrays)
+            np.savez(
+                file,
+                state=np.array(json.dumps(state)),
+                features=marks.features,
+                quaternions=marks.quaternions,
+                index=marks.index,
+            )
 
     def missing(self, n: int, chunk: int) -> Iterator[tuple[int, int]]:
         """Chunks (start, stop) of what is not done when the run begins."""

@@ -1,5 +1,6 @@
 """Orienting in chunks: their size, an interruption and who works change nothing."""
 
+import copy
 import json
 import os
 import pickle
@@ -95,15 +96,17 @@ class Images:
 # One process
 
 
-def test_chunks_are_placed_as_well_as_all_together(network, made, whole):
-    def error(quaternions):
-        return evaluation.errors(quaternions, made.quaternions, over="one-sided").mean_rad
+def error(found, made):
+    true = made.quaternions[: len(found.quaternions)]
+    return evaluation.errors(np.array(found.quaternions), true, over="one-sided").mean_rad
 
+
+def test_chunks_are_placed_as_well_as_all_together(network, made, whole):
     # 1,500 balls of this radius fill SO(3).
-    assert error(whole.quaternions) < (6 * np.pi / 1500) ** (1 / 3)
-    assert error(whole.quaternions) < 1.02 * error(orient.orient(network, made.images).quaternions)
+    assert error(whole, made) < (6 * np.pi / 1500) ** (1 / 3)
+    assert error(whole, made) < 1.05 * error(orient.orient(network, made.images), made)
     assert whole.frame.certain and whole.features.shape == (N, 16)
-    assert whole.residuals_rad.shape == (N,) and whole.residuals_rad.max() < 0.05
+    assert whole.residuals_rad.shape == (N,) and whole.residuals_rad.max() < 0.1
 
 
 @pytest.mark.parametrize("chunk", [8, 50, 1000])
@@ -124,11 +127,27 @@ def test_a_file_is_as_good_as_its_array(network, made, whole, tmp_path):
 
 def test_fewer_particles_than_landmarks_are_all_landmarks(network, made, tmp_path):
     found = stream.orient(network, made.images[:40], tmp_path, progress=False)
-    together = orient.orient(network, made.images[:40], anchors=120)
     assert found.quaternions.shape == (40, 4)
-    assert rotations.distance(found.quaternions, together.quaternions).max() < 0.02
+    assert error(found, made) < 1.05 * error(orient.orient(network, made.images[:40]), made)
     with pytest.raises(InputError, match="at least 24 images"):
-        stream.orient(network, made.images[:20], tmp_path / "few", progress=False)
+        stream.orient(network, made.images[:23], tmp_path / "few")
+
+
+def test_particles_that_fit_nowhere_are_flagged(network, path, tmp_path):
+    class Torn(Oracle):
+        def embed(self, images):
+            features = super().embed(images)
+            if len(images) == N:
+                features[[7, 70]] = -features[[7, 70]]
+            return features
+
+    network = copy.copy(network)
+    network.__class__ = Torn
+    found = stream.orient(network, path, tmp_path, **OPTIONS)
+    rows = np.load(tmp_path / "particles.npy")
+    assert rows.shape == (N,) and rows["outlier"][[7, 70]].all() and rows["outlier"].mean() < 0.2
+    assert (found.residuals_rad[[7, 70]] > 10 * np.median(found.residuals_rad)).all()
+    assert (rows["used"] > 50).all() and (rows["expected_error_rad"] > 0).all()
 
 
 # --------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ def test_chunks_finished_in_any_order_are_kept(network, path, whole, tmp_path):
     stream.orient(network, path, tmp_path, **OPTIONS)
     (tmp_path / "done.json").write_text("[[0, 10], [50, 60], [119, 120]]")
     rows = np.load(tmp_path / "particles.npy", mmap_mode="r+")
-    rows["quaternion"][10:50] = rows["quaternion"][60:119] = 0
+    rows["quaternions"][10:50] = rows["quaternions"][60:119] = 0
     again = Images(path)
     assert_same(stream.orient(network, again, tmp_path, chunk=45, **OPTIONS), whole)
     assert again.chunks == [(10, 50), (60, 105), (105, 119)]
@@ -233,7 +252,6 @@ def test_bad_particles_are_named(network, made, tmp_path):
         stream.orient(network, images, work, landmarks=30, seed=3, chunk=20, progress=False)
     for bad, wanted in [
         (made.images[:, :16], r"\(n, size, size\)"),
-        (made.images[:0], "n > 0"),
         (tmp_path / "none.npy", "no such file"),
     ]:
         with pytest.raises(InputError, match=wanted):
