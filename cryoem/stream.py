@@ -382,7 +382,7 @@ def _distributed(
     from distributed import as_completed
 
     # The job (11 MB with the shipped weights) is sent once, and to each worker once.
-    running = as_completed()
+    running = as_completed(loop=client.loop)
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GiB"}):
         sent = client.submit(bytes, pickle.dumps(job), pure=False)
         try:
