@@ -32,12 +32,43 @@ class Orientations:
     frame : Frame
         ``None`` where references fixed it from the start.
     features : (n, f) array
+    used : (n,) int array
+        How many landmarks placed each image.
+    expected_error_rad : (n,) array
+        Mean error to expect of an image with such residuals: on average right where copies told
+        the scale (:func:`orient`), merely in order where not (:func:`orient_by_references`).
+    outlier : (n,) bool array
+        Images that fit far worse than most: not this particle, or nothing that can be seen.
     """
 
     quaternions: np.ndarray
     residuals_rad: np.ndarray
     frame: frame.Frame | None
     features: np.ndarray
+    used: np.ndarray
+    expected_error_rad: np.ndarray
+    outlier: np.ndarray
+
+    @property
+    def hands(self) -> tuple[np.ndarray, ...]:
+        """The sets of orientations that explain the images: both hands where none is known.
+
+        The maps reconstructed from the two are mirror images, and no projection tells them apart:
+        they are equally good.
+        """
+        if self.frame is None or self.frame.hand_known:
+            return (self.quaternions,)
+        return (self.quaternions, rotations.other_hand(self.quaternions))
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What :func:`cryoem.star.write_particles` keeps of each image beside its orientation."""
+        return {
+            "cryoemResidualRad": self.residuals_rad,
+            "cryoemLandmarksUsed": self.used,
+            "cryoemExpectedErrorRad": self.expected_error_rad,
+            "cryoemOutlier": self.outlier.astype(int),
+        }
 
 
 def orient(
@@ -45,8 +76,8 @@ def orient(
 ) -> Orientations:
     """Orient images against each other: no density, no truth.
 
-    In-plane-turned and mirrored copies of some images are embedded with the images; all are
-    recovered together from the distances to a set of anchors, and the copies fix the frame.
+    In-plane-turned and mirrored copies of some images are embedded with the images; all are placed
+    against landmarks drawn from all, and the copies fix the frame and tell how large errors are.
 
     Parameters
     ----------
@@ -56,19 +87,20 @@ def orient(
     copies : int
         How many images are copied, at most all.
     anchors : int
-        Every image is compared with this many others.
+        How many landmarks every image is compared with.
     seed : int
 
     Returns
     -------
     Orientations
+        With a warning where the frame cannot be told (``frame.certain`` is False then).
     """
     images = projection.check_images(images)
     n = len(images)
     if n < 2 * recovery.ENOUGH:
         raise InputError(f"wanted at least {2 * recovery.ENOUGH} images to orient, got {n}")
-    rng = np.random.default_rng(seed)
-    copied = rng.choice(n, min(copies, n), replace=False)
+    copied = rotations.stream(seed, "copies").choice(n, min(copies, n), replace=False)
+    c = len(copied)
     features = np.concatenate(
         [
             estimator.embed(images),
@@ -76,19 +108,45 @@ def orient(
             estimator.embed(imaging.mirror(images[copied])),
         ]
     )
-    total, c = len(features), len(copied)
-    anchor = np.sort(rng.choice(total, min(anchors, total), replace=False))
-    table = estimator.distances(features, features[anchor])
-    i, j = np.divmod(np.arange(table.size), len(anchor))
-    # An anchor meets another once, and never itself.
-    rank = np.full(total, -1)
-    rank[anchor] = np.arange(len(anchor))
-    keep = (rank[i] < 0) | (rank[i] < j)
-    pairs = np.stack([i, anchor[j]], axis=1)[keep]
-    found = recovery.recover(pairs, table.ravel()[keep], total, seed=seed)
+    found = recovery.recover_features(features, estimator.head, seed=seed, landmarks=anchors)
     q = found.quaternions
     fixed = frame.from_copies(q[copied], q[n : n + c], q[n + c :])
-    return Orientations(fixed.apply(q[:n]), found.residuals_rad[:n], fixed, features[:n])
+    q, turned, mirrored = (fixed.apply(part) for part in (q[:n], q[n : n + c], q[n + c :]))
+    off = (
+        rotations.distance(rotations.in_plane(q[copied], np.pi / 2), turned)
+        + rotations.distance(rotations.mirror_x(q[copied]), mirrored)
+    ) / 2
+    fit = ~found.outlier[copied]
+    expected = _scaled(found.expected_error_rad[:n], copied[fit], off[fit])
+    return Orientations(
+        q,
+        found.residuals_rad[:n],
+        fixed,
+        features[:n],
+        found.used[:n],
+        expected,
+        found.outlier[:n],
+    )
+
+
+def _scaled(expected: np.ndarray, copied: np.ndarray, off: np.ndarray) -> np.ndarray:
+    """Bring expected errors to the scale on which images and their copies disagree.
+
+    Parameters
+    ----------
+    expected : (n,) array
+        Of all images, in order but not to scale.
+    copied : (c,) int array
+    off : (c,) array, radians
+        How far the copies of those are from them. Two independent errors make it: one is a root of
+        two smaller.
+    """
+    if len(copied) < 3:
+        return expected
+    slope, start = np.polyfit(expected[copied], off / np.sqrt(2), 1)
+    if slope < 0:
+        return np.full(len(expected), off.mean() / np.sqrt(2))
+    return np.maximum(start + slope * expected, 0)
 
 
 def orient_by_references(
@@ -109,12 +167,21 @@ def orient_by_references(
     Orientations
     """
     known = rotations.grid(references)
-    landmarks = estimator.embed(projection.project(density, known))
+    landmarks = recovery.Landmarks(
+        estimator.embed(projection.project(density, known)),
+        known,
+        estimator.head,
+        np.inf,
+        np.arange(0),
+    )
     features = estimator.embed(images)
-    table = estimator.distances(features, landmarks)
-    q = recovery.laterate(table, known)
-    residuals = np.empty(len(q))
-    for i in range(0, len(q), 256):
-        induced = rotations.distance(q[i : i + 256, None], known)
-        residuals[i : i + 256] = np.abs(induced - table[i : i + 256]).mean(axis=1)
-    return Orientations(q, residuals, None, features)
+    found = landmarks.place(features, chunk=1024)
+    return Orientations(
+        found.quaternions,
+        found.residuals_rad,
+        None,
+        features,
+        found.used,
+        found.expected_error_rad,
+        recovery.outliers(found.residuals_rad),
+    )

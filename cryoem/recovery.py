@@ -758,21 +758,27 @@ class Landmarks:
     outlier_above_rad: float
     index: np.ndarray
 
-    def place(self, features: ArrayLike) -> Recovery:
-        """Laterate particles, (n, f) features: each by its own alone.
+    def place(self, features: ArrayLike, *, chunk: int = 8192) -> Recovery:
+        """Laterate particles, (n, f) features: each by its own alone, ``chunk`` at once.
 
         A Gauss-Newton polish after it brings nothing: what is off in a learned distance is the
         particle's own feature, in all its distances alike.
         """
-        table = distances_.from_features(features, self.features, self.head)
-        q = laterate(table, self.quaternions)
-        off = _off(q.astype(np.float32) @ self.quaternions.astype(np.float32).T, table)
-        square = np.einsum("nm,nm->n", off, off).astype(np.float64)
-        residuals = np.abs(off).mean(axis=1, dtype=np.float64)
-        used = np.full(len(q), len(self.quaternions))
+        features = np.asanyarray(features)
+        n, m = len(features), len(self.quaternions)
+        known = self.quaternions.astype(np.float32)
+        q, residuals, square = np.empty((n, 4)), np.empty(n), np.empty(n)
+        for i in range(0, n, chunk):
+            rows = slice(i, i + chunk)
+            table = distances_.from_features(features[rows], self.features, self.head)
+            q[rows] = laterate(table, self.quaternions)
+            off = _off(q[rows].astype(np.float32) @ known.T, table)
+            residuals[rows] = np.abs(off).mean(axis=1)
+            square[rows] = np.einsum("nm,nm->n", off, off)
+        used = np.full(n, m)
         return Recovery(
             q,
-            float(square.mean() / len(self.quaternions)) if len(q) else 0.0,
+            float(square.mean() / m),
             residuals,
             self.index,
             used,
@@ -798,7 +804,7 @@ def find_landmarks(
     -------
     Landmarks
     """
-    features = np.asarray(features)
+    features = np.asanyarray(features)
     if features.ndim != 2 or len(features) < 2 * ENOUGH:
         raise InputError(
             f"features must have shape (n, f) with at least {2 * ENOUGH} particles, "
@@ -813,9 +819,8 @@ def find_landmarks(
     table = distances_.from_features(chosen, chosen, head)
     found = recover(pairs, table[tuple(pairs.T)], seed=seed)
     fit = ~found.outlier
-    inside = found.residuals_rad[fit]
-    q = found.quaternions[fit]
-    return Landmarks(chosen[fit], q, head, float(inside.max()), index[fit])
+    largest = float(found.residuals_rad[fit].max())
+    return Landmarks(chosen[fit], found.quaternions[fit], head, largest, index[fit])
 
 
 def recover_features(
@@ -843,19 +848,5 @@ def recover_features(
     Recovery
         ``loss`` over all distances to landmarks.
     """
-    features = np.asanyarray(features)
     marks = find_landmarks(features, head, seed=seed, landmarks=landmarks)
-    parts = [marks.place(features[i : i + chunk]) for i in range(0, len(features), chunk)]
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    return Recovery(
-        joined("quaternions"),
-        float(np.average([p.loss for p in parts], weights=[len(p.used) for p in parts])),
-        joined("residuals_rad"),
-        marks.index,
-        joined("used"),
-        joined("expected_error_rad"),
-        joined("outlier"),
-    )
+    return marks.place(features, chunk=chunk)
