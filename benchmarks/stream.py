@@ -90,6 +90,8 @@ def measure(folder, n):
         "peak_memory_gb": peak,
         "resting_memory_gb": resting,
         "one_sided_error_rad": error.mean_rad,
+        "expected_error_rad": float(found.expected_error_rad.mean()),
+        "outliers": int(found.outlier.sum()),
     }
 
 

@@ -34,7 +34,7 @@ from . import __version__, files, frame, imaging, recovery, rotations, star
 from .errors import InputError, MissingToolError
 from .files import PathLike
 from .frame import Frame
-from .orient import Orientations
+from .orient import Orientations, error_scale
 from .recovery import Landmarks
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from .estimator import Estimator
 
 __all__ = ["Stack", "orient"]
-
-#: What is kept of each particle besides its features; see :class:`cryoem.recovery.Recovery`.
-OUTCOME = ("quaternions", "residuals_rad", "used", "expected_error_rad", "outlier")
 
 
 class Stack(Protocol):
@@ -102,8 +99,7 @@ def orient(
     Returns
     -------
     Orientations
-        Its arrays are mapped from the work folder, read-only. The records of ``particles.npy``
-        hold the rest of :class:`cryoem.recovery.Recovery` too.
+        Its arrays are mapped from the work folder, read-only.
 
     Raises
     ------
@@ -136,8 +132,8 @@ def orient(
     if kept is None:
         kept = _landmarks(estimator, images, copies, seed)
         folder.keep(*kept)
-    marks, fixed = kept
-    job = _Job(estimator, source, marks)
+    marks, fixed, scale = kept
+    job = _Job(estimator, source, marks, scale)
     missing = folder.missing(n, chunk)
     with contextlib.ExitStack() as stack:
         placed: Iterator[tuple[int, np.ndarray]] = (
@@ -151,13 +147,16 @@ def orient(
             folder.write(start, rows, n)
             bar.update(len(rows))
     rows = folder.rows()
-    return Orientations(rows["quaternions"], rows["residuals_rad"], fixed, rows["features"])
+    return Orientations(frame=fixed, **{name: rows[name] for name in rows.dtype.names or ()})
 
 
 def _landmarks(
     estimator: Estimator, images: np.ndarray, copies: int, seed: int
-) -> tuple[Landmarks, Frame]:
-    """Recover landmarks jointly with copies of some, which are landmarks too and fix the frame."""
+) -> tuple[Landmarks, Frame, tuple[float, float]]:
+    """Recover landmarks jointly with copies of some, which are landmarks too.
+
+    The copies fix the frame, and the scale of expected errors: (slope, start).
+    """
     n, c = len(images), min(copies, len(images))
     features = np.concatenate(
         [
@@ -167,9 +166,13 @@ def _landmarks(
         ]
     )
     marks = recovery.find_landmarks(features, estimator.head, seed=seed, landmarks=len(features))
-    q = marks.place(features).quaternions
+    found = marks.place(features)
+    q = found.quaternions
     fixed = frame.from_copies(q[:c], q[n : n + c], q[n + c :])
-    return replace(marks, quaternions=fixed.apply(marks.quaternions)), fixed
+    q, fit = fixed.apply(q), np.flatnonzero(~found.outlier[:c])
+    expected = found.expected_error_rad[fit]
+    scale = error_scale(q[fit], q[n + fit], q[n + c + fit], expected)
+    return replace(marks, quaternions=fixed.apply(marks.quaternions)), fixed, scale
 
 
 def _bar(n: int, done: int, progress: bool) -> Any:
@@ -226,6 +229,7 @@ class _Job:
     estimator: Estimator
     source: _Source
     landmarks: Landmarks
+    scale: tuple[float, float]
 
     def place(self, start: int, images: np.ndarray) -> np.ndarray:
         """Embed and laterate: one record a particle, each by its own image alone."""
@@ -234,7 +238,15 @@ class _Job:
         except InputError as error:
             raise InputError(f"in the chunk that begins at particle {start}: {error}") from error
         found = self.landmarks.place(features)
-        columns = {name: getattr(found, name) for name in OUTCOME} | {"features": features}
+        slope, least = self.scale
+        columns = {
+            "quaternions": found.quaternions,
+            "residuals_rad": found.residuals_rad,
+            "used": found.used,
+            "expected_error_rad": np.maximum(least + slope * found.expected_error_rad, 0),
+            "outlier": found.outlier,
+            "features": features,
+        }
         kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
         rows = np.empty(len(images), kinds)
         for name, column in columns.items():
@@ -271,7 +283,7 @@ class _Folder:
     def count(self) -> int:
         return sum(stop - start for start, stop in self.done)
 
-    def landmarks(self, head: str) -> tuple[Landmarks, Frame] | None:
+    def landmarks(self, head: str) -> tuple[Landmarks, Frame, tuple[float, float]] | None:
         """Return what an earlier run with these settings kept, if any."""
         if not self._landmarks.exists():
             return None
@@ -291,16 +303,17 @@ class _Folder:
         fixed: dict[str, Any] = state["frame"]
         for side in ("left", "right"):
             fixed[side] = np.array(fixed[side])
-        above = state["outlier_above_rad"]
-        return Landmarks(head=head, outlier_above_rad=above, **arrays), Frame(**fixed)
+        marks = Landmarks(head=head, outlier_above_rad=state["outlier_above_rad"], **arrays)
+        return marks, Frame(**fixed), tuple(state["scale"])
 
-    def keep(self, marks: Landmarks, fixed: Frame) -> None:
+    def keep(self, marks: Landmarks, fixed: Frame, scale: tuple[float, float]) -> None:
         """Keep landmarks and the settings that they stand for; nothing is done against them."""
         self._done.unlink(missing_ok=True)
         self.done = []
         state = {
             "settings": self.settings,
             "frame": {name: np.asarray(value).tolist() for name, value in vars(fixed).items()},
+            "scale": scale,
             "outlier_above_rad": marks.outlier_above_rad,
         }
         with files.atomic(self._landmarks) as temporary, open(temporary, "wb") as file:
