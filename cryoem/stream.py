@@ -308,7 +308,8 @@ class _Folder:
 
     def keep(self, marks: Landmarks, fixed: Frame, scale: tuple[float, float]) -> None:
         """Keep landmarks and the settings that they stand for; nothing is done against them."""
-        self._done.unlink(missing_ok=True)
+        for path in (self._done, self._particles):
+            path.unlink(missing_ok=True)
         self.done = []
         state = {
             "settings": self.settings,

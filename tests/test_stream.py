@@ -237,8 +237,8 @@ def test_the_folder_of_another_run_is_refused(network, phantom, made, tmp_path, 
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
 
-def test_results_without_their_landmarks_are_made_again(network, path, whole, tmp_path):
-    stream.orient(network, path, tmp_path, **OPTIONS)
+def test_results_without_their_landmarks_are_made_again(network, made, path, whole, tmp_path):
+    stream.orient(network, made.images[:60], tmp_path, **OPTIONS)
     (tmp_path / "landmarks.npz").unlink()
     again = Images(path)
     assert_same(stream.orient(network, again, tmp_path, **OPTIONS), whole)
