@@ -6,6 +6,7 @@ Both sides of a pair share one encoder, so a batch of ``n`` images is embedded o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zipfile
@@ -275,6 +276,16 @@ class Estimator:
     def distances(self, features: ArrayLike, others: ArrayLike) -> np.ndarray:
         """Distances between two sets of features, (n, m), radians."""
         return distances.from_features(features, others, self.head)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of weights and settings: equal where features are, whatever the notes say."""
+        policies = [layer.dtype_policy.name for layer in self.encoder.layers]
+        settings = [self.architecture, self.head, asdict(self.preprocessing), policies]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for weight in self.encoder.get_weights():
+            digest.update(weight.tobytes())
+        return digest.hexdigest()
 
     # ----------------------------------------------------------------------------------
     # The file

@@ -15,7 +15,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .estimator import Estimator
 
-__all__ = ["Orientations", "orient", "orient_by_references"]
+__all__ = ["Orientations", "error_scale", "orient", "orient_by_references"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Orientations:
     used : (n,) int array
         How many landmarks placed each image.
     expected_error_rad : (n,) array
-        Mean error to expect of an image with such residuals: to scale, roughly, where copies told
-        it (:func:`orient`), merely in order where not (:func:`orient_by_references`).
+        Mean error to expect of an image with such residuals: on average right where copies told
+        the scale (:func:`orient`), merely in order where not (:func:`orient_by_references`).
     outlier : (n,) bool array
         Images that fit far worse than most: not this particle, or nothing that can be seen.
     """
@@ -112,44 +112,48 @@ def orient(
     q = found.quaternions
     fixed = frame.from_copies(q[copied], q[n : n + c], q[n + c :])
     q, turned, mirrored = (fixed.apply(part) for part in (q[:n], q[n : n + c], q[n + c :]))
-    off = (
-        rotations.distance(rotations.in_plane(q[copied], np.pi / 2), turned)
-        + rotations.distance(rotations.mirror_x(q[copied]), mirrored)
-    ) / 2
     fit = ~found.outlier[copied]
-    expected = _scaled(found.expected_error_rad[:n], copied[fit], off[fit])
+    expected = found.expected_error_rad[:n]
+    slope, start = error_scale(q[copied][fit], turned[fit], mirrored[fit], expected[copied][fit])
     return Orientations(
         q,
         found.residuals_rad[:n],
         fixed,
         features[:n],
         found.used[:n],
-        expected,
+        np.maximum(start + slope * expected, 0),
         found.outlier[:n],
     )
 
 
-def _scaled(expected: np.ndarray, copied: np.ndarray, off: np.ndarray) -> np.ndarray:
-    """Bring expected errors to the scale on which images and their copies disagree.
-
-    Were the errors of an image and its copy independent, they would disagree by a root of two more
-    than each is off; but a copy shows the same noise. Measured on 4JSV, what is expected so is 1.4
-    times the true mean error without noise, 0.9 at SNR 1/4 and 0.75 to 0.8 from 1/16 to 1/128.
+def error_scale(
+    quaternions: np.ndarray, turned: np.ndarray, mirrored: np.ndarray, expected: np.ndarray
+) -> tuple[float, float]:
+    """Scale of expected errors, from how far images and their copies disagree.
 
     Parameters
     ----------
+    quaternions, turned, mirrored : (n, 4) arrays, unit, xyzw
+        Of images, of their quarter-turns and of their mirrors, in the frame.
     expected : (n,) array
-        Of all images, in order but not to scale.
-    copied : (c,) int array
-    off : (c,) array, radians
-        How far the copies of those are from them.
+        Expected errors of the images, in order but not to scale.
+
+    Returns
+    -------
+    slope, start : float
+        ``start + slope * expected``, at least 0, is to scale.
     """
-    if len(copied) < 3:
-        return expected
-    slope, start = np.polyfit(expected[copied], off, 1)
+    off = (
+        rotations.distance(rotations.in_plane(quaternions, np.pi / 2), turned)
+        + rotations.distance(rotations.mirror_x(quaternions), mirrored)
+    ) / 2
+    if len(off) < 3:
+        return 1.0, 0.0
+    # Two independent errors make a disagreement: one is a root of two smaller.
+    slope, start = np.polyfit(expected, off / np.sqrt(2), 1)
     if slope < 0:
-        return np.full(len(expected), off.mean())
-    return np.maximum(start + slope * expected, 0)
+        return 0.0, float(off.mean() / np.sqrt(2))
+    return float(slope), float(start)
 
 
 def orient_by_references(
