@@ -192,9 +192,7 @@ class HalfMaps:
     def mean(self) -> Density:
         """The map of all particles."""
         _common_box(self.first, self.second)
-        return Density(
-            (self.first.values + self.second.values) / 2, self.first.voxel_size_angstrom
-        )
+        return Density((self.first.values + self.second.values) / 2, self.first.voxel_size_angstrom)
 
 
 def _soft(inside: np.ndarray, extend_px: float, edge_px: float) -> np.ndarray:

@@ -126,9 +126,7 @@ class _Slopes:
         self._volumes[2] = slope * values * axis[:, None]
         self._volumes[3] = slope * values * axis[:, None, None]
         self._frequencies = (2 * np.pi * step / full * frequencies.T).astype(np.float32)  # (2, k)
-        self._plan = finufft.Plan(
-            2, (grid,) * 3, 4, eps=_ACCURACY, isign=-1, dtype="complex64"
-        )
+        self._plan = finufft.Plan(2, (grid,) * 3, 4, eps=_ACCURACY, isign=-1, dtype="complex64")
 
     def at(self, matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame."""
@@ -168,7 +166,8 @@ class _Fit:
         value, gradient = self.slopes.at(Rotation.from_quat(q).as_matrix())
         kx, ky = self._kx, self._ky
         phase = np.exp(
-            -self._turn * (shifts[:, :1].astype(np.float32) * kx + shifts[:, 1:].astype(np.float32) * ky)
+            -self._turn
+            * (shifts[:, :1].astype(np.float32) * kx + shifts[:, 1:].astype(np.float32) * ky)
         )
         columns = np.empty((len(q), 7, len(kx)), np.complex64)
         columns[:, 0] = value
@@ -186,9 +185,7 @@ class _Fit:
         real = columns.view(np.float32)
         return (real @ real.transpose(0, 2, 1)).astype(np.float64)
 
-    def normal(
-        self, gram: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def normal(self, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Gain (m,), contrast (m,), normal matrix (m, 5, 5) and slope (m, 5) of the best contrast.
 
         Gain is ``|y|^2 - |y - a M|^2``.
@@ -203,9 +200,7 @@ class _Fit:
         return gain, a, a[:, None, None] ** 2 * matrix, slope
 
 
-def _moved(
-    q: np.ndarray, shifts: np.ndarray, step: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _moved(q: np.ndarray, shifts: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rotations.perturb(q, step[:, :3]), shifts + step[:, 3:]
 
 
@@ -323,7 +318,8 @@ def refine(
     ----------
     images : (n, size, size) array
     density : Density, a cube
-        Of the images' extent; its box may be larger, where the images are down-sampled.
+        Of the images' extent; its box may be larger, where the images are down-sampled. Contrast is
+        1 for images in the units of :func:`cryoem.projection.project`.
     quaternions : (n, 4) array, unit, xyzw
         Where to start.
     shifts_px : (n, 2) array, optional
@@ -334,8 +330,8 @@ def refine(
         Per pixel. By default estimated from the residuals of all images; the refined parameters do
         not depend on it, their covariances do.
     resolution_angstrom : float
-        The finest detail of the density that is used. A density that was not made from these images
-        is believed to 15 A only: what appears beyond it is the images' own (:func:`from_reference`).
+        The finest detail of the density that is used. A density that was not made from these
+        images is used to 15 A only: what appears beyond is their own (:func:`from_reference`).
     starts : int
         How many orientations within ``spread_rad`` of the given one are tried; the likelihood
         chooses. A few mend what single starts miss; below SNR 1/50, where the likelihood has
@@ -373,7 +369,7 @@ def refine(
     if noise_variance is not None and not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     extent = density.box_px * density.voxel_size_angstrom
-    if not 2 <= extent / resolution_angstrom:
+    if not extent / resolution_angstrom >= 2:
         raise InputError(f"resolution_angstrom must be below {extent / 2:g}, half the box's edge")
     slices = projection.Slices(box)
     radius = np.linalg.norm(slices.frequencies, axis=1)

@@ -270,3 +270,27 @@ def test_the_gradients_are_those_of_the_images(phantom):
 def test_a_bound_without_noise_is_refused(phantom, variance):
     with pytest.raises(InputError, match="positive"):
         evaluation.cramer_rao(phantom.density(16, 14.0), TRUE[:2], variance)
+
+
+def test_an_unknown_shift_costs_little_and_has_a_bound_of_its_own(phantom):
+    density = phantom.density(32, 7.0)
+    alone = evaluation.cramer_rao(density, TRUE[:10], 1.0)
+    both = evaluation.cramer_rao(density, TRUE[:10], 1.0, shifts=True)
+    assert both.shape == (10, 5, 5)
+    information = np.linalg.inv(both)
+    np.testing.assert_allclose(information[:, :3, :3], np.linalg.inv(alone), rtol=1e-5)
+    # Another unknown never makes the rest better known.
+    assert (np.linalg.eigvalsh(both[:, :3, :3] - alone) > -1e-6 * alone.max()).all()
+    # The information about a shift in x is the image's squared slope in x.
+    images = project(density, TRUE[:10]).astype(float)
+    slope = np.gradient(images, axis=2)
+    np.testing.assert_allclose(information[:, 3, 3], np.sum(slope**2, axis=(1, 2)), rtol=0.05)
+
+
+def test_the_bound_knows_the_ctf(phantom):
+    density = phantom.density(32, 7.0)
+    plain = evaluation.cramer_rao(density, TRUE[:5], 1.0, shifts=True)
+    half = evaluation.cramer_rao(
+        density, TRUE[:5], 1.0, shifts=True, ctf=np.full((5, 32, 17), 0.5, np.float32)
+    )
+    np.testing.assert_allclose(half, 4 * plain, rtol=1e-3)
