@@ -213,7 +213,7 @@ def bias(particle, n=500):
     cut = particle.known.in_box(particle.box)
     for what in ("noise", "particles"):
         for seed in range(SEED, SEED + 2):
-            images, q, _, variance = particle.images(n, 1 / 16, seed, 0.0)
+            images, q, _, _ = particle.images(n, 1 / 16, seed, 0.0)
             if what == "noise":
                 rng = rotations.stream(seed, "pure noise")
                 images = rng.standard_normal(images.shape, dtype=np.float32)

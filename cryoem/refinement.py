@@ -382,7 +382,7 @@ def refine(
     for limit in limits:
         count = int(np.sum(radius[order] <= limit))
         last = limit == limits[-1]
-        keep = 1 if last else -(-keep // 3)
+        keep = 1 if last else -(-keep // 2)
         slopes = _Slopes(density, frequencies[:count], box)
         stages.append(_Stage(count, slopes, keep, _SHORTEST if last else _SHORT))
 
@@ -397,9 +397,9 @@ def refine(
         observed = slices.from_images(images[part])[:, order]
         gains = None if ctf is None else ctf[part][:, *slices.index][:, order]
 
-        owner = np.repeat(np.arange(m), starts)
-        part_q = rotations.perturb(q[part][owner], np.tile(offsets, (m, 1)))
-        part_shifts = shifts[part][owner]
+        # Candidates of each particle: (m, starts, ...).
+        trial_q = rotations.perturb(q[part][:, None], offsets)
+        trial_shifts = np.repeat(shifts[part][:, None], starts, axis=1)
         for stage in stages:
             c = stage.count
             fit = _Fit(
@@ -414,12 +414,22 @@ def refine(
                 given = fit.gram(np.arange(m), q[part], shifts[part])
                 least = _least_contrast(given, fit.samples)
             fit.least = least
-            part_q, part_shifts, gram = _climb(fit, owner, part_q, part_shifts, steps, stage.short)
-            gain = fit.normal(gram)[0].reshape(m, -1)
+            if stage is stages[-1] and stage is not stages[0]:
+                # Coarse detail may lead astray: what was given stays a candidate.
+                trial_q = np.concatenate([trial_q, q[part][:, None]], axis=1)
+                trial_shifts = np.concatenate([trial_shifts, shifts[part][:, None]], axis=1)
+            owner = np.repeat(np.arange(m), trial_q.shape[1])
+            climbed = _climb(
+                fit, owner, trial_q.reshape(-1, 4), trial_shifts.reshape(-1, 2), steps, stage.short
+            )
+            trial_q, trial_shifts, gram = (x.reshape(m, -1, *x.shape[1:]) for x in climbed)
+            gain = fit.normal(climbed[2])[0].reshape(m, -1)
             best = np.argsort(-gain, axis=1, kind="stable")[:, : stage.keep]
-            best = (best + gain.shape[1] * np.arange(m)[:, None]).ravel()
-            owner, part_q, part_shifts, gram = (x[best] for x in (owner, part_q, part_shifts, gram))
-        refined_q[part], refined_shifts[part], grams[part] = part_q, part_shifts, gram
+            trial_q, trial_shifts, gram = (
+                x[np.arange(m)[:, None], best] for x in (trial_q, trial_shifts, gram)
+            )
+        refined_q[part], refined_shifts[part] = trial_q[:, 0], trial_shifts[:, 0]
+        grams[part] = gram[:, 0]
         bar.update(m)
     bar.close()
     gain, contrast, matrix, _ = fit.normal(grams)
@@ -446,8 +456,10 @@ def refine(
 
 
 def _load(stages: Sequence[_Stage], starts: int) -> list[tuple[_Stage, int]]:
-    """Each stage with the number of starts that enter it."""
-    return list(zip(stages, [starts, *(s.keep for s in stages[:-1])], strict=True))
+    """Each stage with the number of candidates that enter it."""
+    entering = [starts, *(s.keep for s in stages[:-1])]
+    entering[-1] += len(stages) > 1  # what was given
+    return list(zip(stages, entering, strict=True))
 
 
 def _least_contrast(gram: np.ndarray, samples: float) -> float:
@@ -480,7 +492,7 @@ class Alternated:
         Every particle against the map of its own half.
     subset : (n,) int array, 1 or 2
     half_maps : HalfMaps
-        At the refined parameters; independent, but joined below ``joined_angstrom``.
+        At the refined parameters; independent beyond ``joined_angstrom``.
     mask : (m, m, m) array
     fsc : HalfMapFsc
     density : Density
@@ -488,10 +500,11 @@ class Alternated:
         (:func:`cryoem.maps.mirrored`, at :func:`cryoem.rotations.other_hand`) explains the images
         as well: no projection tells the hand.
     held_out_correlation : float
-        Mean correlation of images with projections of the map of the *other* half, to which they
-        did not contribute.
+        Mean correlation of images with projections of what is finer than ``joined_angstrom`` in the
+        map of the *other* half, to which they did not contribute; 1 is out of reach where there is
+        noise.
     chance_correlation : float
-        The same with every image at another one's orientation: what the mean shape alone gives.
+        The same with every image at another one's orientation.
     resolutions_angstrom : list of float
         To which each round refined.
     joined_angstrom : float
@@ -596,9 +609,9 @@ def alternate(
 
     Two halves of the particles are kept apart: each is refined against the map of its own, masked,
     every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to the
-    resolution at which the FSC, corrected for the mask, falls below 0.143. Below
-    ``joined_angstrom`` the maps share their frequencies, so that their frames stay together; the
-    FSC says nothing there.
+    resolution at which the FSC, corrected for the mask, falls below 0.143. What is coarser than
+    ``joined_angstrom`` the references share, so that their frames stay together; there the FSC
+    proves nothing.
 
     Parameters
     ----------
@@ -645,6 +658,8 @@ def alternate(
         mask = maps.soft_mask(pair.mean)
         curve = maps.half_map_fsc(pair, mask, seed=seed)
         weight = _until(curve.corrected, 0.143)
+        coarse = curve.corrected.frequencies <= 1 / joined_angstrom
+        weight[coarse] = np.clip(curve.corrected.values[coarse], 0.143, 1)
         shared = _joined(pair, joined_angstrom)
         references = [
             Density(mask * _filtered(d, weight).values, voxel_size_angstrom)
@@ -652,7 +667,7 @@ def alternate(
         ]
         if turn == rounds:
             break
-        limit = curve.corrected.resolution(0.143).angstrom
+        limit = min(curve.corrected.resolution(0.143).angstrom, joined_angstrom)
         limit = max(limit, resolution_angstrom) if turn == 0 else limit
         used.append(limit)
         parts = _against(
@@ -666,13 +681,18 @@ def alternate(
         q, shifts = refined.quaternions, refined.shifts_px
         # The scale of contrast and density together is free.
         contrast = refined.contrast / np.median(refined.contrast)
-    others = _against(
-        images, references[::-1], subset, q, shifts, ctf,
-        resolution_angstrom=used[-1], starts=1, steps=0,
-    )  # fmt: skip
-    shuffled = _against(
-        images, references[::-1], subset, np.roll(q, 1, axis=0), shifts, ctf,
-        resolution_angstrom=used[-1], starts=1, steps=0,
+    # To the map of the other half, without what was shared, an image did not contribute.
+    fine = [
+        _filtered(d, weight).values - _filtered(d.low_passed(0.8 * joined_angstrom), weight).values
+        for d in (pair.second, pair.first)
+    ]
+    others = [Density(mask * values, voxel_size_angstrom) for values in fine]
+    held_out, chance = (
+        _against(
+            images, others, subset, at, shifts, ctf,
+            resolution_angstrom=used[-1], starts=1, steps=0,
+        )
+        for at in (q, np.roll(q, 1, axis=0))
     )  # fmt: skip
     f = _until(curve.corrected, 0.0)
     return Alternated(
@@ -682,8 +702,8 @@ def alternate(
         mask=mask,
         fsc=curve,
         density=_filtered(pair.mean, np.sqrt(2 * f / (1 + f))),
-        held_out_correlation=float(np.mean(np.concatenate([p.correlation for p in others]))),
-        chance_correlation=float(np.mean(np.concatenate([p.correlation for p in shuffled]))),
+        held_out_correlation=float(_merged(held_out, subset).correlation.mean()),
+        chance_correlation=float(_merged(chance, subset).correlation.mean()),
         resolutions_angstrom=used,
         joined_angstrom=joined_angstrom,
     )
