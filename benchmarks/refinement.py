@@ -21,11 +21,9 @@ from cryoem import (
     files,
     imaging,
     maps,
-    matching,
     projection,
     refinement,
     rotations,
-    simulation,
     structures,
 )
 
@@ -57,9 +55,7 @@ class Particle:
     def images(self, n, snr, seed, max_shift_px):
         """Images of the whole frame's SNR, cut to the box; orientations, shifts and variance."""
         q = rotations.uniform(n, rotations.stream(seed, "views"))
-        clean = np.concatenate(
-            [projection.project(self.fine, part, box_px=FRAME) for part in np.array_split(q, 8)]
-        )
+        clean = projection.project(self.fine, q, box_px=FRAME)
         shifts = imaging.triangular_shifts(n, rotations.stream(seed, "shifts"), max_shift_px)
         clean = imaging.shift(clean, shifts)
         variance = 0.0 if math.isinf(snr) else float(clean.var()) / snr
@@ -217,13 +213,11 @@ def bias(particle, n=500):
             if what == "noise":
                 rng = rotations.stream(seed, "pure noise")
                 images = rng.standard_normal(images.shape, dtype=np.float32)
-            prepare = simulation.Preprocessing(FRAME, 58, 29, VOXEL)
-            start = matching.match(images, particle.known, prepare, references=4000).quaternions
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always")
                 found, seconds = timed(
                     refinement.from_reference,
-                    imaging.crop(images, particle.box), cut, start, seed=seed,
+                    imaging.crop(images, particle.box), cut, off(q, 0.15, seed), seed=seed,
                 )  # fmt: skip
             yield {
                 "case": "reference bias",
@@ -233,7 +227,7 @@ def bias(particle, n=500):
                 "snr": ratio(1 / 16) if what == "particles" else "no signal",
                 "n": n,
                 "box_px": particle.box,
-                "start_error_rad": evaluation.errors(start, q, over="none").mean_rad,
+                "start_error_rad": 0.15,
                 "error_rad": evaluation.errors(found.refined.quaternions, q, over="none").mean_rad,
                 "correlation_beyond": found.test.correlation,
                 "z_beyond": found.test.z,
@@ -286,22 +280,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--map", action="append", default=[], metavar="NAME=PATH")
     given = [argument.split("=", 1) for argument in parser.parse_args().map]
+    particles = [Particle("4jsv"), *(Particle(name, path) for name, path in given)]
+    rows = {
+        "noiseless": lambda p: known(p, math.inf),
+        "sixteenth": lambda p: known(p, 1 / 16),
+        "reconstructed": unknown,
+        "bias": bias,
+        "hundredth": lambda p: known(p, 1 / 100, 100),
+        "speed": speed,
+    }
+    header = [
+        "what", "start (rad)", "end (rad)", "bound (rad)", "ratio", "within 4 bounds",
+        "shift error (px)", "time",
+    ]  # fmt: skip
     found = []
-    for particle in [Particle("4jsv"), *(Particle(name, path) for name, path in given)]:
-        rows = {
-            "noiseless": lambda p: known(p, math.inf),
-            "sixteenth": lambda p: known(p, 1 / 16),
-            "reconstructed": unknown,
-            "hundredth": lambda p: known(p, 1 / 100, 100),
-            "bias": bias,
-            "speed": speed,
-        }
-        for name, make in rows.items():
+    for name, make in rows.items():
+        for particle in particles:
             found += kept(f"{particle.name}-{name}", lambda m=make, p=particle: m(p))
-            header = [
-                "what", "start (rad)", "end (rad)", "bound (rad)", "ratio", "within 4 bounds",
-                "shift error (px)", "time",
-            ]  # fmt: skip
             records.write("refinement", found, header, table(found), "make bench-refinement")
 
 

@@ -292,24 +292,27 @@ def test_a_mask_holds_the_particle_and_little_else():
     assert 0.1 < np.abs(np.diff(mask, axis=0)).max() < 0.45
 
 
-def test_a_map_of_noise_gets_no_lace_for_a_mask():
+def test_a_map_of_noise_gets_a_sphere_for_a_mask():
     mask = maps.soft_mask(noisy_halves(1.0, signal=NOTHING).mean)
-    assert mask.min() >= 0 and mask.max() == 1 and np.isfinite(mask).all()
+    assert mask[24, 24, 24] == 1 and mask[:, 0, 0].max() == 0
+    assert mask.mean() == pytest.approx(4 / 3 * np.pi * 0.45**3, rel=0.1)
     with pytest.raises(InputError, match="zero everywhere"):
         maps.soft_mask(Density(np.zeros((16,) * 3), 4.0))
 
 
 def test_what_the_mask_brings_is_taken_off():
-    # Particle to 16 A, beyond it nothing but independent noise, in a tight mask.
-    halves = noisy_halves(0.3, signal=SHARP.low_passed(16.0, edge=0.05))
+    # Particle to 24 A, beyond it nothing but independent noise, in a tight mask.
+    halves = noisy_halves(0.05, signal=SHARP.low_passed(24.0, edge=0.05))
     tight = (SHARP.values > 0.3 * SHARP.values.max()).astype(np.float32)
     found = maps.half_map_fsc(halves, tight)
-    beyond = found.masked.frequencies > 1 / 14
-    assert found.masked.values[beyond].mean() > 0.1
-    assert abs(found.corrected.values[beyond].mean()) < 0.05
-    within = found.masked.frequencies < 1 / 25
+    beyond = found.masked.frequencies > 1 / 19
+    assert found.masked.values[beyond].mean() > 0.9
+    assert abs(found.corrected.values[beyond].mean()) < 0.15
+    within = found.masked.frequencies < 1 / 30
     assert found.corrected.values[within].min() > 0.8
-    assert found.corrected.resolution(0.143).angstrom == pytest.approx(16, abs=2)
+    assert found.masked.resolution(0.143).nyquist_limited
+    # Two shells beyond the last that was left as it is.
+    assert 19 < found.corrected.resolution(0.143).angstrom < 24
     # Chen's formula from two shells after the phases became random.
     start = np.flatnonzero(found.unmasked.values < 0.8)[0]
     assert found.randomised_from == pytest.approx(found.unmasked.frequencies[start])
@@ -351,8 +354,8 @@ def test_independent_noise_does_not_agree_beyond_a_reference():
 
 def test_what_halves_share_is_seen_beyond_a_reference_and_only_there():
     mask = maps.soft_mask(SHARP, resolution_angstrom=30.0)
-    assert maps.beyond(noisy_halves(0.5), mask, 25.0).believable
-    coarse = noisy_halves(0.5, signal=SHARP.low_passed(25.0))
+    assert maps.beyond(noisy_halves(0.1), mask, 25.0).believable
+    coarse = noisy_halves(0.1, signal=SHARP.low_passed(25.0))
     assert not maps.beyond(coarse, mask, 25.0).believable
     with pytest.raises(InputError, match="nothing is left"):
         maps.beyond(coarse, mask, 8.5)
@@ -381,14 +384,15 @@ def test_the_curves_are_read_back_from_their_star_file(tmp_path):
 
 def test_coverage_tells_even_from_preferred_views():
     even = maps.coverage(rotations.uniform(3000, 1))
-    assert even.evenness > 0.98 and even.unseen == 0 and even.anisotropy < 1.1
+    assert even.evenness > 0.98 and even.unseen == 0 and even.anisotropy < 1.2
     # In-plane turns and the view from behind change nothing.
     q = rotations.preferred(3000, 2)
     preferred, same = (
         maps.coverage(q),
         maps.coverage(rotations.mirror_x(rotations.in_plane(q, 1.0))),
     )
-    assert preferred == same
+    assert preferred.evenness == same.evenness
+    assert preferred.anisotropy == pytest.approx(same.anisotropy)
     assert preferred.evenness < 0.7 and preferred.anisotropy > 2
     # One direction only: its slices all lie in one plane, of sine 0.1 half-thickness.
     one = maps.coverage(rotations.about("z", np.linspace(0, 6, 50)))
