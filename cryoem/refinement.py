@@ -564,22 +564,20 @@ def _half_maps(
     ctf: np.ndarray | None,
     independent: bool,
 ) -> maps.HalfMaps:
-    pair = []
-    for half in (1, 2):
-        these = subset == half
-        pair.append(
-            reconstruction.reconstruct(
-                images[these],
-                q[these],
-                voxel_size_angstrom=voxel_size_angstrom,
-                shifts_px=shifts[these],
-                ctf=None if ctf is None else ctf[these],
-                contrast=contrast[these],
-                iterations=10,
-                ridge=1e-2,
-            )
+    first, second = (
+        reconstruction.reconstruct(
+            images[these],
+            q[these],
+            voxel_size_angstrom=voxel_size_angstrom,
+            shifts_px=shifts[these],
+            ctf=None if ctf is None else ctf[these],
+            contrast=contrast[these],
+            iterations=10,
+            ridge=1e-2,
         )
-    return maps.HalfMaps(*pair, independent)
+        for these in (subset == 1, subset == 2)
+    )
+    return maps.HalfMaps(first, second, independent)
 
 
 def _halved(subset: ArrayLike | None, n: int, seed: Seed) -> np.ndarray:
@@ -737,7 +735,7 @@ def _against(
 
 def _merged(parts: Sequence[Refined], subset: np.ndarray) -> Refined:
     """Two halves' results in the particles' own order."""
-    together = {}
+    together: dict[str, Any] = {}
     for field in fields(Refined):
         values = [getattr(part, field.name) for part in parts]
         if np.ndim(values[0]) == 0:

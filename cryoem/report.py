@@ -224,7 +224,10 @@ def write_map(
         ax.axhline(threshold, color="0.7", lw=0.8, ls=":")
     ax.set(xlabel="spatial frequency (1/Å)", ylabel="FSC", ylim=(-0.15, 1.03), xlim=(0, None))
     ax.legend(frameon=False, fontsize=8, title="resolution at FSC 0.143", title_fontsize=8)
-    views = plots.coverage(quaternions, title="viewing directions").figure
+    views, ax = plt.subplots(
+        figsize=(5.5, 3.2), subplot_kw={"projection": "mollweide"}, layout="constrained"
+    )
+    plots.coverage(quaternions, title="viewing directions", ax=ax)
     pictures, axes = plt.subplots(3, 1, figsize=(6, 6.6), layout="constrained")
     finest = summary["resolution_fsc0143_angstrom"]
     for one, name, ax in zip(
