@@ -25,7 +25,8 @@ The rooms, in the order of the method:
   :mod:`~cryoem.estimator`;
 * the second, orientations: :mod:`~cryoem.recovery`, :mod:`~cryoem.descent` (the paper's), and
   :mod:`~cryoem.frame`; :mod:`~cryoem.orient` goes from images to orientations;
-* the map: :mod:`~cryoem.reconstruction`, and :mod:`~cryoem.maps`, which judges it;
+* the map: :mod:`~cryoem.reconstruction`, :mod:`~cryoem.refinement`, which brings the orientations
+  to the limit and alternates with it, and :mod:`~cryoem.maps`, which judges it;
 * how good it all is: :mod:`~cryoem.evaluation`, :mod:`~cryoem.matching` (the baseline);
 * :mod:`~cryoem.star` (particle files), :mod:`~cryoem.plots`, :mod:`~cryoem.demo`,
   :mod:`~cryoem.report`; below them all :mod:`~cryoem.fourier`, :mod:`~cryoem.files`,

@@ -280,6 +280,8 @@ def cramer_rao(
     noise_variance: float,
     *,
     box_px: int | None = None,
+    ctf: ArrayLike | None = None,
+    shifts: bool = False,
     step: float = 1e-2,
 ) -> np.ndarray:
     """Cramer-Rao bound: the smallest error covariance of orientations from noisy images.
@@ -296,28 +298,40 @@ def cramer_rao(
         Per pixel of the image that is used.
     box_px : int, optional
         Edge of the images; see :func:`cryoem.projection.project`.
-    step : float, radians
+    ctf : (n, box_px, box_px // 2 + 1) array, optional
+        See :func:`cryoem.imaging.ctf`.
+    shifts : bool
+        Whether the shift is unknown too.
+    step : float, radians and pixels
         Half of the central difference.
 
     Returns
     -------
     (n, 3, 3) array, radians squared
-        The mean error that it allows is ``mean_error_of(...)``.
+        The mean error that it allows is ``mean_error_of(...)``. With ``shifts`` (n, 5, 5): the
+        rotation vector, radians, and the shift (x, y), pixels.
 
     References
     ----------
     Any text on estimation, for instance Kay, "Fundamentals of Statistical Signal Processing", I.3.
     """
+    from . import imaging
     from .projection import Projector
 
     if not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     q = rotations.check(quaternions)
     projector = Projector(density, box_px)
+
+    def seen(rotation_vector: np.ndarray, shift_px: np.ndarray) -> np.ndarray:
+        images = projector.project(rotations.perturb(q, np.tile(rotation_vector, (len(q), 1))))
+        if shift_px.any():
+            images = imaging.shift(images, np.tile(shift_px, (len(q), 1)))
+        return images if ctf is None else imaging.apply_ctf(images, ctf)
+
     gradients = []
-    for axis in np.eye(3):
-        ahead = projector.project(rotations.perturb(q, np.tile(step * axis, (len(q), 1))))
-        behind = projector.project(rotations.perturb(q, np.tile(-step * axis, (len(q), 1))))
-        gradients.append(((ahead - behind) / (2 * step)).reshape(len(q), -1))
-    g = np.stack(gradients, axis=1).astype(np.float64)  # (n, 3, pixels)
+    for axis in step * np.eye(5)[: 5 if shifts else 3]:
+        change = seen(axis[:3], axis[3:]) - seen(-axis[:3], -axis[3:])
+        gradients.append((change / (2 * step)).reshape(len(q), -1))
+    g = np.stack(gradients, axis=1).astype(np.float64)  # (n, 3 or 5, pixels)
     return np.linalg.inv(np.einsum("nap,nbp->nab", g, g) / noise_variance)

@@ -1,8 +1,9 @@
 """The density from images at given orientations: least squares by conjugate gradients.
 
-Minimise ``sum_i |C_i S_i P_i V - y_i|^2 + ridge |V|^2`` with the projector ``P``, shifts ``S`` and
-CTFs ``C``. The normal operator is a convolution: its kernel is made once by a type-1 NUFFT on a
-grid of twice the edge, after which an iteration costs two FFTs whatever the number of images.
+Minimise ``sum_i |a_i C_i S_i P_i V - y_i|^2 + ridge |V|^2`` with the projector ``P``, shifts ``S``,
+CTFs ``C`` and contrasts ``a``. The normal operator is a convolution: its kernel is made once by a
+type-1 NUFFT on a grid of twice the edge, after which an iteration costs two FFTs whatever the
+number of images.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ def reconstruct(
     voxel_size_angstrom: float,
     shifts_px: ArrayLike | None = None,
     ctf: ArrayLike | None = None,
+    contrast: ArrayLike | None = None,
     iterations: int = 30,
     ridge: float = 1e-4,
     progress: bool = False,
@@ -39,6 +41,8 @@ def reconstruct(
         Where each particle was moved to, (x, y), pixels.
     ctf : (n, size, size // 2 + 1) array, optional
         See :func:`cryoem.imaging.ctf`.
+    contrast : (n,) array, optional
+        How strongly each image shows the density; see :func:`cryoem.refinement.refine`.
     iterations : int
         Of conjugate gradients; early stopping is a regularisation too.
     ridge : float
@@ -64,22 +68,24 @@ def reconstruct(
         )
     if ctf is not None and np.shape(ctf) != (n, size, size // 2 + 1):
         raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {np.shape(ctf)}")
+    scale = np.ones(n, np.float32) if contrast is None else np.asarray(contrast, np.float32)
+    if scale.shape != (n,) or not np.isfinite(scale).all():
+        raise InputError(f"contrast must be finite and have shape ({n},), got {scale.shape}")
     slices = projection.Slices(size)
     right = np.zeros((size,) * 3, np.float32)
     kernel = np.zeros((2 * size,) * 3, np.float32)
     for part in tqdm(slices.chunks(n), desc="back-projection", unit="chunk", disable=not progress):
         y = slices.from_images(images[part])
         gain = np.broadcast_to(slices.weights / size**2, y.shape)
+        a = scale[part, None]
         if shifts_px is not None:
             y = y * np.exp(2j * np.pi / size * np.asarray(shifts_px)[part] @ slices.frequencies.T)
         if ctf is not None:
             ky, kx = slices.index
             c = np.asarray(ctf)[part][:, ky, kx]
-            y, squared = y * c, gain * c**2
-        else:
-            squared = gain
-        right += projection.smear(slices, y * gain, q[part], size)
-        kernel += projection.smear(slices, squared, q[part], size, modes=2 * size)
+            a = a * c
+        right += projection.smear(slices, y * gain * a, q[part], size)
+        kernel += projection.smear(slices, gain * a**2, q[part], size, modes=2 * size)
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=fourier.WORKERS).real.copy()
     del kernel
 

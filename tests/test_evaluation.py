@@ -297,3 +297,28 @@ def test_errors_of_a_symmetric_particle_are_those_of_orbits(symmetry):
 def test_orbits_cannot_be_laid_over_by_all_of_o4():
     with pytest.raises(InputError, match="D2"):
         evaluation.errors(np.eye(4), np.eye(4), over="o4", symmetry="D2")
+
+
+def test_an_unknown_shift_costs_little_and_has_a_bound_of_its_own(phantom):
+    density = phantom.density(32, 7.0)
+    alone = evaluation.cramer_rao(density, TRUE[:10], 1.0)
+    both = evaluation.cramer_rao(density, TRUE[:10], 1.0, shifts=True)
+    assert both.shape == (10, 5, 5)
+    information = np.linalg.inv(both)
+    np.testing.assert_allclose(information[:, :3, :3], np.linalg.inv(alone), rtol=1e-5)
+    # Another unknown never makes the rest better known.
+    assert (np.linalg.eigvalsh(both[:, :3, :3] - alone) > -1e-6 * alone.max()).all()
+    # The information about a shift in x is the image's squared slope in x, by Parseval.
+    spectra = np.fft.fft2(project(density, TRUE[:10]))
+    kx = 2 * np.pi * np.fft.fftfreq(32)
+    expected = np.sum(np.abs(kx * spectra) ** 2, axis=(1, 2)) / 32**2
+    np.testing.assert_allclose(information[:, 3, 3], expected, rtol=1e-3)
+
+
+def test_the_bound_knows_the_ctf(phantom):
+    density = phantom.density(32, 7.0)
+    plain = evaluation.cramer_rao(density, TRUE[:5], 1.0, shifts=True)
+    half = evaluation.cramer_rao(
+        density, TRUE[:5], 1.0, shifts=True, ctf=np.full((5, 32, 17), 0.5, np.float32)
+    )
+    np.testing.assert_allclose(half, 4 * plain, rtol=1e-3)
