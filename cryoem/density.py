@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import files, fourier
+from . import files, fourier, stacks
 from .errors import InputError
 from .files import PathLike
 from .rotations import Seed
@@ -136,8 +137,6 @@ def read_structure(path: PathLike, *, assembly: str | None = "1") -> gemmi.Model
 
 def _is_old_pdb(path: Path) -> bool:
     """Whether columns 73-80 hold the entry's name and a line number, as before 1996."""
-    import gzip
-
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rt", errors="replace") as file:
         for line in file:
@@ -248,6 +247,7 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
 
     path = files.existing(path)
     try:
+        _check_header(path)
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             with mrcfile.open(path, permissive=True) as mrc:
@@ -261,8 +261,6 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
         )
     if values.ndim != 3:
         raise InputError(f"{path}: wanted a three-dimensional map, got shape {values.shape}")
-    if np.iscomplexobj(values):
-        raise InputError(f"{path}: wanted a real map, got a transform (mode {int(header.mode)})")
     for note in notes:
         if issubclass(note.category, RuntimeWarning):  # mrcfile's own; others only passed by
             warnings.warn(f"{path}: {note.message}", stacklevel=2)
@@ -291,6 +289,18 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
         return Density(values, voxel_size_angstrom)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that asks for more than the file can hold."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if packed:
+        with gzip.open(path) as unpacked:
+            # Deflate packs 1032 bytes into one at best.
+            stacks.fitting(unpacked.read(1024), 1032 * path.stat().st_size, path)
+    else:
+        stacks.layout(path)
 
 
 def write_mrc(path: PathLike, density: Density) -> None:
