@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -253,7 +254,7 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
             with mrcfile.open(path, permissive=True) as mrc:
                 header, data = mrc.header, mrc.data
                 values = None if data is None else np.array(data)
-    except (ValueError, OSError, EOFError, MemoryError) as error:
+    except (ValueError, OSError, EOFError, MemoryError, zlib.error) as error:
         raise InputError(f"{path}: not a readable MRC file ({error})") from error
     if values is None:
         raise InputError(

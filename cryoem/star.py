@@ -300,7 +300,7 @@ def _write(path: Path, blocks: Mapping[str, pd.DataFrame], others: Iterable[str]
     """Write a STAR file, every number with all its digits."""
     with (
         files.atomic(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file,
+        temporary.open("w", encoding="utf-8", newline="\n") as file,
     ):
         for name, table in blocks.items():
             file.write(f"\n# version 30001\n\ndata_{name}\n\nloop_\n")
@@ -481,7 +481,10 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]
     """Optics, particles and the other blocks of a STAR file."""
     from gemmi import cif
 
-    raw = path.read_bytes()
+    try:
+        raw = path.read_text("utf-8").encode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a readable STAR file ({error})") from error
     # gemmi reads ASCII; other characters go through it in disguise.
     disguised = not raw.isascii()
     if disguised:
@@ -517,7 +520,7 @@ _ASCII = bytes(c for c in range(128) if c != ord("%"))
 
 
 def _undisguised(text: str) -> str:
-    return urllib.parse.unquote(text, errors="surrogateescape")
+    return urllib.parse.unquote(text)
 
 
 def _table(block: gemmi.cif.Block, disguised: bool) -> pd.DataFrame:
@@ -696,7 +699,7 @@ def _cs_column(values: np.ndarray) -> np.ndarray:
         rows = values.reshape(len(values), -1)
         return np.array([",".join(_texts(row)) for row in rows], object)
     if values.dtype.kind == "S":
-        return np.array([v.decode("utf-8", "surrogateescape") for v in values], object)
+        return np.array([v.decode("utf-8", "replace") for v in values], object)
     return values
 
 
