@@ -505,8 +505,8 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]
     for wanted in {name, "optics"} if "optics" in blocks else {name}:
         if wanted not in blocks:
             raise InputError(f"{path}: no block data_{wanted}; wanted a RELION 3.1 file")
-    table = _table(blocks.pop(name), disguised)
-    optics = _table(blocks.pop("optics"), disguised) if "optics" in blocks else None
+    table = _table(path, blocks.pop(name), disguised)
+    optics = _table(path, blocks.pop("optics"), disguised) if "optics" in blocks else None
     if optics is None:
         table = _with_pixel_size(path, table)
         optics, table = _split_optics(table)
@@ -523,7 +523,7 @@ def _undisguised(text: str) -> str:
     return urllib.parse.unquote(text)
 
 
-def _table(block: gemmi.cif.Block, disguised: bool) -> pd.DataFrame:
+def _table(path: Path, block: gemmi.cif.Block, disguised: bool) -> pd.DataFrame:
     """A block's loop, or its pairs as one row."""
     import pandas as pd
 
@@ -534,6 +534,8 @@ def _table(block: gemmi.cif.Block, disguised: bool) -> pd.DataFrame:
             columns.update({tag: values[i::width] for i, tag in enumerate(item.loop.tags)})
         elif item.pair is not None:
             columns[item.pair[0]] = [item.pair[1]]
+    if len({len(column) for column in columns.values()}) > 1:
+        raise InputError(f"{path}: data_{block.name} holds several tables; wanted one")
     return pd.DataFrame({tag[1:]: _typed(column, disguised) for tag, column in columns.items()})
 
 
