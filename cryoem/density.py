@@ -71,6 +71,17 @@ class Density:
         voxel_size = self.voxel_size_angstrom * self.box_px / box_px
         return Density(fourier.resize(self.values, box_px, 3), voxel_size)
 
+    def sampled_as(self, box_px: int, voxel_size_angstrom: float) -> Density:
+        """Return the density in another box of other voxels, its origin at the origin.
+
+        The voxel size is right to 1e-3: boxes are whole, so an edge is sought that fits both.
+        """
+        n, ratio = max(self.values.shape), self.voxel_size_angstrom / voxel_size_angstrom
+        edges = np.arange(n, n + 60)
+        edge = int(edges[np.argmin(np.abs(np.round(edges * ratio) / (edges * ratio) - 1))])
+        fine = self.in_box(edge).resampled(round(edge * ratio))
+        return Density(fine.in_box(box_px).values, voxel_size_angstrom)
+
     def low_passed(self, resolution_angstrom: float, *, edge: float = 0.2) -> Density:
         """Return the density without what is finer than ``resolution_angstrom`` (soft edge)."""
         cutoff = self.box_px * self.voxel_size_angstrom / resolution_angstrom

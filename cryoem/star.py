@@ -359,8 +359,6 @@ def read_particles(path: PathLike) -> ParticleSet:
     """
     path = files.existing(path)
     optics, table, others = _read_cs(path) if path.suffix == ".cs" else _read_star(path)
-    if len(table) == 0:
-        raise InputError(f"{path}: no particles")
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
     images = _open_images(path, table["rlnImageName"])
@@ -506,6 +504,8 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]
         if wanted not in blocks:
             raise InputError(f"{path}: no block data_{wanted}; wanted a RELION 3.1 file")
     table = _table(path, blocks.pop(name), disguised)
+    if len(table) == 0:
+        raise InputError(f"{path}: no particles")
     optics = _table(path, blocks.pop("optics"), disguised) if "optics" in blocks else None
     if optics is None:
         table = _with_pixel_size(path, table)
@@ -561,16 +561,15 @@ def _with_pixel_size(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     """RELION 3.0's particles with a pixel size on every row and origins in angstrom."""
     if "rlnImagePixelSize" not in table:
         for name in ("rlnDetectorPixelSize", "rlnMagnification"):
-            if len(table) and name not in table:
+            if name not in table:
                 raise InputError(
                     f"{path}: no column {name}, and no block data_optics; wanted one of them for "
                     "the pixel size"
                 )
-        if len(table):
-            detector, magnification = (
-                _numbers(path, table, n) for n in ("rlnDetectorPixelSize", "rlnMagnification")
-            )
-            table["rlnImagePixelSize"] = np.round(1e4 * detector / magnification, 9)
+        detector, magnification = (
+            _numbers(path, table, n) for n in ("rlnDetectorPixelSize", "rlnMagnification")
+        )
+        table["rlnImagePixelSize"] = np.round(1e4 * detector / magnification, 9)
     for old, new in zip(("rlnOriginX", "rlnOriginY"), ORIGINS, strict=True):
         if old in table and new not in table:
             table[old] = _numbers(path, table, old) * _numbers(path, table, "rlnImagePixelSize")
@@ -583,7 +582,7 @@ def _split_optics(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     import pandas as pd
 
     names = [name for name in OPTICS if name in table]
-    if names and len(table):
+    if names:
         groups = table.groupby(names, sort=False, dropna=False)
         number = groups.ngroup().to_numpy() + 1
         optics = table[names].loc[~groups.cumcount().astype(bool)].reset_index(drop=True)
@@ -692,6 +691,8 @@ def _cs_fields(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a readable .cs file ({error})") from error
     if data.ndim != 1 or data.dtype.names is None:
         raise InputError(f"{path}: wanted a table with named fields, got {data.dtype}")
+    if len(data) == 0:
+        raise InputError(f"{path}: no particles")
     return {name: np.array(data[name]) for name in data.dtype.names}
 
 
