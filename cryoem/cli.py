@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -16,8 +17,6 @@ import typer
 from .errors import CryoemError, InputError
 
 if TYPE_CHECKING:
-    import click
-
     from .maps import HalfMaps
     from .star import ParticleSet
 
@@ -27,12 +26,15 @@ __all__ = ["app"]
 class _Commands(typer.core.TyperGroup):
     """Errors of ours are messages, not tracebacks; so are warnings."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+
         def show(message: Warning | str, *_: object, **__: object) -> None:
             typer.echo(f"cryoem: note: {message}", err=True)
 
         # A run that is told to stop ends as one that is interrupted: nothing half-written stays.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -42,6 +44,8 @@ class _Commands(typer.core.TyperGroup):
         except CryoemError as error:
             typer.echo(f"cryoem: {error}", err=True)
             raise typer.Exit(1) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 app = typer.Typer(
@@ -58,9 +62,11 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no notes.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
-Particles = Annotated[Path, typer.Argument(help="Particle file: .star or .cs.")]
+Particles = Annotated[
+    Path, typer.Argument(metavar="PARTICLES", help="Particle file: .star or .cs.")
+]
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Density: an MRC map.")]
 StarOut = Annotated[Path, typer.Option("--output", "-o", help="STAR file to write.")]
 MapOut = Annotated[Path, typer.Option("--output", "-o", help="MRC map to write.")]
@@ -80,8 +86,9 @@ def _print(found: Mapping[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, found))
     for name, value in found.items():
-        text = f"{value:.4g}" if isinstance(value, float) else value
-        typer.echo(f"{name.replace('_', ' '):{width}}  {text}")
+        values = value if isinstance(value, tuple) else (value,)
+        texts = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+        typer.echo(f"{name.replace('_', ' '):{width}}  {' to '.join(texts)}")
 
 
 def _particles(path: Path, quiet: bool) -> ParticleSet:
@@ -106,7 +113,9 @@ def _oriented(path: Path, quiet: bool) -> ParticleSet:
 
 @app.command()
 def density(
-    model: Annotated[str, typer.Argument(help="PDB or mmCIF file, PDB id, or 4jsv, 1i10.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="PDB or mmCIF file, PDB id, or 4jsv, 1i10.")
+    ],
     output: MapOut,
     voxel_size: Annotated[float, typer.Option(help="Angstrom.")] = 3.67,
     resolution: Annotated[float, typer.Option(help="Angstrom, at least two voxels.")] = 8.0,
@@ -251,15 +260,18 @@ def orient(
     work: Annotated[
         Path | None, typer.Option(help="Folder of the run; default: OUTPUT with .work.")
     ] = None,
+    other_hand: Annotated[
+        bool, typer.Option("--other-hand", help="The mirror image, which explains them as well.")
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Orient particles against each other: no density, no truth.
 
     An overall rotation and the hand are left open, as images leave them. Interrupt it as you like:
-    called again, it goes on.
+    called again, it goes on, and a run that is done is only written again.
     """
-    from . import survey
+    from . import rotations, survey
 
     particles = _particles(particles_file, quiet)
     found = survey.survey(particles, images=300, seed=seed)
@@ -285,14 +297,12 @@ def orient(
         scheduler=scheduler,
         progress=not quiet,
     )
-    particles.write(
-        output,
-        quaternions=placed.quaternions,
-        columns={"cryoemResidualRad": placed.residuals_rad},
-    )
+    q = rotations.other_hand(placed.quaternions) if other_hand else placed.quaternions
+    particles.write(output, quaternions=q, columns=placed.columns)
     typer.echo(
-        f"{output}: {len(particles):,} orientations, mean residual of distances "
-        f"{np.mean(placed.residuals_rad):.3f} rad"
+        f"{output}: {len(particles):,} orientations, expected error "
+        f"{np.median(placed.expected_error_rad):.3f} rad (median), "
+        f"{placed.outlier.sum():,} outliers"
     )
 
 
@@ -515,7 +525,9 @@ def evaluate(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="Particles, map, stack, model or estimator.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Particles, map, stack, model or estimator.")
+    ],
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
