@@ -67,7 +67,9 @@ def cell(name, volume, model, snr, condition):
     """Measure one cell: a list of records, one a stage."""
     options = CONDITIONS[condition]
     seen = simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr, **options)
-    clean = simulation.particles(volume, N_IMAGES, TEST_SEED, coverage=options.get("coverage", "uniform"))
+    clean = simulation.particles(
+        volume, N_IMAGES, TEST_SEED, coverage=options.get("coverage", "uniform")
+    )
     truth, ctf, symmetry = seen.quaternions, seen.ctf(), group(model.symmetry)
     bound = 0.0
     if seen.noise_variance:
@@ -249,7 +251,11 @@ def main():
         model = estimator.Estimator.load(weights)
         cells = ALL_CELLS if model.symmetry == "C1" else SHIPPED_CELLS
         for snr, condition in cells:
-            mine = {"particle": name, "snr": snr if math.isfinite(snr) else "inf", "condition": condition}
+            mine = {
+                "particle": name,
+                "snr": snr if math.isfinite(snr) else "inf",
+                "condition": condition,
+            }
             old = [r for r in found if all(r[k] == v for k, v in mine.items())]
             if old and not arguments.again and old[0]["weights_sha256"] == extra["weights_sha256"]:
                 continue

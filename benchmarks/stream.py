@@ -67,7 +67,7 @@ def measure(folder, n):
     edge = network.preprocessing.frame_px
     network.embed(np.zeros((256, edge, edge)))  # TensorFlow's start-up is not the curve's
     resting = report.peak_memory_gb()
-    embedding, landmarks = clocked(network, "embed"), clocked(stream, "_landmarks")
+    embedding, landmarks = clocked(network, "look"), clocked(stream, "anchor")
     placing = clocked(stream._Job, "place")
     with tempfile.TemporaryDirectory() as work:
         start, cpu = time.perf_counter(), time.process_time()

@@ -26,7 +26,16 @@ from .files import PathLike
 from .simulation import Preprocessing, TrainingImages
 from .symmetry import group
 
-__all__ = ["Estimator", "Look", "Objective", "PairLoss", "Progress", "pair_distances", "shipped", "train"]
+__all__ = [
+    "Estimator",
+    "Look",
+    "Objective",
+    "PairLoss",
+    "Progress",
+    "pair_distances",
+    "shipped",
+    "train",
+]
 
 #: Written into every file; a file of another version is refused.
 FORMAT_VERSION = 2
@@ -265,7 +274,10 @@ class Estimator:
             parts.append(out)
             moved.append(shifts)
         if not parts:
-            parts, moved = [np.zeros((0, self.encoder.output_shape[1]), np.float32)], [np.zeros((0, 2))]
+            parts, moved = (
+                [np.zeros((0, self.encoder.output_shape[1]), np.float32)],
+                [np.zeros((0, 2))],
+            )
         out, shifts = np.concatenate(parts), np.concatenate(moved)
         if out.shape[1] == f:
             return Look(out, None, None)
@@ -281,7 +293,14 @@ class Estimator:
     def fingerprint(self) -> str:
         """SHA-256 of weights and settings: equal where features are, whatever the notes say."""
         policies = [layer.dtype_policy.name for layer in self.encoder.layers]
-        settings = [self.architecture, self.head, asdict(self.preprocessing), policies]
+        settings = [
+            self.architecture,
+            self.head,
+            self.symmetry,
+            self.looks,
+            asdict(self.preprocessing),
+            policies,
+        ]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for weight in self.encoder.get_weights():
             digest.update(weight.tobytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from . import frame, imaging, projection, recovery, rotations
 from .density import Density
 from .errors import InputError
+from .recovery import Landmarks
 
 if TYPE_CHECKING:
     from .estimator import Estimator
@@ -39,6 +40,8 @@ class Orientations:
         the scale (:func:`orient`), merely in order where not (:func:`orient_by_references`).
     outlier : (n,) bool array
         Images that fit far worse than most: not this particle, or nothing that can be seen.
+    shifts_px : (n, 2) array, pixels
+        Where the estimator saw the particle moved to, (x, y); zeros where it does not say.
     """
 
     quaternions: np.ndarray
@@ -48,6 +51,7 @@ class Orientations:
     used: np.ndarray
     expected_error_rad: np.ndarray
     outlier: np.ndarray
+    shifts_px: np.ndarray
 
     @property
     def hands(self) -> tuple[np.ndarray, ...]:
@@ -71,23 +75,119 @@ class Orientations:
         }
 
 
+@dataclass(frozen=True)
+class Anchors:
+    """All that places one more image: landmarks in a frame, and the scale of expected errors.
+
+    Attributes
+    ----------
+    landmarks : Landmarks
+        Their orientations in the frame.
+    frame : Frame
+    scale : (slope, start)
+        Of :func:`error_scale`; of no use to an estimator that says itself what to expect.
+    """
+
+    landmarks: Landmarks
+    frame: frame.Frame | None
+    scale: tuple[float, float]
+
+    def place(
+        self, estimator: Estimator, images: np.ndarray, *, ctf: np.ndarray | None = None
+    ) -> Orientations:
+        """Orient images, each by its own alone."""
+        look = estimator.look(images, ctf=ctf)
+        found = self.landmarks.place(look.features)
+        expected = look.expected_error_rad
+        if expected is None:
+            slope, start = self.scale
+            expected = np.maximum(start + slope * found.expected_error_rad, 0)
+        return Orientations(
+            found.quaternions,
+            found.residuals_rad,
+            self.frame,
+            look.features,
+            found.used,
+            expected,
+            found.outlier,
+            np.zeros((len(images), 2)) if look.shifts_px is None else look.shifts_px,
+        )
+
+
+def anchor(
+    estimator: Estimator,
+    images: np.ndarray,
+    *,
+    ctf: np.ndarray | None = None,
+    copies: int = 200,
+    seed: int = 0,
+) -> Anchors:
+    """Recover some images jointly with copies of the first of them, which fix the frame.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    images : (n, size, size) array
+    ctf : (n, size, size // 2 + 1) array, optional
+    copies : int
+        How many images are turned in their plane and mirrored, at most all.
+    seed : int
+
+    Returns
+    -------
+    Anchors
+    """
+    if estimator.symmetry != "C1":
+        raise InputError(
+            f"a copy of a particle of symmetry {estimator.symmetry} may be recovered as any of its "
+            "orbit, so that copies fix no frame: orient against references of its density"
+        )
+    if ctf is not None:  # before they are turned: an astigmatic CTF does not turn with the image
+        images = imaging.flip_phases(images, ctf)
+    n, c = len(images), min(copies, len(images))
+    features = np.concatenate(
+        [
+            estimator.embed(images),
+            estimator.embed(imaging.quarter_turn(images[:c])),
+            estimator.embed(imaging.mirror(images[:c])),
+        ]
+    )
+    marks = recovery.find_landmarks(features, estimator.head, seed=seed, landmarks=len(features))
+    found = marks.place(features)
+    q = found.quaternions
+    fixed = frame.from_copies(q[:c], q[n : n + c], q[n + c :])
+    q, fit = fixed.apply(q), np.flatnonzero(~found.outlier[:c])
+    expected = found.expected_error_rad[fit]
+    scale = error_scale(q[fit], q[n + fit], q[n + c + fit], expected)
+    return Anchors(replace(marks, quaternions=fixed.apply(marks.quaternions)), fixed, scale)
+
+
 def orient(
-    estimator: Estimator, images: ArrayLike, *, copies: int = 200, anchors: int = 256, seed: int = 0
+    estimator: Estimator,
+    images: ArrayLike,
+    *,
+    ctf: np.ndarray | None = None,
+    copies: int = 200,
+    anchors: int = 256,
+    seed: int = 0,
 ) -> Orientations:
     """Orient images against each other: no density, no truth.
 
-    In-plane-turned and mirrored copies of some images are embedded with the images; all are placed
-    against landmarks drawn from all, and the copies fix the frame and tell how large errors are.
+    Some images and in-plane-turned and mirrored copies of them are recovered jointly; the copies
+    fix the frame, and all images are placed against these landmarks.
+    :func:`cryoem.stream.orient` does the same for sets that do not fit into memory.
 
     Parameters
     ----------
     estimator : Estimator
     images : (n, size, size) array
         As the microscope gives them; the estimator prepares them.
+    ctf : (n, size, size // 2 + 1) array, optional
+        See :func:`cryoem.imaging.ctf`.
     copies : int
-        How many images are copied, at most all.
+        How many images are copied, at most all anchors.
     anchors : int
-        How many landmarks every image is compared with.
+        How many images are landmarks, at most all; their copies are landmarks too.
     seed : int
 
     Returns
@@ -99,31 +199,16 @@ def orient(
     n = len(images)
     if n < 2 * recovery.ENOUGH:
         raise InputError(f"wanted at least {2 * recovery.ENOUGH} images to orient, got {n}")
-    copied = rotations.stream(seed, "copies").choice(n, min(copies, n), replace=False)
-    c = len(copied)
-    features = np.concatenate(
-        [
-            estimator.embed(images),
-            estimator.embed(imaging.quarter_turn(images[copied])),
-            estimator.embed(imaging.mirror(images[copied])),
-        ]
+    rng = rotations.stream(seed, "landmarks")
+    some = np.sort(rng.choice(n, min(anchors, n), replace=False, shuffle=False))
+    placed = anchor(
+        estimator,
+        images[some],
+        ctf=None if ctf is None else ctf[some],
+        copies=copies,
+        seed=seed,
     )
-    found = recovery.recover_features(features, estimator.head, seed=seed, landmarks=anchors)
-    q = found.quaternions
-    fixed = frame.from_copies(q[copied], q[n : n + c], q[n + c :])
-    q, turned, mirrored = (fixed.apply(part) for part in (q[:n], q[n : n + c], q[n + c :]))
-    fit = ~found.outlier[copied]
-    expected = found.expected_error_rad[:n]
-    slope, start = error_scale(q[copied][fit], turned[fit], mirrored[fit], expected[copied][fit])
-    return Orientations(
-        q,
-        found.residuals_rad[:n],
-        fixed,
-        features[:n],
-        found.used[:n],
-        np.maximum(start + slope * expected, 0),
-        found.outlier[:n],
-    )
+    return placed.place(estimator, images, ctf=ctf)
 
 
 def error_scale(
@@ -157,7 +242,12 @@ def error_scale(
 
 
 def orient_by_references(
-    estimator: Estimator, images: np.ndarray, density: Density, *, references: int = 2000
+    estimator: Estimator,
+    images: np.ndarray,
+    density: Density,
+    *,
+    ctf: np.ndarray | None = None,
+    references: int = 2000,
 ) -> Orientations:
     """Orient images against projections of a known density: frame and hand are the density's.
 
@@ -166,29 +256,24 @@ def orient_by_references(
     estimator : Estimator
     images : (n, size, size) array
     density : Density, a cube of the images' box
+    ctf : (n, size, size // 2 + 1) array, optional
+        See :func:`cryoem.imaging.ctf`.
     references : int
         Projections spread evenly over SO(3).
 
     Returns
     -------
     Orientations
+        Of a symmetric particle, one of each orbit.
     """
     known = rotations.grid(references)
-    landmarks = recovery.Landmarks(
+    landmarks = Landmarks(
         estimator.embed(projection.project(density, known)),
         known,
         estimator.head,
         np.inf,
         np.arange(0),
+        estimator.symmetry,
     )
-    features = estimator.embed(images)
-    found = landmarks.place(features, chunk=1024)
-    return Orientations(
-        found.quaternions,
-        found.residuals_rad,
-        None,
-        features,
-        found.used,
-        found.expected_error_rad,
-        recovery.outliers(found.residuals_rad),
-    )
+    found = Anchors(landmarks, None, (1.0, 0.0)).place(estimator, images, ctf=ctf)
+    return replace(found, outlier=recovery.outliers(found.residuals_rad))

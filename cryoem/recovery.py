@@ -28,6 +28,7 @@ from . import distances as distances_
 from . import rotations
 from .errors import InputError
 from .rotations import Seed
+from .symmetry import group
 
 __all__ = [
     "Landmarks",
@@ -234,7 +235,11 @@ def _fit_rows(weights: np.ndarray, right: np.ndarray, v: np.ndarray) -> np.ndarr
 
 
 def laterate(
-    distances: ArrayLike, landmarks: ArrayLike, *, weights: np.ndarray | None = None
+    distances: ArrayLike,
+    landmarks: ArrayLike,
+    *,
+    weights: np.ndarray | None = None,
+    symmetry: str = "C1",
 ) -> np.ndarray:
     """Place particles against landmarks of known orientation, in closed form.
 
@@ -245,7 +250,10 @@ def laterate(
     landmarks : (m, 4) array, unit, xyzw
         At least :data:`ENOUGH`, not all near each other.
     weights : (n, m) array, optional
-        How much each distance counts; 0 where it is unknown.
+        How much each distance counts; 0 where it is unknown. Without symmetry only.
+    symmetry : str
+        The particle's point group. Distances are kernel distances then
+        (:mod:`cryoem.symmetry`), and one orientation of each orbit is found.
 
     Returns
     -------
@@ -271,6 +279,11 @@ def laterate(
     if len(landmarks) < ENOUGH:
         raise InputError(f"lateration needs at least {ENOUGH} landmarks, got {len(landmarks)}")
     s = np.cos(np.nan_to_num(d) / 2) ** 2
+    orbits = group(symmetry)
+    if orbits.order > 1:
+        if weights is not None:
+            raise InputError(f"distances of symmetry {orbits.name} are laterated without weights")
+        return orbits.decode(s @ np.linalg.pinv(orbits.features(landmarks)).T)
     vectors = _vectors(landmarks)
     if weights is None:
         return _top(s @ np.linalg.pinv(vectors).T)
@@ -750,6 +763,8 @@ class Landmarks:
         Particles with a larger residual are flagged.
     index : (m,) int array
         Which particles they are.
+    symmetry : str
+        The particle's point group.
     """
 
     features: np.ndarray
@@ -757,6 +772,7 @@ class Landmarks:
     head: str
     outlier_above_rad: float
     index: np.ndarray
+    symmetry: str = "C1"
 
     def place(self, features: ArrayLike, *, chunk: int = 8192) -> Recovery:
         """Laterate particles, (n, f) features: each by its own alone, ``chunk`` at once.
@@ -766,13 +782,17 @@ class Landmarks:
         """
         features = np.asanyarray(features)
         n, m = len(features), len(self.quaternions)
+        orbits = group(self.symmetry)
         known = self.quaternions.astype(np.float32)
         q, residuals, square = np.empty((n, 4)), np.empty(n), np.empty(n)
         for i in range(0, n, chunk):
             rows = slice(i, i + chunk)
             table = distances_.from_features(features[rows], self.features, self.head)
-            q[rows] = laterate(table, self.quaternions)
-            off = _off(q[rows].astype(np.float32) @ known.T, table)
+            q[rows] = laterate(table, self.quaternions, symmetry=self.symmetry)
+            if orbits.order == 1:
+                off = _off(q[rows].astype(np.float32) @ known.T, table)
+            else:
+                off = table - orbits.kernel_distance(q[rows], self.quaternions)
             residuals[rows] = np.abs(off).mean(axis=1)
             square[rows] = np.einsum("nm,nm->n", off, off)
         used = np.full(n, m)

@@ -130,11 +130,11 @@ class Preprocessing:
         if not 2 <= self.crop_px <= self.down_px <= self.frame_px:
             raise InputError(f"wanted 2 <= crop_px <= down_px <= frame_px, got {self}")
 
-    def __call__(self, images: ArrayLike, *, ctf: ArrayLike | None = None) -> np.ndarray:
+    def __call__(self, images: ArrayLike, *, ctf: np.ndarray | None = None) -> np.ndarray:
         """Prepare (n, frame_px, frame_px) images: (n, crop_px, crop_px) float32."""
         return self.cut(self.reduce(images, ctf=ctf))
 
-    def reduce(self, images: ArrayLike, *, ctf: ArrayLike | None = None) -> np.ndarray:
+    def reduce(self, images: ArrayLike, *, ctf: np.ndarray | None = None) -> np.ndarray:
         """Flip phases where a CTF is given, and down-sample: (n, down_px, down_px) float32.
 
         ``ctf``, (n, frame_px, frame_px // 2 + 1): see :func:`cryoem.imaging.ctf`.
@@ -145,13 +145,13 @@ class Preprocessing:
                 f"wanted images of {self.frame_px} px "
                 f"({self.pixel_size_angstrom} A each), got {images.shape[1]} px"
             )
-        if ctf is not None and len(np.asarray(ctf)) != len(images):
+        if ctf is not None and len(ctf) != len(images):
             raise InputError(f"wanted a CTF for each of {len(images)} images, got {len(ctf)}")
         small = np.empty((len(images), self.down_px, self.down_px), np.float32)
         for i in range(0, len(images), 512):  # transforms of 512 frames at once are enough
             part = images[i : i + 512]
             if ctf is not None:
-                part = imaging.apply_ctf(part, np.where(np.asarray(ctf)[i : i + 512] < 0, -1, 1))
+                part = imaging.flip_phases(part, ctf[i : i + 512])
             small[i : i + 512] = imaging.downsample(part, self.down_px)
         return small
 

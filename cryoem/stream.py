@@ -21,7 +21,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import __version__, files, frame, imaging, recovery, rotations, star
+from . import __version__, files, recovery, rotations, star
 from .errors import InputError, MissingToolError
 from .files import PathLike
 from .frame import Frame
-from .orient import Orientations, error_scale
+from .orient import Anchors, Orientations, anchor
 from .recovery import Landmarks
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def orient(
     rng = rotations.stream(seed, "landmarks")
     chosen = np.sort(rng.choice(n, min(landmarks, n), replace=False, shuffle=False))
     images = np.concatenate([source.read(i, i + 1) for i in chosen])
+    ctf = source.ctf(chosen)
     settings = {
         "version": __version__,
         "particles": [n, *images.shape[1:]],
@@ -128,12 +129,11 @@ def orient(
         "seed": seed,
     }
     folder = _Folder(Path(work), settings)
-    kept = folder.landmarks(estimator.head)
-    if kept is None:
-        kept = _landmarks(estimator, images, copies, seed)
-        folder.keep(*kept)
-    marks, fixed, scale = kept
-    job = _Job(estimator, source, marks, scale)
+    anchors = folder.anchors(estimator.head)
+    if anchors is None:
+        anchors = anchor(estimator, images, ctf=ctf, copies=copies, seed=seed)
+        folder.keep(anchors)
+    job = _Job(estimator, source, anchors)
     missing = folder.missing(n, chunk)
     with contextlib.ExitStack() as stack:
         placed: Iterator[tuple[int, np.ndarray]] = (
@@ -147,32 +147,9 @@ def orient(
             folder.write(start, rows, n)
             bar.update(len(rows))
     rows = folder.rows()
-    return Orientations(frame=fixed, **{name: rows[name] for name in rows.dtype.names or ()})
-
-
-def _landmarks(
-    estimator: Estimator, images: np.ndarray, copies: int, seed: int
-) -> tuple[Landmarks, Frame, tuple[float, float]]:
-    """Recover landmarks jointly with copies of some, which are landmarks too.
-
-    The copies fix the frame, and the scale of expected errors: (slope, start).
-    """
-    n, c = len(images), min(copies, len(images))
-    features = np.concatenate(
-        [
-            estimator.embed(images),
-            estimator.embed(imaging.quarter_turn(images[:c])),
-            estimator.embed(imaging.mirror(images[:c])),
-        ]
+    return Orientations(
+        frame=anchors.frame, **{name: rows[name] for name in rows.dtype.names or ()}
     )
-    marks = recovery.find_landmarks(features, estimator.head, seed=seed, landmarks=len(features))
-    found = marks.place(features)
-    q = found.quaternions
-    fixed = frame.from_copies(q[:c], q[n : n + c], q[n + c :])
-    q, fit = fixed.apply(q), np.flatnonzero(~found.outlier[:c])
-    expected = found.expected_error_rad[fit]
-    scale = error_scale(q[fit], q[n + fit], q[n + c + fit], expected)
-    return replace(marks, quaternions=fixed.apply(marks.quaternions)), fixed, scale
 
 
 def _bar(n: int, done: int, progress: bool) -> Any:
@@ -204,11 +181,11 @@ class _Source:
         if self.given.suffix == ".npy":
             # Mapped for each chunk: pages that were read leave the process with their map.
             return np.load(files.existing(self.given), mmap_mode="r")
-        return self._file
+        return self._file.images
 
     @cached_property
-    def _file(self) -> Stack:
-        return star.read_particles(self.given).images  # type: ignore[arg-type]
+    def _file(self) -> star.ParticleSet:
+        return star.read_particles(self.given)  # type: ignore[arg-type]
 
     @property
     def in_memory(self) -> bool:
@@ -217,6 +194,12 @@ class _Source:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"given": None if self.in_memory else self.given, "n": self.n}
+
+    def ctf(self, rows: slice | np.ndarray) -> np.ndarray | None:
+        """The CTF that a particle file tells of, if any."""
+        if not isinstance(self.given, Path) or self.given.suffix == ".npy":
+            return None
+        return self._file.ctf(rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.asarray(self.stack[start:stop], dtype=np.float32)
@@ -228,25 +211,16 @@ class _Job:
 
     estimator: Estimator
     source: _Source
-    landmarks: Landmarks
-    scale: tuple[float, float]
+    anchors: Anchors
 
     def place(self, start: int, images: np.ndarray) -> np.ndarray:
         """Embed and laterate: one record a particle, each by its own image alone."""
+        ctf = self.source.ctf(slice(start, start + len(images)))
         try:
-            features = self.estimator.embed(images)
+            found = vars(self.anchors.place(self.estimator, images, ctf=ctf))
         except InputError as error:
             raise InputError(f"in the chunk that begins at particle {start}: {error}") from error
-        found = self.landmarks.place(features)
-        slope, least = self.scale
-        columns = {
-            "quaternions": found.quaternions,
-            "residuals_rad": found.residuals_rad,
-            "used": found.used,
-            "expected_error_rad": np.maximum(least + slope * found.expected_error_rad, 0),
-            "outlier": found.outlier,
-            "features": features,
-        }
+        columns = {name: column for name, column in found.items() if name != "frame"}
         kinds = [(name, column.dtype, column.shape[1:]) for name, column in columns.items()]
         rows = np.empty(len(images), kinds)
         for name, column in columns.items():
@@ -283,7 +257,7 @@ class _Folder:
     def count(self) -> int:
         return sum(stop - start for start, stop in self.done)
 
-    def landmarks(self, head: str) -> tuple[Landmarks, Frame, tuple[float, float]] | None:
+    def anchors(self, head: str) -> Anchors | None:
         """Return what an earlier run with these settings kept, if any."""
         if not self._landmarks.exists():
             return None
@@ -304,17 +278,18 @@ class _Folder:
         for side in ("left", "right"):
             fixed[side] = np.array(fixed[side])
         marks = Landmarks(head=head, outlier_above_rad=state["outlier_above_rad"], **arrays)
-        return marks, Frame(**fixed), tuple(state["scale"])
+        return Anchors(marks, Frame(**fixed), tuple(state["scale"]))
 
-    def keep(self, marks: Landmarks, fixed: Frame, scale: tuple[float, float]) -> None:
+    def keep(self, anchors: Anchors) -> None:
         """Keep landmarks and the settings that they stand for; nothing is done against them."""
+        marks = anchors.landmarks
         for path in (self._done, self._particles):
             path.unlink(missing_ok=True)
         self.done = []
         state = {
             "settings": self.settings,
-            "frame": {name: np.asarray(value).tolist() for name, value in vars(fixed).items()},
-            "scale": scale,
+            "frame": {k: np.asarray(v).tolist() for k, v in vars(anchors.frame).items()},
+            "scale": anchors.scale,
             "outlier_above_rad": marks.outlier_above_rad,
         }
         with files.atomic(self._landmarks) as temporary, open(temporary, "wb") as file:

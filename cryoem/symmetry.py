@@ -7,19 +7,19 @@ orbit ``G R`` alone, and the distance between two images is that between orbits,
 
 No finite features with inner products represent ``d_G`` without error, and a code of ``R`` itself
 must tear somewhere. What can be represented, and by a continuous network, are functions on the
-quotient. The coefficients of the rotation of degree l, ``D^l_{mu m}(R)``, transform among themselves
-under a rotation of the particle (index ``mu``) and by ``exp(-i m a)`` under an in-plane rotation by
-``a`` of the image (index ``m``). Those combinations over ``mu`` that G leaves unchanged are features
-of the orbit:
+quotient. The coefficients of the rotation of degree l, ``D^l_{mu m}(R)``, transform among
+themselves under a rotation of the particle (index ``mu``) and by ``exp(-i m a)`` under an in-plane
+rotation by ``a`` of the image (index ``m``). Those combinations over ``mu`` that G leaves unchanged
+are features of the orbit:
 
 * the axis of Cn: ``mu = 0`` of degree 1, of Dn: of degree 2 (its dyad, as it has no sign);
 * the phase about the axis: ``mu = +-n`` of degree n, two real combinations for Cn, one for Dn.
 
 With a constant they make a unit vector ``phi(R)``, and ``K(R, S) = <phi(R), phi(S)>`` lies in
-[0, 1]. ``delta = arccos(2 K - 1)`` is the kernel distance: zero on the same orbit and nowhere else,
-and isotropic near zero. For the trivial group, C1, these are the nine entries of the rotation matrix
-and a constant, and ``delta`` is the distance ``d_q`` itself, exactly: the asymmetric particle is
-not a special case of the code. For D2 they are the dyads of the particle's three axes.
+[0, 1]. ``delta = arccos(2 K - 1)`` is the kernel distance: zero on the same orbit and nowhere
+else, and isotropic near zero. For the trivial group, C1, these are the nine entries of the rotation
+matrix and a constant, and ``delta`` is the distance ``d_q`` itself, exactly: the asymmetric
+particle is not a special case of the code. For D2 they are the dyads of the particle's three axes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def _wigner(l: int, q: np.ndarray) -> np.ndarray:
     """``D^l_{mu m}``, ``exp(-i mu rot) d^l_{mu m}(tilt) exp(-i m psi)``: (n, 2 l + 1, 2 l + 1)."""
     values, vectors = np.linalg.eigh(_spin(l)[1])
     tilt = 2 * np.arctan2(np.hypot(q[:, 0], q[:, 1]), np.hypot(q[:, 2], q[:, 3]))
-    small = (vectors * np.exp(-1j * tilt[:, None] * np.round(values))[:, None, :]) @ vectors.conj().T
+    small = (
+        vectors * np.exp(-1j * tilt[:, None] * np.round(values))[:, None, :]
+    ) @ vectors.conj().T
     half_sum = np.arctan2(q[:, 2], q[:, 3])
     half_difference = np.arctan2(-q[:, 0], q[:, 1])
     m = np.arange(-l, l + 1)
@@ -114,11 +116,14 @@ class Group:
             harmonics += [0] + [k for k in range(1, l + 1) for _ in range(2)]
             self.blocks.append((l, mix, np.sqrt(share) * real.T))
         self.harmonics = np.array(harmonics)
-        self._generators = np.stack([scipy.linalg.block_diag(*g) for g in zip(*generators)])
+        self._generators = np.stack(
+            [scipy.linalg.block_diag(*g) for g in zip(*generators, strict=True)]
+        )
         # The constant lifts the smallest inner product to zero; for C1 a half-turn's, -1/3.
         self._constant = 0.0
-        turns = [rotations.about(axis, np.linspace(0, np.pi, 721)) for axis in ("x", "y", "z")]
-        others = self.features(np.concatenate([rotations.grid(8000), *turns]))
+        half_circle = np.linspace(0, np.pi, 721)
+        around = [rotations.about(axis, half_circle) for axis in ("x", "y", "z")]
+        others = self.features(np.concatenate([rotations.grid(8000), *around]))
         lowest = float((others @ self.features(np.array([[0, 0, 0, 1.0]])).T).min())
         self._constant = -lowest / (1 - lowest)
 

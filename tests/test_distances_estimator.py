@@ -227,9 +227,7 @@ def test_the_steerable_network_turns_and_mirrors_with_the_image(symmetry):
     np.testing.assert_allclose(s_turned, s[:, ::-1] * [1, -1], atol=1e-4)
     np.testing.assert_allclose(s_mirrored, s * [-1, 1], atol=1e-4)
     for other in looks[1:]:
-        np.testing.assert_allclose(
-            other.expected_error_rad, looks[0].expected_error_rad, rtol=1e-4
-        )
+        np.testing.assert_allclose(other.expected_error_rad, looks[0].expected_error_rad, rtol=1e-4)
 
 
 def test_rotations_by_any_angle_are_nearly_exact(phantom):

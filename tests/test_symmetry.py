@@ -87,7 +87,9 @@ def test_features_turn_with_the_image(name):
         after = turned[:, group.harmonics == m].reshape(len(Q), -1, 2) @ [1, 1j]
         ratio = after / pairs
         np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:1, :1], ratio.shape), atol=1e-6)
-        np.testing.assert_allclose(np.abs(np.angle(ratio[0, 0])), (0.7 * m) % (2 * np.pi), atol=1e-6)
+        np.testing.assert_allclose(
+            np.abs(np.angle(ratio[0, 0])), (0.7 * m) % (2 * np.pi), atol=1e-6
+        )
 
 
 def test_the_nearest_of_an_orbit():
