@@ -186,8 +186,8 @@ class _PairBias(layers.Layer):
 class _Readout(layers.Layer):
     """Harmonics to features that turn and mirror as those of orientations do.
 
-    ``even`` and ``odd`` numbers that stand still under in-plane rotation, and ``turning[k]`` complex
-    ones that turn by ``k + 1`` times its angle.
+    ``even`` and ``odd`` numbers that stand still under in-plane rotation, and ``turning[k]``
+    complex ones that turn by ``k + 1`` times its angle.
     """
 
     def __init__(self, even: int, odd: int, turning: list[int], **options: Any) -> None:

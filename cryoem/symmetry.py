@@ -116,14 +116,13 @@ class Group:
             harmonics += [0] + [k for k in range(1, l + 1) for _ in range(2)]
             self.blocks.append((l, mix, np.sqrt(share) * real.T))
         self.harmonics = np.array(harmonics)
-        self._generators = np.stack(
-            [scipy.linalg.block_diag(*g) for g in zip(*generators, strict=True)]
-        )
+        along = zip(*generators, strict=True)  # by axis
+        self._generators = np.stack([scipy.linalg.block_diag(*blocks) for blocks in along])
         # The constant lifts the smallest inner product to zero; for C1 a half-turn's, -1/3.
         self._constant = 0.0
         half_circle = np.linspace(0, np.pi, 721)
-        around = [rotations.about(axis, half_circle) for axis in ("x", "y", "z")]
-        others = self.features(np.concatenate([rotations.grid(8000), *around]))
+        flips = [rotations.about(axis, half_circle) for axis in ("x", "y", "z")]
+        others = self.features(np.concatenate([rotations.grid(8000), *flips]))
         lowest = float((others @ self.features(np.array([[0, 0, 0, 1.0]])).T).min())
         self._constant = -lowest / (1 - lowest)
 
