@@ -254,6 +254,10 @@ def orient(
     particles_file: Particles,
     model: Annotated[Path, typer.Option(help="Estimator that train wrote, or 4jsv.")],
     output: StarOut,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Map: orient in its frame and hand. A symmetric particle needs it."),
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
     ] = None,
@@ -266,11 +270,12 @@ def orient(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Orient particles against each other: no density, no truth.
+    """Orient particles against each other: no density, no truth; or against a map's projections.
 
-    An overall rotation and the hand are left open, as images leave them. Interrupt it as you like:
-    called again, it goes on, and a run that is done is only written again.
+    Without a map an overall rotation and the hand are left open, as images leave them. Interrupt it
+    as you like: called again, it goes on, and a run that is done is only written again.
     """
+    from . import density as densities
     from . import rotations, survey
 
     particles = _particles(particles_file, quiet)
@@ -289,16 +294,19 @@ def orient(
             f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
             f"A; {particles_file} has {particles.box_px} px of {pixel:g} A; see train --like"
         )
+    known = None if reference is None else densities.read_mrc(reference)
     placed = stream.orient(
         network,
         particles_file,
         output.with_suffix(".work") if work is None else work,
+        reference=known and known.sampled_as(particles.box_px, pixel),
         seed=seed,
         scheduler=scheduler,
         progress=not quiet,
     )
     q = rotations.other_hand(placed.quaternions) if other_hand else placed.quaternions
-    particles.write(output, quaternions=q, columns=placed.columns)
+    shifts = placed.shifts_px if network.says_shifts else None
+    particles.write(output, quaternions=q, shifts_px=shifts, columns=placed.columns)
     typer.echo(
         f"{output}: {len(particles):,} orientations, expected error "
         f"{np.median(placed.expected_error_rad):.3f} rad (median), "

@@ -178,6 +178,8 @@ class Estimator:
     looks : int
         How often an image is looked at: after each look but the last it is centred by the shift
         that the network saw.
+    precision : str
+        See :func:`cryoem.networks.build`.
     notes : dict
         What made the weights: particle, seed, images seen, and so on.
     """
@@ -189,6 +191,7 @@ class Estimator:
     feature_dim: int
     symmetry: str = "C1"
     looks: int = 1
+    precision: str = "float32"
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -221,7 +224,19 @@ class Estimator:
             symmetry=symmetry,
             precision=precision,
         )
-        return cls(encoder, head, preprocessing, architecture, feature_dim, symmetry, looks)
+        return cls(
+            encoder, head, preprocessing, architecture, feature_dim, symmetry, looks, precision
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle settings and weights, for the workers of a cluster, and not Keras' own objects."""
+        settings = {
+            name: getattr(self, name)
+            for name in (
+                "architecture", "head", "feature_dim", "symmetry", "looks", "precision",
+            )
+        }  # fmt: skip
+        return _rebuilt, (self.preprocessing, settings, self.encoder.get_weights(), self.notes)
 
     def embed(
         self,
@@ -290,16 +305,20 @@ class Estimator:
         return distances.from_features(features, others, self.head)
 
     @property
+    def says_shifts(self) -> bool:
+        """Whether the network says shifts and was asked to: it looks again after centring."""
+        return self.looks > 1
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of weights and settings: equal where features are, whatever the notes say."""
-        policies = [layer.dtype_policy.name for layer in self.encoder.layers]
         settings = [
             self.architecture,
             self.head,
             self.symmetry,
             self.looks,
+            self.precision,
             asdict(self.preprocessing),
-            policies,
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for weight in self.encoder.get_weights():
@@ -373,6 +392,18 @@ class Estimator:
             )
         estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
         return estimator
+
+
+def _rebuilt(
+    preprocessing: Preprocessing,
+    settings: dict[str, Any],
+    weights: list[np.ndarray],
+    notes: dict[str, Any],
+) -> Estimator:
+    estimator = Estimator.create(preprocessing, seed=None, **settings)
+    estimator.encoder.set_weights(weights)
+    estimator.notes = notes
+    return estimator
 
 
 def shipped(name: str, *, precision: str = "float32") -> Estimator:

@@ -241,6 +241,38 @@ def error_scale(
     return float(slope), float(start)
 
 
+def anchor_to(
+    estimator: Estimator,
+    density: Density,
+    images: np.ndarray,
+    *,
+    ctf: np.ndarray | None = None,
+    references: int = 2000,
+) -> Anchors:
+    """Take projections of a known density as landmarks: frame and hand are the density's.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    density : Density, a cube of the images' box
+    images : (n, size, size) array
+        Some of those that will be placed: they tell which residuals are an outlier's.
+    ctf : (n, size, size // 2 + 1) array, optional
+    references : int
+        Spread evenly over SO(3).
+
+    Returns
+    -------
+    Anchors
+    """
+    known = rotations.grid(references)
+    embedded = estimator.embed(projection.project(density, known))
+    landmarks = Landmarks(embedded, known, estimator.head, np.inf, np.arange(0), estimator.symmetry)
+    residuals = landmarks.place(estimator.embed(images, ctf=ctf)).residuals_rad
+    largest = float(residuals[~recovery.outliers(residuals)].max(initial=0.0))
+    return Anchors(replace(landmarks, outlier_above_rad=largest), None, (1.0, 0.0))
+
+
 def orient_by_references(
     estimator: Estimator,
     images: np.ndarray,
@@ -266,14 +298,12 @@ def orient_by_references(
     Orientations
         Of a symmetric particle, one of each orbit.
     """
-    known = rotations.grid(references)
-    landmarks = Landmarks(
-        estimator.embed(projection.project(density, known)),
-        known,
-        estimator.head,
-        np.inf,
-        np.arange(0),
-        estimator.symmetry,
+    some = slice(0, 256)
+    anchors = anchor_to(
+        estimator,
+        density,
+        images[some],
+        ctf=None if ctf is None else ctf[some],
+        references=references,
     )
-    found = Anchors(landmarks, None, (1.0, 0.0)).place(estimator, images, ctf=ctf)
-    return replace(found, outlier=recovery.outliers(found.residuals_rad))
+    return anchors.place(estimator, images, ctf=ctf)

@@ -34,12 +34,13 @@ from . import __version__, files, recovery, rotations, star
 from .errors import InputError, MissingToolError
 from .files import PathLike
 from .frame import Frame
-from .orient import Anchors, Orientations, anchor
+from .orient import Anchors, Orientations, anchor, anchor_to
 from .recovery import Landmarks
 
 if TYPE_CHECKING:
     from distributed import Client
 
+    from .density import Density
     from .estimator import Estimator
 
 __all__ = ["Stack", "orient"]
@@ -61,6 +62,7 @@ def orient(
     particles: PathLike | Stack,
     work: PathLike,
     *,
+    reference: Density | None = None,
     landmarks: int = 256,
     copies: int = 200,
     seed: int = 0,
@@ -82,6 +84,9 @@ def orient(
         must hold there too; the chunks of an array in memory travel to them instead.
     work : path
         Folder of this run, made if need be; what it holds is a few hundred bytes a particle.
+    reference : Density, a cube of the images' box, optional
+        Orient against its projections instead: frame and hand are the density's, and the particle
+        may be symmetric.
     landmarks : int
         How many particles are recovered jointly, at most all.
     copies : int
@@ -124,14 +129,20 @@ def orient(
         "particles": [n, *images.shape[1:]],
         "particles_sha256": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
         "estimator": estimator.fingerprint,
+        "reference_sha256": None
+        if reference is None
+        else hashlib.sha256(np.ascontiguousarray(reference.values).data).hexdigest(),
         "landmarks": len(chosen),
         "copies": copies,
         "seed": seed,
     }
     folder = _Folder(Path(work), settings)
-    anchors = folder.anchors(estimator.head)
+    anchors = folder.anchors(estimator.head, estimator.symmetry)
     if anchors is None:
-        anchors = anchor(estimator, images, ctf=ctf, copies=copies, seed=seed)
+        if reference is None:
+            anchors = anchor(estimator, images, ctf=ctf, copies=copies, seed=seed)
+        else:
+            anchors = anchor_to(estimator, reference, images, ctf=ctf)
         folder.keep(anchors)
     job = _Job(estimator, source, anchors)
     missing = folder.missing(n, chunk)
@@ -257,7 +268,7 @@ class _Folder:
     def count(self) -> int:
         return sum(stop - start for start, stop in self.done)
 
-    def anchors(self, head: str) -> Anchors | None:
+    def anchors(self, head: str, symmetry: str) -> Anchors | None:
         """Return what an earlier run with these settings kept, if any."""
         if not self._landmarks.exists():
             return None
@@ -274,11 +285,11 @@ class _Folder:
                     f"{state['settings'].get(name)}, asked for {value}; name another folder or "
                     "remove this one"
                 )
-        fixed: dict[str, Any] = state["frame"]
-        for side in ("left", "right"):
+        fixed: dict[str, Any] | None = state["frame"]
+        for side in ("left", "right") if fixed else ():
             fixed[side] = np.array(fixed[side])
-        marks = Landmarks(head=head, outlier_above_rad=state["outlier_above_rad"], **arrays)
-        return Anchors(marks, Frame(**fixed), tuple(state["scale"]))
+        marks = Landmarks(head=head, symmetry=symmetry, **state["landmarks"], **arrays)
+        return Anchors(marks, Frame(**fixed) if fixed else None, tuple(state["scale"]))
 
     def keep(self, anchors: Anchors) -> None:
         """Keep landmarks and the settings that they stand for; nothing is done against them."""
@@ -288,9 +299,10 @@ class _Folder:
         self.done = []
         state = {
             "settings": self.settings,
-            "frame": {k: np.asarray(v).tolist() for k, v in vars(anchors.frame).items()},
+            "frame": anchors.frame
+            and {k: np.asarray(v).tolist() for k, v in vars(anchors.frame).items()},
             "scale": anchors.scale,
-            "outlier_above_rad": marks.outlier_above_rad,
+            "landmarks": {"outlier_above_rad": marks.outlier_above_rad},
         }
         with files.atomic(self._landmarks) as temporary, open(temporary, "wb") as file:
             np.savez(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from measures import packed
+from measures import Sees, packed
 
 from cryoem import distances, evaluation, imaging, orient, rotations, simulation, star, stream
 from cryoem.errors import InputError, MissingToolError
@@ -21,10 +21,8 @@ from cryoem.projection import check_images, project
 N, OPTIONS = 120, {"landmarks": 50, "copies": 20, "progress": False}
 
 
-class Oracle:
+class Oracle(Sees):
     """Stands in for a network: finds the most alike reference, and has its exact features."""
-
-    head = "exact"
 
     def __init__(self, density, references=1500):
         self.known = rotations.grid(references)
