@@ -17,6 +17,7 @@ import typer
 from .errors import CryoemError, InputError
 
 if TYPE_CHECKING:
+    from .density import Density
     from .maps import HalfMaps
     from .star import ParticleSet
 
@@ -355,25 +356,19 @@ def reconstruct(
     )
 
 
-def _map(particles: ParticleSet, rows: Any, symmetry: str, quiet: bool) -> Any:
-    """Map of some particles, averaged over the elements of a point group."""
-    from . import maps, reconstruction
-    from .density import Density
-    from .symmetry import group
+def _map(particles: ParticleSet, rows: Any, symmetry: str, quiet: bool) -> Density:
+    """Map of some particles."""
+    from . import reconstruction
 
-    elements = group(symmetry).elements
-    made = reconstruction.reconstruct(
+    return reconstruction.reconstruct(
         particles.images[rows],
         particles.quaternions[rows],
         voxel_size_angstrom=particles.pixel_size_angstrom,
         shifts_px=particles.shifts_px[rows],
         ctf=particles.ctf(rows),
+        symmetry=symmetry,
         progress=not quiet,
     )
-    if len(elements) == 1:
-        return made
-    copies = [maps.turned(made, element).values for element in elements]
-    return Density(np.mean(copies, axis=0), made.voxel_size_angstrom)
 
 
 def _write_halves(output: Path, pair: HalfMaps, seed: int) -> Any:
@@ -499,25 +494,21 @@ def evaluate(
     """
     from . import density as densities
     from . import evaluation, maps
-    from .symmetry import group
 
     q, true = (_oriented(p, True).quaternions for p in (particles_file, truth))
     if len(q) != len(true):
         raise InputError(f"{particles_file} has {len(q)} rows, {truth} has {len(true)}")
     if (map_file is None) != (reference is None):
         raise InputError("--map and --reference come together")
-    orbit = group(symmetry)
-    aligned = evaluation.align(orbit.nearest(q, true), true, over="one-sided").quaternions
-    found: dict[str, Any] = {"particles": len(q), "symmetry": orbit.name}
-    for name, estimate in (("one_sided", aligned), ("unaligned", q)):
-        angle = orbit.distance(estimate, true)
+    found: dict[str, Any] = {"particles": len(q), "symmetry": symmetry}
+    for name, over in (("one_sided", "one-sided"), ("unaligned", "none")):
+        off = evaluation.errors(q, true, over=over, symmetry=symmetry)
         found |= {
-            f"{name}_mean_rad": float(angle.mean()),
-            f"{name}_median_rad": float(np.median(angle)),
-            f"{name}_p95_rad": float(np.percentile(angle, 95)),
+            f"{name}_mean_rad": off.mean_rad,
+            f"{name}_median_rad": off.median_rad,
+            f"{name}_p95_rad": off.p95_rad,
         }
-    if orbit.order == 1:
-        found["random_mean_rad"] = evaluation.random_error(true, seed)
+    found["random_mean_rad"] = evaluation.random_error(true, seed, symmetry=symmetry)
     if map_file is not None and reference is not None:
         wanted = densities.read_mrc(reference)
         judged = densities.read_mrc(map_file).sampled_as(wanted.box_px, wanted.voxel_size_angstrom)

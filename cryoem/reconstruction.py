@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from . import fourier, projection, rotations
 from .density import Density
 from .errors import InputError
+from .symmetry import group
 
 __all__ = ["reconstruct", "reconstruct_astra"]
 
@@ -25,6 +26,7 @@ def reconstruct(
     shifts_px: ArrayLike | None = None,
     ctf: ArrayLike | None = None,
     contrast: ArrayLike | None = None,
+    symmetry: str = "C1",
     iterations: int = 30,
     ridge: float = 1e-4,
     progress: bool = False,
@@ -43,6 +45,9 @@ def reconstruct(
         See :func:`cryoem.imaging.ctf`.
     contrast : (n,) array, optional
         How strongly each image shows the density; see :func:`cryoem.refinement.refine`.
+    symmetry : str
+        The particle's point group, in the standard setting: each image is seen from every
+        orientation of its orbit.
     iterations : int
         Of conjugate gradients; early stopping is a regularisation too.
     ridge : float
@@ -71,7 +76,7 @@ def reconstruct(
     scale = np.ones(n, np.float32) if contrast is None else np.asarray(contrast, np.float32)
     if scale.shape != (n,) or not np.isfinite(scale).all():
         raise InputError(f"contrast must be finite and have shape ({n},), got {scale.shape}")
-    slices = projection.Slices(size)
+    slices, orbit = projection.Slices(size), group(symmetry)
     right = np.zeros((size,) * 3, np.float32)
     kernel = np.zeros((2 * size,) * 3, np.float32)
     for part in tqdm(slices.chunks(n), desc="back-projection", unit="chunk", disable=not progress):
@@ -84,8 +89,11 @@ def reconstruct(
             ky, kx = slices.index
             c = np.asarray(ctf)[part][:, ky, kx]
             a = a * c
-        right += projection.smear(slices, y * gain * a, q[part], size)
-        kernel += projection.smear(slices, gain * a**2, q[part], size, modes=2 * size)
+        y, squared = y * gain * a, gain * a**2
+        for g in orbit.elements:
+            seen = rotations.multiply(g, q[part])
+            right += projection.smear(slices, y, seen, size)
+            kernel += projection.smear(slices, squared, seen, size, modes=2 * size)
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=fourier.WORKERS).real.copy()
     del kernel
 
@@ -101,7 +109,7 @@ def reconstruct(
 
     # A plane wave of frequency k is seen by n / (2 |k|) images, each of which gives `size` to the
     # operator: n at Nyquist.
-    damping = np.float32(ridge * n)
+    damping = np.float32(ridge * n * orbit.order)
     v = np.zeros_like(right)
     residual = right.copy()
     direction = residual.copy()

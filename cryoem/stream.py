@@ -285,9 +285,10 @@ class _Folder:
                     f"{state['settings'].get(name)}, asked for {value}; name another folder or "
                     "remove this one"
                 )
-        fixed: dict[str, Any] | None = state["frame"]
-        for side in ("left", "right") if fixed else ():
-            fixed[side] = np.array(fixed[side])
+        fixed = state["frame"] and {
+            name: np.array(value) if name in ("left", "right") else value
+            for name, value in state["frame"].items()
+        }
         marks = Landmarks(head=head, symmetry=symmetry, **state["landmarks"], **arrays)
         return Anchors(marks, Frame(**fixed) if fixed else None, tuple(state["scale"]))
 

@@ -45,6 +45,4 @@ class Sees:
     symmetry = "C1"
 
     def look(self, images, *, ctf=None):
-        return SimpleNamespace(
-            features=self.embed(images), shifts_px=None, expected_error_rad=None
-        )
+        return SimpleNamespace(features=self.embed(images), shifts_px=None, expected_error_rad=None)

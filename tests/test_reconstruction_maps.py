@@ -6,6 +6,8 @@ from scipy.spatial.transform import Rotation
 from cryoem import imaging, maps, reconstruction, report, rotations
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
+from cryoem.projection import project
+from cryoem.symmetry import group
 
 BOX, VOXEL, N = 32, 7.0, 400
 
@@ -418,3 +420,19 @@ def test_the_page_about_a_map_reads_offline_and_says_what_to_doubt(tmp_path, lev
         assert text in page
     assert summary["resolution_fsc0143_angstrom"] == curves.corrected.resolution(0.143).angstrom
     assert summary["z_beyond_reference"] == test.z and summary["believable"] is False
+
+
+def test_a_symmetric_map_needs_a_view_of_each_orbit(phantom):
+    size, voxel = 32, 7.0
+    one = phantom.density(size, voxel)
+    copies = [maps.turned(one, g).values for g in group("D2").elements]
+    symmetric = Density(np.mean(copies, axis=0), voxel)
+    q = rotations.uniform(60, 3)
+    images = project(symmetric, q)
+    options = {"voxel_size_angstrom": voxel, "iterations": 20}
+    with_it = reconstruction.reconstruct(images, q, symmetry="D2", **options)
+    without = reconstruction.reconstruct(images, q, **options)
+    off = [relative_error(v.values, symmetric.values) for v in (with_it, without)]
+    assert off[0] < 0.8 * off[1]
+    for g in group("D2").elements:
+        assert relative_error(maps.turned(with_it, g).values, with_it.values) < 0.05
