@@ -501,8 +501,9 @@ def evaluate(
     if (map_file is None) != (reference is None):
         raise InputError("--map and --reference come together")
     found: dict[str, Any] = {"particles": len(q), "symmetry": symmetry}
-    for name, over in (("one_sided", "one-sided"), ("unaligned", "none")):
-        off = evaluation.errors(q, true, over=over, symmetry=symmetry)
+    one_sided = evaluation.errors(q, true, over="one-sided", symmetry=symmetry)
+    unaligned = evaluation.errors(q, true, over="none", symmetry=symmetry)
+    for name, off in (("one_sided", one_sided), ("unaligned", unaligned)):
         found |= {
             f"{name}_mean_rad": off.mean_rad,
             f"{name}_median_rad": off.median_rad,
