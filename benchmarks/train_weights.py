@@ -89,12 +89,13 @@ def main():
         "images": arguments.images,
         "learning_rate": arguments.learning_rate,
         "precision": arguments.precision,
+        "train_minutes": round(minutes, 1),
         "source": source.settings,
     }
     ships = not arguments.map and not arguments.plain
     path = (structures.DATA if ships else folder) / f"{tag}.npz"
     model.save(path)
-    log = {**model.notes, "minutes_of_the_last_run": round(minutes, 1), **history}
+    log = {**model.notes, **history}
     path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
     if not ships:
         return

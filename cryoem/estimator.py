@@ -6,6 +6,7 @@ Both sides of a pair share one encoder, so a batch of ``n`` images is embedded o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
-from . import distances, files, networks, structures
+from . import distances, files, networks, simulation, structures
 from .errors import InputError
 from .files import PathLike
 from .simulation import Preprocessing, TrainingImages
@@ -117,11 +118,9 @@ class PairLoss(keras.losses.Loss):
 
 
 class Objective(keras.losses.Loss):
-    """What training minimises: ``L_DE``, and where the network says more, how right that is.
+    """What training minimises: ``L_DE``, and where the network says a shift, how right that is.
 
-    The shift counts by its squared error in pixels of what the network reads, a tenth. The
-    log variance counts by the likelihood of the distances' errors, which are those of both images,
-    Gaussian with variance ``v_i + v_j``; no gradient of it reaches the features.
+    The shift counts by a tenth of its squared error, in pixels of what the network reads.
     """
 
     def __init__(self, loss: PairLoss, feature_dim: int) -> None:
@@ -131,15 +130,11 @@ class Objective(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Compare targets, (n, f + 2), with what the encoder gives, (n, f') or (n, f' + 3)."""
         f = self.feature_dim
-        weights, off = self.loss.compare(y_true, y_pred[:, :f])
-        total = ops.sum(weights * off**2)
+        total = self.loss.call(y_true, y_pred[:, :f])
         if y_pred.shape[1] == f:
             return total
         shift = ops.mean(ops.sum((y_pred[:, f : f + 2] - y_true[:, -2:]) ** 2, axis=1))
-        variance = ops.exp(ops.clip(y_pred[:, f + 2], -16.0, 3.0))
-        both = variance[:, None] + variance
-        unlikely = ops.sum(weights * (ops.stop_gradient(off) ** 2 / both + ops.log(both)))
-        return total + 0.1 * shift + 0.01 * unlikely
+        return total + 0.1 * shift
 
 
 @dataclass(frozen=True)
@@ -578,7 +573,54 @@ def train(
         )
         if keeper is None:
             history = {key: fitted.history[key] for key in history}
+    calibrate(estimator, source, images=min(images, 20_480), seed=seed)
     return history
+
+
+def calibrate(
+    estimator: Estimator, source: TrainingImages, *, images: int = 20_480, seed: int = 0
+) -> None:
+    """Teach an estimator how far off its orientations are, in place; its features stay.
+
+    Fresh images are oriented by their features, and the network's log variance is fitted to the
+    likelihood of the angles by which they are off, those of a Gaussian rotation vector. The end of
+    :func:`train`; of no effect on a network that says no variance.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    source : TrainingImages
+    images : int
+    seed : int
+        Other images than those of training with the same seed.
+    """
+    encoder, f = estimator.encoder, estimator.feature_dim
+    if encoder.output_shape[1] == f:
+        return
+    orbits = group(estimator.symmetry)
+    source = copy.copy(source)  # images are centred before their last look
+    source.max_shift_px = min(
+        source.max_shift_px, simulation.LITTLE * source.preprocessing.frame_px
+    )
+    beyond = 2**31  # steps that no training reaches
+    batches = [source.batch(seed, beyond + i, 512) for i in range(math.ceil(images / 512))]
+    seen, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
+    features = estimator.embed(seen, prepared=True)
+    phi = targets[:, : len(orbits.harmonics)]
+    found = orbits.decode(features @ np.linalg.lstsq(features, phi, rcond=None)[0])
+    square = orbits.distance(found, orbits.decode(phi)) ** 2
+
+    def unlikely(y_true: Any, y_pred: Any) -> Any:
+        level = ops.clip(y_pred[:, f + 2], -16.0, 3.0)
+        return ops.mean(y_true[:, 0] * ops.exp(-level) + 3 * level)
+
+    trainable = [layer.trainable for layer in encoder.layers]
+    for layer in encoder.layers:
+        layer.trainable = layer.name.startswith("variance")
+    encoder.compile(optimizer=keras.optimizers.Adam(3e-3), loss=unlikely)
+    encoder.fit(seen, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
+    for layer, before in zip(encoder.layers, trainable, strict=True):
+        layer.trainable = before
 
 
 def _metric(loss: PairLoss, feature_dim: int) -> Callable[[Any, Any], Any]:

@@ -256,13 +256,13 @@ def steerable(
     features = _Readout(3 + len(degrees) - odd, 2 + odd, turning, dtype="float32")(last)
     # The mirror takes (x, y) to (-x, y), and the angle is from +y: y is the real part.
     shift = _Readout(0, 0, [1], dtype="float32")(last)[:, ::-1]
-    # How far off depends on the image, not on its angle; and asking must not move the features.
-    still = ops.stop_gradient(last)
-    quarter = still.shape[2] // 4
-    level = still[:, 0, :quarter] + still[:, 0, quarter : 2 * quarter]
-    power = ops.sqrt(ops.sum(still[:, 1] ** 2, axis=1, keepdims=True) + 1e-6)
-    x = layers.Dense(64, activation="relu", dtype="float32")(ops.concatenate([level, power], 1))
-    variance = layers.Dense(1, dtype="float32")(x)
+    # How far off depends on the image, not on its angle.
+    quarter = last.shape[2] // 4
+    level = last[:, 0, :quarter] + last[:, 0, quarter : 2 * quarter]
+    power = ops.sqrt(ops.sum(last[:, 1] ** 2, axis=1, keepdims=True) + 1e-6)
+    x = ops.concatenate([level, power], axis=1)
+    x = layers.Dense(64, activation="relu", dtype="float32", name="variance_hidden")(x)
+    variance = layers.Dense(1, dtype="float32", name="variance")(x)
     return features, shift, variance
 
 

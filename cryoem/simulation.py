@@ -18,6 +18,9 @@ from .errors import InputError
 from .projection import Projector, check_images, project
 from .symmetry import group
 
+#: By what share of the frame an image may still be off its centre when it has been centred.
+LITTLE = 0.02
+
 __all__ = ["Particles", "Preprocessing", "TrainingImages", "particles"]
 
 
@@ -279,7 +282,7 @@ class TrainingImages:
         shifts = np.zeros((n, 2))
         if self.max_shift_px:
             shifts = imaging.triangular_shifts(n, rng, self.max_shift_px)
-            little = imaging.triangular_shifts(n, rng, min(self.max_shift_px, 0.02 * p.frame_px))
+            little = imaging.triangular_shifts(n, rng, min(self.max_shift_px, LITTLE * p.frame_px))
             shifts = np.where(rng.random((n, 1)) < 0.5, shifts, little) * p.down_px / p.frame_px
             images = imaging.shift(images, shifts)
         signal = np.full(n, self.signal_variance)
