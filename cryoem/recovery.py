@@ -52,6 +52,8 @@ _UPPER = np.triu_indices(10)
 ENOUGH = 12
 #: Known neighbours that place a particle by search: three unknowns and a margin.
 FEWEST = 6
+#: Landmarks whose distances are completed, at most: the cost is the cube of it.
+MOST = 3072
 #: Where Tukey's weights reach zero, in standard deviations: 95 % efficient on Gaussian errors.
 CUT = 4.685
 #: Mean length of a Gaussian vector in three dimensions over its standard deviation in each.
@@ -317,9 +319,9 @@ def solve_landmarks(
 ) -> tuple[np.ndarray, float, bool]:
     """Orient a small set jointly, from many random starts; the lowest loss wins.
 
-    Each sweep laterates every member against all at once. About one random start in four ends in
-    the global minimum, and local minima differ from each other: starts are added, sixteen at a
-    time, until three agree on the lowest loss.
+    Each sweep laterates every member against all the others at once. About one random start in
+    three ends in the global minimum: starts are added, sixteen at a time and 32 at least, until
+    three agree on the lowest loss, or one has none.
 
     Parameters
     ----------
@@ -353,16 +355,22 @@ def solve_landmarks(
         q /= np.linalg.norm(q, axis=-1, keepdims=True)
         for sweep in range(sweeps):
             v = _vectors(q)
-            # The distance to oneself is known, 0: so all members share their normal equations.
-            normal = np.swapaxes(v, -1, -2) @ v
-            q = _top((s @ v) @ np.linalg.inv(normal + ridge))
+            # Normal equations for all members at once; then each is left out of its own fit by
+            # its leverage: its distance to itself, 0, would hold it where it is.
+            inverse = np.linalg.inv(np.swapaxes(v, -1, -2) @ v + ridge)
+            fit, influence = (s @ v) @ inverse, v @ inverse
+            leverage = np.sum(v * influence, axis=-1, keepdims=True)
+            excess = np.sum(v * fit, axis=-1, keepdims=True) - 1
+            q = _top(fit + influence * excess / np.maximum(1 - leverage, 1e-6))
             if sweep == sweeps // 4:
                 q = q[np.argsort(losses(q))[:8]]
         final = losses(q)
         if final.min() < found.min(initial=np.inf):
             best = q[np.argmin(final)]
         found = np.append(found, final)
-        agreed = bool(found.min() < 1e-10 or np.sum(found < 1.01 * found.min()) >= 3)
+        lowest = found.min()
+        alike = np.sum(found < 1.01 * lowest)
+        agreed = bool(lowest < 1e-10 or (alike >= 3 and len(found) >= 16))
     return best, float(found.min()), agreed
 
 
@@ -539,6 +547,11 @@ def _choose(known: _Known, landmarks: int, rng: np.random.Generator) -> np.ndarr
             return np.sort(best)
         if size == known.n or (best is None and among.min() >= 40):
             return np.sort(members)
+        if best is None and size >= MOST:
+            raise InputError(
+                f"too few pairs to begin with: the {MOST} items with most distances have as few as "
+                f"{int(among.min())} to each other, 40 are wanted; see recovery.choose_pairs"
+            )
         if best is not None and size >= landmarks:
             return np.sort(best)
         size = min(known.n, 2 * size if best is None else min(landmarks, size + ENOUGH))
@@ -798,7 +811,7 @@ class Landmarks:
         used = np.full(n, m)
         return Recovery(
             q,
-            float(square.mean() / m),
+            float(square.mean() / m) if n else 0.0,
             residuals,
             self.index,
             used,

@@ -326,6 +326,16 @@ def test_an_item_with_too_few_distances_is_named():
         recovery.recover(pairs, d, 31)
 
 
+def test_too_few_pairs_to_begin_with_are_refused():
+    # Everyone has twelve neighbours on a ring: no set of landmarks can be completed.
+    n = 3200
+    pairs = np.stack(
+        [np.repeat(np.arange(n), 6), (np.arange(6 * n) // 6 + np.tile(range(1, 7), n))]
+    )
+    with pytest.raises(InputError, match="choose_pairs"):
+        recovery.recover(pairs.T % n, np.ones(6 * n))
+
+
 def test_two_sets_without_a_bridge_are_refused():
     # Nothing ties their frames together: any answer would be wrong and have no loss.
     _, pairs, d = exact(200, 0)
