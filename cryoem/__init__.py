@@ -27,7 +27,9 @@ The rooms, in the order of the method:
   :mod:`~cryoem.frame`; :mod:`~cryoem.orient` goes from images to orientations;
 * the map: :mod:`~cryoem.reconstruction`, and :mod:`~cryoem.maps`, which judges it;
 * how good it all is: :mod:`~cryoem.evaluation`, :mod:`~cryoem.matching` (the baseline);
-* :mod:`~cryoem.star` (particle files), :mod:`~cryoem.plots`, :mod:`~cryoem.demo`,
+* real particles: :mod:`~cryoem.star` (particle files), :mod:`~cryoem.stacks` (their images),
+  :mod:`~cryoem.survey` (how they were imaged);
+* :mod:`~cryoem.cli` (the command line), :mod:`~cryoem.plots`, :mod:`~cryoem.demo`,
   :mod:`~cryoem.report`; below them all :mod:`~cryoem.fourier`, :mod:`~cryoem.files`,
   :mod:`~cryoem.errors`.
 
