@@ -242,12 +242,12 @@ def table(found):
         what = f"{r['particle'].upper()}, {r['case']}, {r['snr']}, n = {r['n']:,}, {r['box_px']} px"
         took = f"{r['seconds']:.0f} s ({r['cpu_seconds']:.0f} s CPU)"
         bound = r.get("bound_rad")
-        start, end = f"{r['start_error_rad']:.3f}", f"{r['error_rad']:.4f}"
+        start, end = f"{r['start_error_rad']:.3f}", f"{r['error_rad']:.5f}"
         limit = f"{bound:.4f}" if bound else "-"
         of = f"{r['error_rad'] / bound:.2f}" if bound else "-"
         share = f"{100 * r['converged_share']:.1f} %" if "converged_share" in r else "-"
         shift = r.get("shift_error_px")
-        shift = "-" if shift is None else f"{shift:.3f}"
+        shift = "-" if shift is None else f"{shift:.4f}"
         if "likeliest_error_rad" in r:
             of += f"; {r['error_rad'] / r['likeliest_error_rad']:.2f} x the likeliest's"
         if r["case"] == "reference bias":

@@ -489,10 +489,12 @@ class Alternated:
     Attributes
     ----------
     refined : Refined
-        Every particle against the map of its own half.
+        Every particle against the map of all, at the end.
+    separate : Refined
+        Every particle against the map of its own half, as the half-maps were made.
     subset : (n,) int array, 1 or 2
     half_maps : HalfMaps
-        At the refined parameters; independent beyond ``joined_angstrom``.
+        At the separate parameters; independent beyond ``joined_angstrom``.
     mask : (m, m, m) array
     fsc : HalfMapFsc
     density : Density
@@ -511,6 +513,7 @@ class Alternated:
     """
 
     refined: Refined
+    separate: Refined
     subset: np.ndarray
     half_maps: maps.HalfMaps
     mask: np.ndarray
@@ -609,7 +612,7 @@ def alternate(
     every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to the
     resolution at which the FSC, corrected for the mask, falls below 0.143. What is coarser than
     ``joined_angstrom`` the references share, so that their frames stay together; there the FSC
-    proves nothing.
+    proves nothing. At the end every particle is refined once more, against the map of all.
 
     Parameters
     ----------
@@ -627,7 +630,7 @@ def alternate(
         Of the first round; later rounds go as far as the FSC.
     joined_angstrom : float
     starts, spread_rad
-        Of the first round; see :func:`refine`. Later ones start where the last ended.
+        Of the first round and the end; see :func:`refine`. The others start where the last ended.
     seed : int or numpy.random.Generator
         Of the split.
     progress : bool
@@ -675,10 +678,10 @@ def alternate(
             spread_rad=spread_rad,
             coarse_to_fine=turn == 0,
         )  # fmt: skip
-        refined = _merged(parts, subset)
-        q, shifts = refined.quaternions, refined.shifts_px
+        separate = _merged(parts, subset)
+        q, shifts = separate.quaternions, separate.shifts_px
         # The scale of contrast and density together is free.
-        contrast = refined.contrast / np.median(refined.contrast)
+        contrast = separate.contrast / np.median(separate.contrast)
     # To the map of the other half, without what was shared, an image did not contribute.
     fine = [
         _filtered(d, weight).values - _filtered(d.low_passed(0.8 * joined_angstrom), weight).values
@@ -692,9 +695,16 @@ def alternate(
         )
         for at in (q, np.roll(q, 1, axis=0))
     )  # fmt: skip
+    # The halves have said how far the map can be believed; so far, all may now use all of it.
+    whole = _filtered(pair.mean, 2 * weight / (1 + weight)).values
+    refined = refine(
+        images, Density(mask * whole, voxel_size_angstrom), q, shifts_px=shifts, ctf=ctf,
+        resolution_angstrom=used[-1], starts=starts, spread_rad=spread_rad,
+    )  # fmt: skip
     f = _until(curve.corrected, 0.0)
     return Alternated(
         refined=refined,
+        separate=separate,
         subset=subset,
         half_maps=pair,
         mask=mask,
