@@ -188,7 +188,7 @@ _rlnOpticsGroup #4
 _myText #5
 1e-12 000003@particles.mrcs 0012 1 "two words"
 0.123456789012345 000001@particles.mrcs 0013 1 #7
--5 000003@particles.mrcs 1_0 1 "it's"
+-5 000003@particles.mrcs 0014 1 "it's"
 
 data_empty
 
@@ -222,7 +222,7 @@ def test_every_row_column_and_block_is_kept_in_order(written, tmp_path):
         '"zwei Woerter"',
     ]
     assert list(loop.values)[9:14] == ["0.123456789012345", *loop.values[10:12], "1", "a#7"]
-    assert [loop.values[i] for i in (18, 20, 22)] == ["-5.0", "1_0", "it's"]
+    assert [loop.values[i] for i in (18, 20, 22)] == ["-5.0", "0014", "it's"]
     optics = blocks["optics"].find_loop("_rlnUnknown").get_loop()
     assert list(optics.values)[:4] == ["1", "first", "3.67", "007"] and optics.length() == 2
     again = star.read_particles(new)
