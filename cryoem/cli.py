@@ -340,7 +340,7 @@ def reconstruct(
 
     particles = _oriented(particles_file, quiet)
     if not half_maps:
-        densities.write_mrc(output, _map(particles, slice(None), symmetry, quiet))
+        densities.write_mrc(output, _map(particles, None, symmetry, quiet))
         typer.echo(f"{output}: from {len(particles):,} particles")
         return
     subset = particles.random_subset
@@ -356,16 +356,17 @@ def reconstruct(
     )
 
 
-def _map(particles: ParticleSet, rows: Any, symmetry: str, quiet: bool) -> Density:
+def _map(particles: ParticleSet, rows: np.ndarray | None, symmetry: str, quiet: bool) -> Density:
     """Map of some particles."""
     from . import reconstruction
 
     return reconstruction.reconstruct(
-        particles.images[rows],
-        particles.quaternions[rows],
+        particles.images,
+        particles.quaternions,
         voxel_size_angstrom=particles.pixel_size_angstrom,
-        shifts_px=particles.shifts_px[rows],
-        ctf=particles.ctf(rows),
+        rows=rows,
+        shifts_px=particles.shifts_px,
+        ctf=particles.ctf,
         symmetry=symmetry,
         progress=not quiet,
     )

@@ -611,9 +611,11 @@ def calibrate(
     square = orbits.distance(found, orbits.decode(phi)) ** 2
 
     def unlikely(y_true: Any, y_pred: Any) -> Any:
-        level = ops.clip(y_pred[:, f + 2], -16.0, 3.0)
+        level = y_pred[:, f + 2]
         return ops.mean(y_true[:, 0] * ops.exp(-level) + 3 * level)
 
+    last = encoder.get_layer("variance")
+    last.set_weights([np.zeros_like(w) for w in last.get_weights()])
     trainable = [layer.trainable for layer in encoder.layers]
     for layer in encoder.layers:
         layer.trainable = layer.name.startswith("variance")

@@ -260,9 +260,9 @@ def steerable(
     quarter = last.shape[2] // 4
     level = last[:, 0, :quarter] + last[:, 0, quarter : 2 * quarter]
     power = ops.sqrt(ops.sum(last[:, 1] ** 2, axis=1, keepdims=True) + 1e-6)
-    x = ops.concatenate([level, power], axis=1)
+    x = ops.log1p(ops.concatenate([level, power], axis=1))
     x = layers.Dense(64, activation="relu", dtype="float32", name="variance_hidden")(x)
-    variance = layers.Dense(1, dtype="float32", name="variance")(x)
+    variance = layers.Dense(1, kernel_initializer="zeros", dtype="float32", name="variance")(x)
     return features, shift, variance
 
 

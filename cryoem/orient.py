@@ -268,7 +268,7 @@ def anchor_to(
     known = rotations.grid(references)
     embedded = estimator.embed(projection.project(density, known))
     landmarks = Landmarks(embedded, known, estimator.head, np.inf, np.arange(0), estimator.symmetry)
-    residuals = landmarks.place(estimator.embed(images, ctf=ctf)).residuals_rad
+    residuals = landmarks.place(estimator.look(images, ctf=ctf).features).residuals_rad
     largest = float(residuals[~recovery.outliers(residuals)].max(initial=0.0))
     return Anchors(replace(landmarks, outlier_above_rad=largest), None, (1.0, 0.0))
 

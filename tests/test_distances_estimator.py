@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import ops
 from measures import packed
 
-from cryoem import distances, estimator, imaging, rotations, simulation
+from cryoem import distances, estimator, evaluation, imaging, orient, rotations, simulation
 from cryoem.errors import InputError
 from cryoem.estimator import Estimator, Objective, PairLoss
 from cryoem.symmetry import group
@@ -239,31 +239,36 @@ def test_rotations_by_any_angle_are_nearly_exact(phantom):
     assert np.abs(f - turned).max() > 5e-2
 
 
-def test_the_variance_moves_no_feature():
-    prepare = simulation.Preprocessing(32, 24, 20, 7.0)
-    network = Estimator.create(prepare)
-    images = RNG.standard_normal((6, 20, 20)).astype("float32")
-    column = network.feature_dim + 2
-    with tf.GradientTape() as tape:
-        value = tf.reduce_sum(network.encoder(images)[:, column])
-    gradients = tape.gradient(value, network.encoder.trainable_variables)
-    moved = [g is not None and float(tf.reduce_max(tf.abs(g))) > 0 for g in gradients]
-    assert any(moved) and sum(moved) == 4  # the two dense layers of the variance alone
-
-
-def test_the_objective_asks_for_the_shift_and_for_an_honest_variance():
+def test_the_objective_asks_for_the_shift():
     wanted = np.concatenate([targets(Q), RNG.standard_normal((60, 2))], axis=1).astype("float32")
     features = packed(rotations.perturb(Q, 0.1 * RNG.standard_normal((60, 3))))
     objective = Objective(PairLoss("exact"), 16)
 
-    def value(shift, log_variance):
-        said = np.concatenate([features, shift, np.full((60, 1), log_variance)], axis=1)
+    def value(shift):
+        said = np.concatenate([features, shift, np.zeros((60, 1))], axis=1)
         return float(objective(wanted, said.astype("float32")))
 
-    right = wanted[:, 10:]
-    assert value(right + 1, -4.6) == pytest.approx(value(right, -4.6) + 0.2, rel=1e-3)
-    by_variance = [value(right, np.log(v)) for v in (0.003, 0.01, 0.03)]
-    assert by_variance[1] == min(by_variance)
+    right = wanted[:, -2:]
+    assert value(right + 1) == pytest.approx(value(right) + 0.2, rel=1e-3)
+    assert float(objective(wanted, features.astype("float32"))) == pytest.approx(value(right))
+
+
+def test_calibration_tells_good_images_from_bad_and_moves_no_feature(trained, phantom):
+    network, _ = trained
+    density = phantom.density(32, 7.0)
+    source = simulation.TrainingImages(
+        density, network.preprocessing, snr_range=(0.01, 0.01), clean_fraction=0.5
+    )
+    clean = simulation.particles(density, 200, 5)
+    noisy = imaging.add_noise(clean.images, 0, snr=0.01)
+    before = network.embed(clean.images)
+    estimator.calibrate(network, source, images=4096, seed=1)
+    np.testing.assert_array_equal(network.embed(clean.images), before)
+    expected = [network.look(x).expected_error_rad.mean() for x in (clean.images, noisy)]
+    assert expected[1] > 1.3 * expected[0]
+    found = orient.orient_by_references(network, clean.images, density, references=1000)
+    off = evaluation.errors(found.quaternions, clean.quaternions, over="none").mean_rad
+    assert expected[0] == pytest.approx(off, rel=0.4)
 
 
 def test_an_unknown_architecture_is_refused(preprocessing):
