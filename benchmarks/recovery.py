@@ -20,10 +20,25 @@ from pathlib import Path
 import numpy as np
 import records
 
-from cryoem import distances, evaluation, files, frame, imaging, recovery, rotations
+from cryoem import (
+    distances,
+    evaluation,
+    files,
+    frame,
+    imaging,
+    recovery,
+    rotations,
+    structures,
+)
 
 PARTICLE, SEED, N = "4jsv", 90_310, 1650
-FOLDER = Path(__file__).parent.parent / "results" / "bench-recovery"
+#: Features are kept by the weights that made them.
+FOLDER = (
+    Path(__file__).parent.parent
+    / "results"
+    / "bench-recovery"
+    / files.sha256(structures.DATA / f"{PARTICLE}.npz")[:12]
+)
 PAPER_RAD = {
     0.1: 0.069, 0.2: 0.099, 0.3: 0.123, 0.4: 0.128, 0.5: 0.157, 0.6: 0.162, 0.7: 0.184, 0.8: 0.194,
 }  # fmt: skip
@@ -144,7 +159,7 @@ def features_at(snr, seed, n=1000, copies=200):
     """Features of ``n`` images and of turned and mirrored copies; kept for the next run."""
     path = FOLDER / f"snr_{snr.replace('/', '_')}_{seed}_{n}.npz"
     if not path.exists():
-        from cryoem import estimator, simulation, structures
+        from cryoem import estimator, simulation
 
         density, model = structures.load_density(PARTICLE), estimator.shipped(PARTICLE)
         seen = simulation.particles(density, n, seed, snr=SNRS[snr])
@@ -265,7 +280,7 @@ def embed(n):
     wanted = [FOLDER / f"chunk_{c:03d}.npz" for c in range(n // CHUNK)]
     missing = [c for c, path in enumerate(wanted) if not path.exists()]
     if missing:
-        from cryoem import estimator, simulation, structures
+        from cryoem import estimator, simulation
 
         model = estimator.shipped(PARTICLE, precision="mixed_bfloat16")
         density = structures.load_density(PARTICLE)
@@ -277,7 +292,7 @@ def embed(n):
             for b in range(CHUNK // BATCH):
                 images, true = source.batch(SEED, c * (CHUNK // BATCH) + b, BATCH)
                 f.append(model.embed(images, prepared=True))
-                q.append(true)
+                q.append(source.group.decode(true[:, :-2]))
                 if c == b == 0:
                     for name, change in (
                         ("turned", imaging.quarter_turn),
