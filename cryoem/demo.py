@@ -31,6 +31,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 __all__ = ["main", "run"]
 
+#: Edge of the images that are refined: the shipped particles and their shifts, and little else.
+REFINED_PX = 64
+
 
 class Stages:
     """Says what is going on, and keeps time and memory of each stage."""
@@ -94,6 +97,7 @@ def run(
         distances,
         evaluation,
         files,
+        imaging,
         maps,
         matching,
         orient,
@@ -125,10 +129,11 @@ def run(
     assert free.frame is not None  # the copies fixed it
     with stages("refinement and reconstruction in turns (no truth, no density)"):
         refined = refinement.alternate(
-            seen.images,
+            imaging.crop(seen.images, REFINED_PX),
             free.quaternions,
             voxel_size_angstrom=voxel,
             shifts_px=free.shifts_px,
+            rounds=3,
             seed=seed,
             progress=True,
         )
