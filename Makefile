@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export TF_CPP_MIN_LOG_LEVEL := 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check notebooks weights lock clean
+.PHONY: help setup demo test check notebooks drill weights lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,11 +34,15 @@ check: $(STAMP) ## Lint, format and types
 notebooks: $(STAMP) ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench-%: $(STAMP) ## Measure: bench-method (five minutes) writes benchmarks/results/method.{json,md}
+bench-%: $(STAMP) ## Measure: bench-accuracy, -recovery, -refinement, -stream, -architecture, -method
 	$(BIN)/python benchmarks/$*.py
 
-weights: $(STAMP) ## Train the weights that ship in data/ (over an hour)
-	$(BIN)/python benchmarks/train_weights.py 4jsv
+drill: $(STAMP) ## Read 5,000 spoilt files: a result or an error of ours
+	$(BIN)/python tests/drill.py
+
+weights: $(STAMP) ## Train the weights that ship in data/ (an hour; goes on where it was interrupted)
+	$(BIN)/python benchmarks/train_weights.py 4jsv --images 640000
+	$(BIN)/python benchmarks/train_weights.py 1i10 --images 192000
 
 lock: ## Resolve pyproject.toml into requirements.lock.txt (needs uv)
 	printf '%s\n' '# Every package of the environment, exact. Made by `make lock`; installed with `pip install --no-deps -r`.' > requirements.lock.txt

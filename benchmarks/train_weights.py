@@ -1,7 +1,8 @@
-"""Make the weights that ship in ``data/``: ``make weights`` (a little over an hour on two cores).
+"""Train an estimator: ``make weights`` makes those that ship in ``data/``.
 
-Continues from its checkpoint where it was interrupted. Writes ``data/NAME.npz``, its training log
-``data/NAME.json``, and the new hash into ``data/SHA256SUMS``.
+Continues from its checkpoint where it was interrupted. For a shipped particle it writes
+``data/NAME.npz``, its training log ``data/NAME.json`` and the new hash into ``data/SHA256SUMS``;
+for a map of your own (``--map``), ``results/weights/NAME.npz`` and its log.
 """
 
 import argparse
@@ -11,14 +12,22 @@ from pathlib import Path
 
 import keras
 
-from cryoem import estimator, files, simulation, structures
+from cryoem import density, estimator, files, simulation, structures
 
-SETTINGS = {
-    "snr_range": (1 / 32, 1.0),
-    "clean_fraction": 0.3,
-    "images": 1_280_000,
-    "seed": 1,
-    "precision": "mixed_bfloat16",
+#: One model a particle for a range of noise, shifts and defocus.
+RANGES = {
+    "snr_range": (1 / 128, 1.0),
+    "clean_fraction": 0.25,
+    "max_shift_px": 8.0,
+    "defocus_range_angstrom": (5_000.0, 30_000.0),
+    "ctf_fraction": 0.4,
+}
+#: How far the frame of 116 px is reduced, and what is cut out of it: the particle and its shifts.
+PARTICLES = {
+    "4jsv": {"symmetry": "C1", "down_px": 80, "crop_px": 40},
+    "1i10": {"symmetry": "D2", "down_px": 80, "crop_px": 40},
+    "5j0n": {"symmetry": "C1", "down_px": 58, "crop_px": 40},
+    "5a1a": {"symmetry": "D2", "down_px": 58, "crop_px": 40},
 }
 
 
@@ -32,41 +41,64 @@ class Log(keras.callbacks.Callback):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", default="4jsv", choices=["4jsv"])
-    name = parser.parse_args().name
-    density = structures.load_density(name)
+    parser.add_argument("name", choices=PARTICLES)
+    parser.add_argument("--map", type=Path, help="density of a particle that does not ship (MRC)")
+    parser.add_argument("--images", type=int, default=640_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
+    parser.add_argument("--precision", default="mixed_bfloat16")
+    parser.add_argument("--plain", action="store_true", help="noise only: no shifts, no CTF")
+    arguments = parser.parse_args()
+    settings = dict(PARTICLES[arguments.name])
+    if arguments.map:
+        volume = density.read_mrc(arguments.map).in_box(116)
+    else:
+        volume = structures.load_density(arguments.name)
+    symmetry = settings.pop("symmetry")
     preprocessing = simulation.Preprocessing(
-        frame_px=density.box_px,
-        down_px=80,
-        crop_px=40,
-        pixel_size_angstrom=density.voxel_size_angstrom,
+        frame_px=116, pixel_size_angstrom=volume.voxel_size_angstrom, **settings
     )
-    source = simulation.TrainingImages(
-        density,
-        preprocessing,
-        snr_range=SETTINGS["snr_range"],
-        clean_fraction=SETTINGS["clean_fraction"],
-    )
+    ranges = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
+    source = simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
     model = estimator.Estimator.create(
-        preprocessing, seed=SETTINGS["seed"], precision=SETTINGS["precision"]
+        preprocessing,
+        symmetry=symmetry,
+        looks=1 if arguments.plain else 2,
+        seed=arguments.seed,
+        precision=arguments.precision,
     )
+    tag = arguments.name + ("-plain" if arguments.plain else "")
+    folder = Path("results/weights")
     start = time.perf_counter()
     history = estimator.train(
         model,
         source,
-        images=SETTINGS["images"],
-        seed=SETTINGS["seed"],
-        checkpoint=Path("results/weights") / name,
+        images=arguments.images,
+        seed=arguments.seed,
+        learning_rate=arguments.learning_rate,
+        checkpoint=folder / tag,
         callbacks=[Log()],
         progress=False,
     )
     minutes = (time.perf_counter() - start) / 60
-    command = f"python benchmarks/train_weights.py {name}"
-    model.notes = {"particle": name, "command": command, **SETTINGS}
-    path = structures.DATA / f"{name}.npz"
+    command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
+    model.notes = {
+        "particle": arguments.name,
+        "command": command + (f" --map {arguments.map.name}" if arguments.map else ""),
+        "seed": arguments.seed,
+        "images": arguments.images,
+        "learning_rate": arguments.learning_rate,
+        "precision": arguments.precision,
+        "train_minutes": round(minutes, 1),
+        "source": source.settings,
+    }
+    ships = not arguments.map and not arguments.plain
+    path = (structures.DATA if ships else folder) / f"{tag}.npz"
     model.save(path)
-    log = {**model.notes, "minutes_of_the_last_run": round(minutes, 1), **history}
+    log = {**model.notes, **history}
     path.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n")
+    if not ships:
+        return
     sums = structures.DATA / "SHA256SUMS"
     lines = [line for line in sums.read_text().splitlines() if not line.endswith(f" {path.name}")]
     lines.append(f"{files.sha256(path)}  {path.name}")

@@ -19,17 +19,20 @@ The convention, written here once and used everywhere:
 The rooms, in the order of the method:
 
 * what is seen: :mod:`~cryoem.structures` (atomic models), :mod:`~cryoem.density`;
-* how it is seen: :mod:`~cryoem.rotations`, :mod:`~cryoem.projection`, :mod:`~cryoem.imaging`, and
-  :mod:`~cryoem.simulation`, which puts them together;
+* how it is seen: :mod:`~cryoem.rotations`, :mod:`~cryoem.symmetry`, :mod:`~cryoem.projection`,
+  :mod:`~cryoem.imaging`, and :mod:`~cryoem.simulation`, which puts them together;
 * the first step, distances: :mod:`~cryoem.distances`, :mod:`~cryoem.networks`,
   :mod:`~cryoem.estimator`;
 * the second, orientations: :mod:`~cryoem.recovery`, :mod:`~cryoem.descent` (the paper's), and
-  :mod:`~cryoem.frame`; :mod:`~cryoem.orient` goes from images to orientations;
-* the map: :mod:`~cryoem.reconstruction`, and :mod:`~cryoem.maps`, which judges it;
+  :mod:`~cryoem.frame`; :mod:`~cryoem.orient` goes from images to orientations, and
+  :mod:`~cryoem.stream` does so for sets larger than memory or one machine;
+* the map: :mod:`~cryoem.reconstruction`, :mod:`~cryoem.refinement`, which brings the orientations
+  to the limit and alternates with it, and :mod:`~cryoem.maps`, which judges it;
 * how good it all is: :mod:`~cryoem.evaluation`, :mod:`~cryoem.matching` (the baseline);
-* :mod:`~cryoem.star` (particle files), :mod:`~cryoem.plots`, :mod:`~cryoem.demo`,
-  :mod:`~cryoem.report`; below them all :mod:`~cryoem.fourier`, :mod:`~cryoem.files`,
-  :mod:`~cryoem.errors`.
+* real particles: :mod:`~cryoem.star` and :mod:`~cryoem.stacks` (their files),
+  :mod:`~cryoem.survey` (how they were imaged), :mod:`~cryoem.cli` (the command line);
+* :mod:`~cryoem.plots`, :mod:`~cryoem.demo`, :mod:`~cryoem.report`; below them all
+  :mod:`~cryoem.fourier`, :mod:`~cryoem.files`, :mod:`~cryoem.errors`.
 
 Only :mod:`~cryoem.networks`, :mod:`~cryoem.estimator` and :mod:`~cryoem.descent` import TensorFlow.
 """

@@ -1,7 +1,7 @@
 """The whole method on a real protein that ships with the project: ``make demo``.
 
-Atomic model, density, projections, distances, orientations, map; every figure is printed, and kept
-in ``summary.json`` and ``report.html``.
+Atomic model, density, projections, distances, orientations, refinement, map; every figure is
+printed, and kept in ``summary.json`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .density import Density
-    from .distances import DistanceErrors
-    from .estimator import Estimator
     from .files import PathLike
     from .maps import Fsc
     from .simulation import Particles
@@ -32,6 +30,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 __all__ = ["main", "run"]
+
+#: Edge of the images that are refined: the shipped particles and their shifts, and little else.
+REFINED_PX = 64
 
 
 class Stages:
@@ -66,7 +67,6 @@ def run(
     particle: str = "4jsv",
     n_images: int = 1000,
     snr: float = 1 / 16,
-    train_images: int = 38_400,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run the demo.
@@ -81,8 +81,6 @@ def run(
     n_images : int
     snr : float
         Of the full frame; infinity for clean images.
-    train_images : int
-        How many fresh images the shipped weights are trained further on, at this SNR.
     seed : int
 
     Returns
@@ -99,10 +97,12 @@ def run(
         distances,
         evaluation,
         files,
+        imaging,
         maps,
         matching,
         orient,
         reconstruction,
+        refinement,
         report,
         rotations,
         simulation,
@@ -119,39 +119,24 @@ def run(
     pairs = distances.sample_pairs(n_images, 100_000, seed)
     true_distances = rotations.pair_distances(truth, pairs)
 
-    def distance_errors(model: Estimator) -> tuple[np.ndarray, DistanceErrors]:
+    with stages("distances of all images, by the shipped network"):
+        model = estimators.shipped(particle)
         features = model.embed(seen.images)
         found = model.distances(features, features)[pairs[:, 0], pairs[:, 1]]
-        return found, distances.compare(found, true_distances)
-
-    with stages("shipped weights: distances"):
-        model = estimators.shipped(particle)
-        _, shipped_errors = distance_errors(model)
-    print(
-        f"         loaded data/{particle}.npz ({model.notes['images']:,} images seen); "
-        f"distances are off by {shipped_errors.mae_rad:.3f} rad",
-        flush=True,
-    )
-    history: dict[str, list[float]] = {"loss": [], "mae_rad": []}
-    if train_images:
-        with stages(f"training on {train_images:,} more images at this SNR"):
-            noise: dict[str, Any] = {"snr_range": (1.0, 1.0), "clean_fraction": 1.0}
-            if math.isfinite(snr):
-                noise = {"snr_range": (snr, snr), "clean_fraction": 0.0}
-            source = simulation.TrainingImages(reference, model.preprocessing, **noise)
-            history = estimators.train(
-                model,
-                source,
-                images=train_images,
-                seed=seed,
-                learning_rate=1e-4,
-                images_per_epoch=max(128, train_images // 768 * 128),
-            )
-    with stages("distances of all images"):
-        found, errors = distance_errors(model)
+        errors = distances.compare(found, true_distances)
     with stages("orientations from the distances, frame from copies (no truth, no density)"):
         free = orient.orient(model, seen.images, seed=seed)
     assert free.frame is not None  # the copies fixed it
+    with stages("refinement and reconstruction in turns (no truth, no density)"):
+        refined = refinement.alternate(
+            imaging.crop(seen.images, REFINED_PX),
+            free.quaternions,
+            voxel_size_angstrom=voxel,
+            shifts_px=free.shifts_px,
+            rounds=3,
+            seed=seed,
+            progress=True,
+        )
     with stages("orientations against references (the density's own frame)"):
         placed = orient.orient_by_references(model, seen.images, reference)
     with stages("baseline: projection matching, 21,600 references"):
@@ -163,10 +148,15 @@ def run(
             covariance = evaluation.cramer_rao(reference, truth[:200], seen.noise_variance)
             bound = float(evaluation.mean_error_of(covariance).mean())
     # The references say how the free orientations lie in the density's frame, and which hand.
-    final = evaluation.align(free.quaternions, placed.quaternions, over="one-sided").quaternions
-    with stages("map at the recovered orientations"):
+    laid = evaluation.align(refined.refined.quaternions, placed.quaternions, over="one-sided")
+    final = laid.quaternions
+    with stages("map at the refined orientations"):
         recovered = reconstruction.reconstruct(
-            seen.images, final, voxel_size_angstrom=voxel, progress=True
+            seen.images,
+            final,
+            voxel_size_angstrom=voxel,
+            shifts_px=refined.refined.shifts_px,
+            progress=True,
         )
     with stages("map at the true orientations, for comparison"):
         ideal = reconstruction.reconstruct(
@@ -176,7 +166,7 @@ def run(
         registered = maps.register(recovered, reference, allow_mirror=False)
         curves = {
             "true orientations": maps.fsc(ideal, reference),
-            "estimated orientations": maps.fsc(registered.density, reference),
+            "refined orientations": maps.fsc(registered.density, reference),
         }
     at = {name: one.resolution(0.5) for name, one in curves.items()}
     one_sided = evaluation.errors(free.quaternions, truth)
@@ -187,12 +177,13 @@ def run(
         "box_px": reference.box_px,
         "voxel_size_angstrom": voxel,
         "weights": {"file": f"data/{particle}.npz", "images_seen": model.notes["images"]},
-        "train_images": train_images,
-        "distance_mae_shipped_rad": shipped_errors.mae_rad,
         "distance_mae_rad": errors.mae_rad,
         "e_or_rad": evaluation.errors(free.quaternions, truth, over="o4").mean_rad,
         "one_sided_error_rad": one_sided.mean_rad,
         "one_sided": asdict(one_sided),
+        "refined_error_rad": evaluation.errors(refined.refined.quaternions, truth).mean_rad,
+        "expected_error_rad": float(refined.refined.expected_error_rad.mean()),
+        "half_map_resolution_fsc0143_angstrom": refined.fsc.corrected.resolution(0.143).angstrom,
         "unaligned_error_rad": evaluation.errors(placed.quaternions, truth, over="none").mean_rad,
         "random_one_sided_error_rad": evaluation.random_error(truth, seed),
         "projection_matching_error_rad": evaluation.errors(
@@ -202,10 +193,10 @@ def run(
         "bound_mean_rad": bound,
         "frame_certain": bool(free.frame.certain),
         "frame_spread_rad": free.frame.spread_rad,
-        "resolution_fsc05_angstrom": at["estimated orientations"].angstrom,
-        "resolution_fsc05_nyquist_limited": at["estimated orientations"].nyquist_limited,
+        "resolution_fsc05_angstrom": at["refined orientations"].angstrom,
+        "resolution_fsc05_nyquist_limited": at["refined orientations"].nyquist_limited,
         "resolution_fsc05_true_orientations_angstrom": at["true orientations"].angstrom,
-        "mean_fsc": curves["estimated orientations"].mean,
+        "mean_fsc": curves["refined orientations"].mean,
         "mean_fsc_true_orientations": curves["true orientations"].mean,
         "stages": stages.rows,
         "seed": seed,
@@ -220,15 +211,20 @@ def run(
             seen.images,
             final,
             pixel_size_angstrom=voxel,
-            columns={"cryoemResidualRad": free.residuals_rad},
+            shifts_px=refined.refined.shifts_px,
+            columns={
+                **free.columns,
+                "cryoemExpectedErrorRad": refined.refined.expected_error_rad,
+                "rlnRandomSubset": refined.subset,
+            },
         )
-        angles = rotations.distance(
-            evaluation.align(free.quaternions, truth, over="one-sided").quaternions, truth
-        )
+        angles = [
+            rotations.distance(evaluation.align(q, truth, over="one-sided").quaternions, truth)
+            for q in (free.quaternions, refined.refined.quaternions)
+        ]
         sections = _sections(
-            summary, seen, reference, registered.density, history, found, true_distances, angles,
-            curves,
-        )  # fmt: skip
+            summary, seen, reference, registered.density, found, true_distances, angles, curves
+        )
         title = f"{particle.upper()} at SNR {_ratio(snr)}: orientations from the images"
         report.write(output / "report.html", title, sections)
     summary["seconds_total"] = round(stages.seconds(), 1)
@@ -255,9 +251,9 @@ def _rows(summary: dict[str, Any]) -> list[list[str]]:
     return [
         ["measured", "value", ""],
         ["distance error, mean absolute", *angle("distance_mae_rad")],
-        ["the same before the training here", *angle("distance_mae_shipped_rad")],
         ["orientation error over O(4), the paper's E_OR", *angle("e_or_rad")],
         ["orientation error, frame fixed without the truth", *angle("one_sided_error_rad")],
+        ["the same after refinement against the images' own map", *angle("refined_error_rad")],
         ["orientation error against references, nothing fitted", *angle("unaligned_error_rad")],
         ["the same of projection matching", *angle("projection_matching_error_rad")],
         ["frame, verdict on inversion", "certain" if s["frame_certain"] else "UNCERTAIN", ""],
@@ -281,10 +277,9 @@ def _sections(
     seen: Particles,
     reference: Density,
     registered: Density,
-    history: dict[str, list[float]],
     found: np.ndarray,
     true: np.ndarray,
-    angles: np.ndarray,
+    angles: list[np.ndarray],
     curves: dict[str, Fsc],
 ) -> list[tuple[str, list[Any]]]:
     import matplotlib
@@ -295,17 +290,10 @@ def _sections(
     from . import plots
 
     voxel = reference.voxel_size_angstrom
-    learning, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    plots.predicted_against_true(found, true, ax=left)
-    if history["loss"]:
-        plots.curve(
-            history["loss"], xlabel="epoch", ylabel="weighted loss (rad²)", log=False, ax=right
-        )
-        right.set_ylim(bottom=0)
-    else:
-        right.set_axis_off()
-    quality, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    plots.error_histogram(angles, ax=left)
+    learned = plots.predicted_against_true(found, true).figure
+    quality, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    plots.error_histogram(angles[0], ax=left)
+    plots.error_histogram(angles[1], ax=middle)
     plots.fsc(curves, ax=right)
     crop = reference.box_px // 2
     both, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4.6), layout="constrained")
@@ -325,20 +313,22 @@ def _sections(
                 "The network was trained on projections of the same density; these images it had "
                 "not seen. The frame was fixed from turned and mirrored copies of the images; how "
                 "it lies in the density's, and its hand, were then taken from reference "
-                "projections. The truth was used for the errors alone.",
+                "projections. Refinement saw the images' own half-maps alone. The truth was used "
+                "for the errors alone.",
                 _rows(summary),
             ],
         ),
         ("Images", [(some, "Six of the images, one grey scale."), (where, "Coverage.")]),
         (
             "Distances",
-            [(learning, "Estimated against true distances of 100,000 pairs; training here.")],
+            [(learned, "Estimated against true distances of 100,000 pairs.")],
         ),
         (
             "Orientations and map",
             [
                 (quality, "Orientation errors after fitting a rotation of the density and its "
-                 "hand; Fourier shell correlation with the density, no mask."),
+                 "hand, as recovered and as refined; Fourier shell correlation with the density, "
+                 "no mask."),
                 (both, "Central slices."),
             ],
         ),
@@ -352,14 +342,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="results/demo", help="folder for the results")
     parser.add_argument("--images", type=int, default=1000, help="how many to orient")
     parser.add_argument("--snr", type=float, default=1 / 16, help="of the full frame; inf for none")
-    parser.add_argument("--train-images", type=int, default=38_400, help="seen in the demo itself")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     summary = run(
         options.output,
         n_images=options.images,
         snr=options.snr,
-        train_images=options.train_images,
         seed=options.seed,
     )
     print()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import files, fourier
+from . import files, fourier, stacks
 from .errors import InputError
 from .files import PathLike
 from .rotations import Seed
@@ -68,6 +70,17 @@ class Density:
         """Return the density Fourier-resampled to ``box_px`` voxels over the same extent."""
         voxel_size = self.voxel_size_angstrom * self.box_px / box_px
         return Density(fourier.resize(self.values, box_px, 3), voxel_size)
+
+    def sampled_as(self, box_px: int, voxel_size_angstrom: float) -> Density:
+        """Return the density in another box of other voxels, its origin at the origin.
+
+        The voxel size is right to 1e-3: boxes are whole, so an edge is sought that fits both.
+        """
+        n, ratio = max(self.values.shape), self.voxel_size_angstrom / voxel_size_angstrom
+        edges = np.arange(n, n + 60)
+        edge = int(edges[np.argmin(np.abs(np.round(edges * ratio) / (edges * ratio) - 1))])
+        fine = self.in_box(edge).resampled(round(edge * ratio))
+        return Density(fine.in_box(box_px).values, voxel_size_angstrom)
 
     def low_passed(self, resolution_angstrom: float, *, edge: float = 0.2) -> Density:
         """Return the density without what is finer than ``resolution_angstrom`` (soft edge)."""
@@ -136,8 +149,6 @@ def read_structure(path: PathLike, *, assembly: str | None = "1") -> gemmi.Model
 
 def _is_old_pdb(path: Path) -> bool:
     """Whether columns 73-80 hold the entry's name and a line number, as before 1996."""
-    import gzip
-
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rt", errors="replace") as file:
         for line in file:
@@ -248,12 +259,13 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
 
     path = files.existing(path)
     try:
+        _check_header(path)
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             with mrcfile.open(path, permissive=True) as mrc:
                 header, data = mrc.header, mrc.data
                 values = None if data is None else np.array(data)
-    except (ValueError, OSError, EOFError, MemoryError) as error:
+    except (ValueError, OSError, EOFError, MemoryError, zlib.error) as error:
         raise InputError(f"{path}: not a readable MRC file ({error})") from error
     if values is None:
         raise InputError(
@@ -261,8 +273,6 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
         )
     if values.ndim != 3:
         raise InputError(f"{path}: wanted a three-dimensional map, got shape {values.shape}")
-    if np.iscomplexobj(values):
-        raise InputError(f"{path}: wanted a real map, got a transform (mode {int(header.mode)})")
     for note in notes:
         if issubclass(note.category, RuntimeWarning):  # mrcfile's own; others only passed by
             warnings.warn(f"{path}: {note.message}", stacklevel=2)
@@ -291,6 +301,18 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
         return Density(values, voxel_size_angstrom)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that asks for more than the file can hold."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if packed:
+        with gzip.open(path) as unpacked:
+            # Deflate packs 1032 bytes into one at best.
+            stacks.fitting(unpacked.read(1024), 1032 * path.stat().st_size, path)
+    else:
+        stacks.layout(path)
 
 
 def write_mrc(path: PathLike, density: Density) -> None:

@@ -15,3 +15,7 @@ class MissingToolError(CryoemError, RuntimeError):
 
 class DownloadError(CryoemError, OSError):
     """A file could not be fetched, or what came is not what was asked for."""
+
+
+class StorageError(CryoemError, OSError):
+    """A file could not be written; what stood there before is as it was."""

@@ -6,6 +6,8 @@ Both sides of a pair share one encoder, so a batch of ``n`` images is embedded o
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import math
 import zipfile
@@ -19,15 +21,25 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
-from . import distances, files, networks, structures
+from . import distances, files, networks, simulation, structures
 from .errors import InputError
 from .files import PathLike
 from .simulation import Preprocessing, TrainingImages
+from .symmetry import group
 
-__all__ = ["Estimator", "PairLoss", "Progress", "pair_distances", "shipped", "train"]
+__all__ = [
+    "Estimator",
+    "Look",
+    "Objective",
+    "PairLoss",
+    "Progress",
+    "pair_distances",
+    "shipped",
+    "train",
+]
 
 #: Written into every file; a file of another version is refused.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def pair_distances(features: Any, head: str) -> Any:
@@ -55,23 +67,20 @@ def pair_distances(features: Any, head: str) -> Any:
     return ops.arccos(ops.clip(2 * product - 1, -1 + 1e-6, 1 - 1e-6))
 
 
-def true_distances(quaternions: Any) -> Any:
-    """``d_q`` of all pairs of a batch, (n, n) tensor, radians."""
-    product = ops.matmul(quaternions, ops.transpose(quaternions))
-    return 2 * ops.arccos(ops.clip(ops.abs(product), 0.0, 1.0))
-
-
 class PairLoss(keras.losses.Loss):
-    """``L_DE``: weighted mean of ``(d_p - d_q)^2`` over the pairs of a batch.
+    """``L_DE``: weighted mean of ``(d_p - d)^2`` over the pairs of a batch.
+
+    The true distance ``d`` is the kernel distance of the group's features, which is ``d_q`` for a
+    particle without symmetry.
 
     Parameters
     ----------
     head : {'exact', 'cosine', 'euclidean'}
     pairs : {'all', 'uniform'}
         All pairs i < j, each weighted by the inverse density of its distance under uniform
-        orientations, ``1 / sin^2(d_q / 2)``, capped at ``max_weight``; or, as the paper, the
+        orientations (``1 / sin^2(d_q / 2)`` without symmetry), capped; or, as the paper, the
         consecutive pairs (0, 1), (2, 3), ..., drawn uniform in distance, with equal weight.
-    max_weight : float
+    symmetry : str
     power : {1, 2}
         2 is the loss; 1 turns it into the mean absolute error, a metric.
     """
@@ -81,24 +90,70 @@ class PairLoss(keras.losses.Loss):
         head: str,
         pairs: Literal["all", "uniform"] = "all",
         *,
-        max_weight: float = 20.0,
+        symmetry: str = "C1",
         power: int = 2,
         name: str = "pair_loss",
     ) -> None:
         super().__init__(name=name)
-        self.head, self.pairs, self.max_weight, self.power = head, pairs, max_weight, power
+        self.head, self.pairs, self.power = head, pairs, power
+        self.group = group(symmetry)
+        self.table = self.group.inverse_density(64).astype(np.float32)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Compare (n, 4) true quaternions with (n, f) features."""
-        d_q, d_p = true_distances(y_true), pair_distances(y_pred, self.head)
-        n = ops.shape(d_q)[0]
+    def compare(self, targets: Any, features: Any) -> tuple[Any, Any]:
+        """Weights and errors ``d_p - d`` of all pairs of a batch, two (n, n) tensors."""
+        d = pair_distances(targets[:, : len(self.group.harmonics)], "exact")
+        n = ops.shape(d)[0]
         i = ops.arange(n)
         if self.pairs == "all":
-            use = ops.cast(i[:, None] < i, "float32")
-            weights = use / ops.maximum(ops.sin(d_q / 2) ** 2, 1 / self.max_weight)
+            bins = ops.cast(d * (len(self.table) / (np.pi + 1e-3)), "int32")
+            weights = ops.cast(i[:, None] < i, "float32") * ops.take(self.table, bins)
         else:
             weights = ops.cast((i[:, None] % 2 == 0) & (i[:, None] + 1 == i), "float32")
-        return ops.sum(weights * ops.abs(d_p - d_q) ** self.power) / ops.sum(weights)
+        return weights / ops.sum(weights), pair_distances(features, self.head) - d
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Compare targets, (n, f ...), with features, (n, f')."""
+        weights, off = self.compare(y_true, y_pred)
+        return ops.sum(weights * ops.abs(off) ** self.power)
+
+
+class Objective(keras.losses.Loss):
+    """What training minimises: ``L_DE``, and where the network says a shift, how right that is.
+
+    The shift counts by a tenth of its squared error, in pixels of what the network reads.
+    """
+
+    def __init__(self, loss: PairLoss, feature_dim: int) -> None:
+        super().__init__(name="objective")
+        self.loss, self.feature_dim = loss, feature_dim
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Compare targets, (n, f + 2), with what the encoder gives, (n, f') or (n, f' + 3)."""
+        f = self.feature_dim
+        total = self.loss.call(y_true, y_pred[:, :f])
+        if y_pred.shape[1] == f:
+            return total
+        shift = ops.mean(ops.sum((y_pred[:, f : f + 2] - y_true[:, -2:]) ** 2, axis=1))
+        return total + 0.1 * shift
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an estimator says of images.
+
+    Attributes
+    ----------
+    features : (n, f) float32 array
+    shifts_px : (n, 2) array or None
+        Where the particle was moved to, (x, y), pixels of the frame; None from a network that does
+        not say.
+    expected_error_rad : (n,) array or None
+        Mean angle by which the orientation is expected to be off.
+    """
+
+    features: np.ndarray
+    shifts_px: np.ndarray | None
+    expected_error_rad: np.ndarray | None
 
 
 @dataclass
@@ -113,6 +168,13 @@ class Estimator:
     preprocessing : Preprocessing
     architecture : str
     feature_dim : int
+    symmetry : str
+        The particle's point group.
+    looks : int
+        How often an image is looked at: after each look but the last it is centred by the shift
+        that the network saw.
+    precision : str
+        See :func:`cryoem.networks.build`.
     notes : dict
         What made the weights: particle, seed, images seen, and so on.
     """
@@ -122,6 +184,9 @@ class Estimator:
     preprocessing: Preprocessing
     architecture: str
     feature_dim: int
+    symmetry: str = "C1"
+    looks: int = 1
+    precision: str = "float32"
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -129,9 +194,11 @@ class Estimator:
         cls,
         preprocessing: Preprocessing,
         *,
-        architecture: str = "resnet",
+        architecture: str = "steerable",
         head: str = "exact",
         feature_dim: int = 16,
+        symmetry: str = "C1",
+        looks: int = 1,
         seed: int | None = 0,
         precision: str = "float32",
     ) -> Estimator:
@@ -144,42 +211,114 @@ class Estimator:
             raise InputError(f"head must be one of {', '.join(distances.HEADS)}, got {head!r}")
         if seed is not None:
             keras.utils.set_random_seed(seed)
-        encoder = networks.build(
+        encoder, feature_dim = networks.build(
             architecture,
             preprocessing.crop_px,
             feature_dim,
             normalise=head != "euclidean",
+            symmetry=symmetry,
             precision=precision,
         )
-        return cls(encoder, head, preprocessing, architecture, feature_dim)
+        return cls(
+            encoder, head, preprocessing, architecture, feature_dim, symmetry, looks, precision
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle settings and weights, for the workers of a cluster, and not Keras' own objects."""
+        settings = {
+            name: getattr(self, name)
+            for name in (
+                "architecture", "head", "feature_dim", "symmetry", "looks", "precision",
+            )
+        }  # fmt: skip
+        return _rebuilt, (self.preprocessing, settings, self.encoder.get_weights(), self.notes)
 
     def embed(
-        self, images: np.ndarray, *, prepared: bool = False, batch_size: int = 256
+        self,
+        images: np.ndarray,
+        *,
+        ctf: np.ndarray | None = None,
+        prepared: bool = False,
+        batch_size: int = 256,
     ) -> np.ndarray:
-        """Features of images.
+        """Features of images, (n, feature_dim) float32: those of :meth:`look`."""
+        return self.look(images, ctf=ctf, prepared=prepared, batch_size=batch_size).features
+
+    def look(
+        self,
+        images: np.ndarray,
+        *,
+        ctf: np.ndarray | None = None,
+        prepared: bool = False,
+        batch_size: int = 256,
+    ) -> Look:
+        """What the network says of images.
 
         Parameters
         ----------
         images : (n, frame_px, frame_px) array
-            Or (n, crop_px, crop_px) where ``prepared``.
+            Or (n, crop_px, crop_px) where ``prepared``; these are looked at once.
+        ctf : (n, frame_px, frame_px // 2 + 1) array, optional
+            See :func:`cryoem.imaging.ctf`; phases are flipped by its sign.
         prepared : bool
             The preprocessing has been done.
         batch_size : int
 
         Returns
         -------
-        (n, feature_dim) float32 array
+        Look
         """
-        small = images if prepared else self.preprocessing(images)
-        parts = [
-            ops.convert_to_numpy(self.encoder(small[i : i + batch_size], training=False))
-            for i in range(0, len(small), batch_size)
-        ]
-        return np.concatenate(parts) if parts else np.zeros((0, self.feature_dim), np.float32)
+        p, f = self.preprocessing, self.feature_dim
+        parts, moved = [], []
+        for i in range(0, len(images), batch_size):
+            batch = slice(i, i + batch_size)
+            small = images[batch]
+            if not prepared:
+                small = p.reduce(small, ctf=None if ctf is None else ctf[batch])
+            shifts = np.zeros((len(small), 2))
+            for look in range(1 if prepared else self.looks):
+                read = small if prepared else p.cut(small, shifts_px=shifts if look else None)
+                out = ops.convert_to_numpy(self.encoder(read, training=False))
+                if out.shape[1] > f:
+                    shifts = shifts + out[:, f : f + 2]
+            parts.append(out)
+            moved.append(shifts)
+        if not parts:
+            parts, moved = (
+                [np.zeros((0, self.encoder.output_shape[1]), np.float32)],
+                [np.zeros((0, 2))],
+            )
+        out, shifts = np.concatenate(parts), np.concatenate(moved)
+        if out.shape[1] == f:
+            return Look(out, None, None)
+        # Mean length of a Gaussian rotation vector with this variance an axis.
+        error = 2 * np.sqrt(2 / np.pi) * np.exp(np.clip(out[:, f + 2], -16, 3) / 2)
+        return Look(out[:, :f], shifts * p.frame_px / p.down_px, error)
 
     def distances(self, features: ArrayLike, others: ArrayLike) -> np.ndarray:
         """Distances between two sets of features, (n, m), radians."""
         return distances.from_features(features, others, self.head)
+
+    @property
+    def says_shifts(self) -> bool:
+        """Whether the network says shifts and was asked to: it looks again after centring."""
+        return self.looks > 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of weights and settings: equal where features are, whatever the notes say."""
+        settings = [
+            self.architecture,
+            self.head,
+            self.symmetry,
+            self.looks,
+            self.precision,
+            asdict(self.preprocessing),
+        ]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for weight in self.encoder.get_weights():
+            digest.update(weight.tobytes())
+        return digest.hexdigest()
 
     # ----------------------------------------------------------------------------------
     # The file
@@ -194,6 +333,8 @@ class Estimator:
             "architecture": self.architecture,
             "head": self.head,
             "feature_dim": self.feature_dim,
+            "symmetry": self.symmetry,
+            "looks": self.looks,
             "preprocessing": asdict(self.preprocessing),
             "notes": self.notes,
         }
@@ -231,6 +372,8 @@ class Estimator:
                 architecture=settings["architecture"],
                 head=settings["head"],
                 feature_dim=settings["feature_dim"],
+                symmetry=settings["symmetry"],
+                looks=settings["looks"],
                 seed=None,
                 precision=precision,
             )
@@ -244,6 +387,18 @@ class Estimator:
             )
         estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
         return estimator
+
+
+def _rebuilt(
+    preprocessing: Preprocessing,
+    settings: dict[str, Any],
+    weights: list[np.ndarray],
+    notes: dict[str, Any],
+) -> Estimator:
+    estimator = Estimator.create(preprocessing, seed=None, **settings)
+    estimator.encoder.set_weights(weights)
+    estimator.notes = notes
+    return estimator
 
 
 def shipped(name: str, *, precision: str = "float32") -> Estimator:
@@ -366,10 +521,11 @@ def train(
     if optimizer not in makers:
         raise InputError(f"optimizer must be one of {', '.join(makers)}, got {optimizer!r}")
     encoder = estimator.encoder
+    loss = PairLoss(estimator.head, pairs, symmetry=estimator.symmetry)
     encoder.compile(
         optimizer=makers[optimizer](rate, clipnorm=1.0),
-        loss=PairLoss(estimator.head, pairs),
-        metrics=[_metric(estimator.head, pairs)],
+        loss=Objective(loss, estimator.feature_dim),
+        metrics=[_metric(loss, estimator.feature_dim)],
         jit_compile=False,
     )
     settings = {
@@ -384,6 +540,7 @@ def train(
         "architecture": estimator.architecture,
         "head": estimator.head,
         "feature_dim": estimator.feature_dim,
+        "symmetry": estimator.symmetry,
         "source": getattr(source, "settings", None),
     }
     keeper = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings)
@@ -416,14 +573,62 @@ def train(
         )
         if keeper is None:
             history = {key: fitted.history[key] for key in history}
+    calibrate(estimator, source, images=min(images, 20_480), seed=seed)
     return history
 
 
-def _metric(head: str, pairs: Literal["all", "uniform"]) -> Callable[[Any, Any], Any]:
-    absolute = PairLoss(head, pairs, power=1)
+def calibrate(
+    estimator: Estimator, source: TrainingImages, *, images: int = 20_480, seed: int = 0
+) -> None:
+    """Teach an estimator how far off its orientations are, in place; its features stay.
 
+    Fresh images are oriented by their features, and the network's log variance is fitted to the
+    likelihood of the angles by which they are off, those of a Gaussian rotation vector. The end of
+    :func:`train`; of no effect on a network that says no variance.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    source : TrainingImages
+    images : int
+    seed : int
+        Other images than those of training with the same seed.
+    """
+    encoder, f = estimator.encoder, estimator.feature_dim
+    if encoder.output_shape[1] == f:
+        return
+    orbits = group(estimator.symmetry)
+    source = copy.copy(source)  # images are centred before their last look
+    source.max_shift_px = min(
+        source.max_shift_px, simulation.LITTLE * source.preprocessing.frame_px
+    )
+    beyond = 2**31  # steps that no training reaches
+    batches = [source.batch(seed, beyond + i, 512) for i in range(math.ceil(images / 512))]
+    seen, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
+    features = estimator.embed(seen, prepared=True)
+    phi = targets[:, : len(orbits.harmonics)]
+    found = orbits.decode(features @ np.linalg.lstsq(features, phi, rcond=None)[0])
+    square = orbits.distance(found, orbits.decode(phi)) ** 2
+
+    def unlikely(y_true: Any, y_pred: Any) -> Any:
+        level = y_pred[:, f + 2]
+        return ops.mean(y_true[:, 0] * ops.exp(-level) + 3 * level)
+
+    last = encoder.get_layer("variance")
+    last.set_weights([np.zeros_like(w) for w in last.get_weights()])
+    trainable = [layer.trainable for layer in encoder.layers]
+    for layer in encoder.layers:
+        layer.trainable = layer.name.startswith("variance")
+    encoder.compile(optimizer=keras.optimizers.Adam(3e-3), loss=unlikely)
+    encoder.fit(seen, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
+    for layer, before in zip(encoder.layers, trainable, strict=True):
+        layer.trainable = before
+
+
+def _metric(loss: PairLoss, feature_dim: int) -> Callable[[Any, Any], Any]:
     def mae_rad(y_true: Any, y_pred: Any) -> Any:
-        return absolute.call(y_true, y_pred)
+        weights, off = loss.compare(y_true, y_pred[:, :feature_dim])
+        return ops.sum(weights * ops.abs(off))
 
     return mae_rad
 

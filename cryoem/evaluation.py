@@ -15,6 +15,7 @@ from . import rotations
 from .density import Density
 from .errors import InputError
 from .rotations import Seed
+from .symmetry import Group, group
 
 __all__ = ["Alignment", "Errors", "align", "cramer_rao", "errors", "mean_error_of", "random_error"]
 
@@ -49,6 +50,22 @@ def _fit_left(q: np.ndarray, p: np.ndarray, weights: np.ndarray) -> np.ndarray:
     # <a q, p> = <a, p q^-1>
     ratio = rotations.multiply(p, rotations.inverse(q))
     return np.linalg.eigh((ratio * weights[:, None]).T @ ratio)[1][:, -1]
+
+
+def _first_left(q: np.ndarray, p: np.ndarray, orbit: Group) -> np.ndarray:
+    """Where to start the fit of a left rotation: without symmetry its least squares.
+
+    With symmetry no closed form: of the rotations that lay one of some images exactly onto an
+    element of its orbit, the one that lays all nearest.
+    """
+    if orbit.order == 1:
+        return _fit_left(q, p, np.ones(len(q)))
+    some = slice(0, 400)
+    lefts = rotations.multiply(
+        rotations.multiply(orbit.elements[:, None], p[:60]), rotations.inverse(q[:60])
+    ).reshape(-1, 4)
+    off = [orbit.distance(rotations.multiply(a, q[some]), p[some]).mean() for a in lefts]
+    return lefts[int(np.argmin(off))]
 
 
 def _turns(q: np.ndarray, p: np.ndarray, proper: bool, steps: int = 30) -> np.ndarray:
@@ -87,6 +104,7 @@ def align(
     true: ArrayLike,
     *,
     over: Literal["o4", "rotations", "one-sided", "none"] = "o4",
+    symmetry: str = "C1",
 ) -> Alignment:
     """Lay estimated orientations onto the true ones, in closed form.
 
@@ -101,6 +119,9 @@ def align(
         the same without inversion;
         ``'one-sided'``: a rotation of the density and its hand (what a map forgives);
         ``'none'``: nothing.
+    symmetry : str
+        The particle's point group, under which of each estimate the nearest of its orbit counts;
+        with ``'one-sided'`` and ``'none'`` only, as distances of orbits are not unchanged by O(4).
 
     Returns
     -------
@@ -111,19 +132,23 @@ def align(
         raise InputError(
             f"wanted as many true as estimated, at least one; got {len(p)} and {len(q)}"
         )
+    orbit = group(symmetry)
+    if over in ("o4", "rotations") and orbit.order > 1:
+        raise InputError(f"orientations up to {orbit.name} are not laid over by {over!r}")
     one = np.array([0.0, 0.0, 0.0, 1.0])
     if over == "none":
-        return Alignment(q, one, one, False)
+        return Alignment(orbit.nearest(q, p), one, one, False)
     if over == "one-sided":
         best: Alignment | None = None
         smallest = np.inf
         for right in (one, rotations.about("z", np.pi)):
             turned = rotations.multiply(q, right)
-            left = _fit_left(turned, p, np.ones(len(q)))
+            left = _first_left(turned, p, orbit)
             for _ in range(30):
-                w = _weights(rotations.distance(rotations.multiply(left, turned), p))
-                left = _fit_left(turned, p, w)
-            moved = rotations.multiply(left, turned)
+                moved = rotations.multiply(left, turned)
+                near = orbit.nearest(p, moved)
+                left = _fit_left(turned, near, _weights(rotations.distance(moved, near)))
+            moved = orbit.nearest(rotations.multiply(left, turned), p)
             error = rotations.distance(moved, p).mean()
             if best is None or error < smallest:
                 best, smallest = Alignment(moved, left, right, False), error
@@ -175,6 +200,7 @@ def errors(
     true: ArrayLike,
     *,
     over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
+    symmetry: str = "C1",
 ) -> Errors:
     """Errors of estimated orientations, after :func:`align` over the same freedom.
 
@@ -182,12 +208,14 @@ def errors(
     ----------
     estimated, true : (n, 4) arrays, unit, xyzw
     over : {'o4', 'rotations', 'one-sided', 'none'}
+    symmetry : str
 
     Returns
     -------
     Errors
     """
-    aligned, p = align(estimated, true, over=over).quaternions, rotations.check(true)
+    aligned = align(estimated, true, over=over, symmetry=symmetry).quaternions
+    p = rotations.check(true)
     angle = rotations.distance(aligned, p)
     # What is left, in the detector's frame: twist about z by in_plane, swing by view.
     x, y, z, w = np.abs(rotations.multiply(rotations.inverse(p), aligned)).T
@@ -208,10 +236,14 @@ def random_error(
     seed: Seed,
     *,
     over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
+    symmetry: str = "C1",
 ) -> float:
     """Mean error of random orientations against these true ones: the zero of the scale, radians."""
     return errors(
-        rotations.uniform(len(true), rotations.stream(seed, "random")), true, over=over
+        rotations.uniform(len(true), rotations.stream(seed, "random")),
+        true,
+        over=over,
+        symmetry=symmetry,
     ).mean_rad
 
 
@@ -248,6 +280,8 @@ def cramer_rao(
     noise_variance: float,
     *,
     box_px: int | None = None,
+    ctf: ArrayLike | None = None,
+    shifts: bool = False,
     step: float = 1e-2,
 ) -> np.ndarray:
     """Cramer-Rao bound: the smallest error covariance of orientations from noisy images.
@@ -264,28 +298,40 @@ def cramer_rao(
         Per pixel of the image that is used.
     box_px : int, optional
         Edge of the images; see :func:`cryoem.projection.project`.
-    step : float, radians
+    ctf : (n, box_px, box_px // 2 + 1) array, optional
+        See :func:`cryoem.imaging.ctf`.
+    shifts : bool
+        Whether the shift is unknown too.
+    step : float, radians and pixels
         Half of the central difference.
 
     Returns
     -------
     (n, 3, 3) array, radians squared
-        The mean error that it allows is ``mean_error_of(...)``.
+        The mean error that it allows is ``mean_error_of(...)``. With ``shifts`` (n, 5, 5): the
+        rotation vector, radians, and the shift (x, y), pixels.
 
     References
     ----------
     Any text on estimation, for instance Kay, "Fundamentals of Statistical Signal Processing", I.3.
     """
+    from . import imaging
     from .projection import Projector
 
     if not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     q = rotations.check(quaternions)
     projector = Projector(density, box_px)
+
+    def seen(rotation_vector: np.ndarray, shift_px: np.ndarray) -> np.ndarray:
+        images = projector.project(rotations.perturb(q, np.tile(rotation_vector, (len(q), 1))))
+        if shift_px.any():
+            images = imaging.shift(images, np.tile(shift_px, (len(q), 1)))
+        return images if ctf is None else imaging.apply_ctf(images, ctf)
+
     gradients = []
-    for axis in np.eye(3):
-        ahead = projector.project(rotations.perturb(q, np.tile(step * axis, (len(q), 1))))
-        behind = projector.project(rotations.perturb(q, np.tile(-step * axis, (len(q), 1))))
-        gradients.append(((ahead - behind) / (2 * step)).reshape(len(q), -1))
-    g = np.stack(gradients, axis=1).astype(np.float64)  # (n, 3, pixels)
+    for axis in step * np.eye(5)[: 5 if shifts else 3]:
+        change = seen(axis[:3], axis[3:]) - seen(-axis[:3], -axis[3:])
+        gradients.append((change / (2 * step)).reshape(len(q), -1))
+    g = np.stack(gradients, axis=1).astype(np.float64)  # (n, 3 or 5, pixels)
     return np.linalg.inv(np.einsum("nap,nbp->nab", g, g) / noise_variance)

@@ -1,11 +1,14 @@
 """Files: written atomically, checked by hash."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import InputError, StorageError
 
 __all__ = ["atomic", "existing", "sha256"]
 
@@ -18,19 +21,37 @@ def atomic(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
 
     What stood at ``path`` before stays whole until then, and for good if the block raises.
+
+    Raises
+    ------
+    StorageError
+        The folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays at the end: writers choose the format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="-" + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays at the end: writers choose the format by it.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="-" + path.name)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageError(
+            f"{path}: not written ({error.strerror}); nothing there has changed"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+#: What the operating system says when a file may not grow, or not stand there.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR}
 
 
 def _umask() -> int:
@@ -41,8 +62,6 @@ def _umask() -> int:
 
 def existing(path: PathLike) -> Path:
     """Return ``path`` as a ``Path`` to a file that exists, or raise ``InputError``."""
-    from .errors import InputError
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")

@@ -12,11 +12,13 @@ reconstruction is garbage. Two ways to fix ``b`` from what a user has:
   fix everything.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
+from scipy.stats import norm
 
 from . import evaluation, rotations
 from .errors import InputError
@@ -40,6 +42,9 @@ class Frame:
     other_spread_rad : float
         The same under the opposite verdict on inversion. The verdict is safe where it is much
         larger.
+    confidence : float
+        Probability that other copies, as good as these, would give the same verdict on inversion:
+        the normal law of the mean difference of the two spreads.
     hand_known : bool
         Whether the hand is fixed too; if not, the mirror image is as good
         (:func:`cryoem.rotations.other_hand`).
@@ -50,13 +55,15 @@ class Frame:
     inverted: bool
     spread_rad: float
     other_spread_rad: float
+    confidence: float
     hand_known: bool
 
     @property
     def certain(self) -> bool:
         """Whether the verdict on inversion can be relied on."""
-        # A single copy fits both verdicts to the last digit: it decides nothing.
-        return self.other_spread_rad > 1e-6 and self.spread_rad < 0.7 * self.other_spread_rad
+        # A single copy fits both verdicts to the last digit: it decides nothing. And copies that
+        # are all alike off, as of images that show nothing, can favour one by a steady trifle.
+        return self.confidence > 0.999 and self.spread_rad < 0.8 * self.other_spread_rad
 
     def apply(self, quaternions: ArrayLike) -> np.ndarray:
         """Bring recovered orientations, (n, 4), into the frame."""
@@ -64,13 +71,51 @@ class Frame:
         return rotations.multiply(rotations.multiply(self.left, q), self.right)
 
 
-def _fit(turns: np.ndarray, mirrors: np.ndarray, steps: int = 20) -> tuple[np.ndarray, float]:
-    """Axes ``b^-1 z`` and ``b^-1 y`` of the copies' constant turns, robustly; (right, spread)."""
+def _judged(offs: list[np.ndarray]) -> tuple[bool, float, float, float]:
+    """Verdict on inversion from what is off without and with it, particle by particle.
+
+    Returns (inverted, spread, other spread, confidence).
+    """
+    spreads = [float(off.mean()) for off in offs]
+    inverted = spreads[1] < spreads[0]
+    difference = offs[not inverted] - offs[inverted]
+    # What is off by less than a microradian on both sides is equal.
+    error = max(float(difference.std()), 1e-6) / np.sqrt(len(difference))
+    return (
+        inverted,
+        spreads[inverted],
+        spreads[not inverted],
+        float(norm.cdf(difference.mean() / error)),
+    )
+
+
+def _warned(frame: Frame) -> Frame:
+    """Warn where the frame cannot be relied on."""
+    if not frame.certain:
+        warnings.warn(
+            "the frame cannot be told: single copies or references disagree with it by "
+            f"{frame.spread_rad:.2f} rad, with the opposite verdict on inversion by "
+            f"{frame.other_spread_rad:.2f} rad (confidence {frame.confidence:.3f}); a "
+            "reconstruction may be meaningless. More copies, or less noise, are needed",
+            stacklevel=3,
+        )
+    return frame
+
+
+def _fit(turns: np.ndarray, mirrors: np.ndarray, steps: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Axes ``b^-1 z`` and ``b^-1 y`` of the copies' constant turns, robustly.
+
+    Returns
+    -------
+    right : (4,) array
+    off : (n,) array, radians
+        How far each image's two copies are from it, on average.
+    """
     turn_vectors = Rotation.from_quat(turns)
     mirror_matrices = Rotation.from_quat(mirrors).as_matrix()
     turn_matrices = turn_vectors.as_matrix()
     w_turn, w_mirror = np.ones(len(turns)), np.ones(len(mirrors))
-    right, spread = Rotation.identity(), np.inf
+    right, off = Rotation.identity(), np.zeros(len(turns))
     for _ in range(steps):
         mean = np.einsum("n,nij->ij", w_turn, turn_matrices) / w_turn.sum()
         # The antisymmetric part of a turn by 90 degrees about u is [u]x.
@@ -88,9 +133,9 @@ def _fit(turns: np.ndarray, mirrors: np.ndarray, steps: int = 20) -> tuple[np.nd
         mirror = right * Rotation.from_euler("y", np.pi) * back
         off_turn = rotations.distance(turns, turn.as_quat())
         off_mirror = rotations.distance(mirrors, mirror.as_quat())
-        spread = float(np.mean(np.concatenate([off_turn, off_mirror])))
+        off = (off_turn + off_mirror) / 2
         w_turn, w_mirror = 1 / np.maximum(off_turn, 1e-3), 1 / np.maximum(off_mirror, 1e-3)
-    return right.as_quat(), spread
+    return right.as_quat(), off
 
 
 def from_copies(originals: ArrayLike, turned: ArrayLike, mirrored: ArrayLike) -> Frame:
@@ -121,10 +166,10 @@ def from_copies(originals: ArrayLike, turned: ArrayLike, mirrored: ArrayLike) ->
         a, b, c = (rotations.inverse(x) if inverted else x for x in (q, t, m))
         back = rotations.inverse(a)
         verdicts.append(_fit(rotations.multiply(back, b), rotations.multiply(back, c)))
-    inverted = verdicts[1][1] < verdicts[0][1]
-    right, spread = verdicts[inverted]
+    inverted, spread, other, confidence = _judged([off for _, off in verdicts])
     one = np.array([0.0, 0.0, 0.0, 1.0])
-    return Frame(one, right, bool(inverted), spread, verdicts[not inverted][1], hand_known=False)
+    right = verdicts[inverted][0]
+    return _warned(Frame(one, right, inverted, spread, other, confidence, hand_known=False))
 
 
 def from_references(recovered: ArrayLike, known: ArrayLike) -> Frame:
@@ -140,15 +185,14 @@ def from_references(recovered: ArrayLike, known: ArrayLike) -> Frame:
     Frame
         ``other_spread_rad`` is that of the best fit with the opposite inversion.
     """
-    fits = {}
-    for flip in (False, True):
-        q = rotations.inverse(rotations.check(recovered, "recovered")) if flip else recovered
-        fits[flip] = evaluation.align(q, known, over="rotations")
-    spreads = {
-        flip: float(rotations.distance(fit.quaternions, known).mean()) for flip, fit in fits.items()
-    }
-    inverted = spreads[True] < spreads[False]
-    fit = fits[inverted]
-    return Frame(
-        fit.left, fit.right, inverted, spreads[inverted], spreads[not inverted], hand_known=True
+    known = rotations.check(known, "known")
+    recovered = rotations.check(recovered, "recovered")
+    fits = [
+        evaluation.align(q, known, over="rotations")
+        for q in (recovered, rotations.inverse(recovered))
+    ]
+    inverted, spread, other, confidence = _judged(
+        [rotations.distance(fit.quaternions, known) for fit in fits]
     )
+    fit = fits[inverted]
+    return _warned(Frame(fit.left, fit.right, inverted, spread, other, confidence, hand_known=True))

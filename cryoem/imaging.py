@@ -215,3 +215,8 @@ def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> np.ndarray:
         )
     spectra = scipy.fft.rfft2(images, workers=fourier.WORKERS) * ctf_values
     return scipy.fft.irfft2(spectra, s=(size, size), workers=fourier.WORKERS)
+
+
+def flip_phases(images: ArrayLike, ctf_values: ArrayLike) -> np.ndarray:
+    """Undo the sign of the CTF; what is left of it is its absolute value. See :func:`apply_ctf`."""
+    return apply_ctf(images, np.where(np.asarray(ctf_values) < 0, -1, 1))

@@ -32,6 +32,7 @@ def match(
     density: Density,
     preprocessing: Preprocessing,
     *,
+    ctf: np.ndarray | None = None,
     references: int = 21_600,
     progress: bool = False,
 ) -> Match:
@@ -43,6 +44,8 @@ def match(
     density : Density, a cube of ``frame_px``
     preprocessing : Preprocessing
         Images and references are compared after it.
+    ctf : (n, frame_px, frame_px // 2 + 1) array, optional
+        See :func:`cryoem.imaging.ctf`; phases are flipped by its sign.
     references : int
         Spread evenly over SO(3); 21,600 are about 9 degrees apart.
     progress : bool
@@ -62,7 +65,9 @@ def match(
         table[i : i + 512] = preprocessing(frames).reshape(-1, table.shape[1])
     best, scores = np.empty(len(images), int), np.empty(len(images), np.float32)
     for i in range(0, len(images), 256):
-        prepared = preprocessing(images[i : i + 256]).reshape(-1, table.shape[1])
+        part = slice(i, i + 256)
+        prepared = preprocessing(images[part], ctf=None if ctf is None else ctf[part])
+        prepared = prepared.reshape(len(prepared), -1)
         correlation = prepared @ table.T / table.shape[1]
         best[i : i + 256] = correlation.argmax(axis=1)
         scores[i : i + 256] = correlation.max(axis=1)

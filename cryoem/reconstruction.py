@@ -1,9 +1,12 @@
 """The density from images at given orientations: least squares by conjugate gradients.
 
-Minimise ``sum_i |C_i S_i P_i V - y_i|^2 + ridge |V|^2`` with the projector ``P``, shifts ``S`` and
-CTFs ``C``. The normal operator is a convolution: its kernel is made once by a type-1 NUFFT on a
-grid of twice the edge, after which an iteration costs two FFTs whatever the number of images.
+Minimise ``sum_i |a_i C_i S_i P_i V - y_i|^2 + ridge |V|^2`` with the projector ``P``, shifts ``S``,
+CTFs ``C`` and contrasts ``a``. The normal operator is a convolution: its kernel is made once by a
+type-1 NUFFT on a grid of twice the edge, after which an iteration costs two FFTs whatever the
+number of images.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import scipy.fft
@@ -12,17 +15,22 @@ from numpy.typing import ArrayLike
 from . import fourier, projection, rotations
 from .density import Density
 from .errors import InputError
+from .stacks import ImageStack
+from .symmetry import group
 
 __all__ = ["reconstruct", "reconstruct_astra"]
 
 
 def reconstruct(
-    images: ArrayLike,
+    images: ArrayLike | ImageStack,
     quaternions: ArrayLike,
     *,
     voxel_size_angstrom: float,
+    rows: np.ndarray | None = None,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | None = None,
+    ctf: ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None = None,
+    contrast: ArrayLike | None = None,
+    symmetry: str = "C1",
     iterations: int = 30,
     ridge: float = 1e-4,
     progress: bool = False,
@@ -32,13 +40,21 @@ def reconstruct(
     Parameters
     ----------
     images : (n, size, size) array
+        Or a stack of files; it is read in chunks.
     quaternions : (n, 4) array, unit, xyzw
     voxel_size_angstrom : float
         Of the images, and of the density.
+    rows : (m,) int array, optional
+        Which of the images are used; default: all.
     shifts_px : (n, 2) array, optional
         Where each particle was moved to, (x, y), pixels.
     ctf : (n, size, size // 2 + 1) array, optional
-        See :func:`cryoem.imaging.ctf`.
+        See :func:`cryoem.imaging.ctf`; or a function that gives those of some rows, or None.
+    contrast : (n,) array, optional
+        How strongly each image shows the density; see :func:`cryoem.refinement.refine`.
+    symmetry : str
+        The particle's point group, in the standard setting: each image is seen from every
+        orientation of its orbit.
     iterations : int
         Of conjugate gradients; early stopping is a regularisation too.
     ridge : float
@@ -52,34 +68,43 @@ def reconstruct(
     """
     from tqdm.auto import tqdm
 
-    images, q = projection.check_images(images), rotations.check(quaternions)
-    n, size = len(images), images.shape[1]
+    stack = images if isinstance(images, ImageStack) else projection.check_images(images)
+    q = rotations.check(quaternions)
+    n, size = len(stack), stack.shape[1]
     if len(q) != n or n == 0:
         raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
-    if shifts_px is not None and (
-        np.shape(shifts_px) != (n, 2) or not np.isfinite(shifts_px).all()
-    ):
-        raise InputError(
-            f"shifts_px must be finite and have shape ({n}, 2), got {np.shape(shifts_px)}"
-        )
-    if ctf is not None and np.shape(ctf) != (n, size, size // 2 + 1):
-        raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {np.shape(ctf)}")
-    slices = projection.Slices(size)
+    shifts = None if shifts_px is None else np.asarray(shifts_px, float)
+    if shifts is not None and (shifts.shape != (n, 2) or not np.isfinite(shifts).all()):
+        raise InputError(f"shifts_px must be finite and have shape ({n}, 2), got {shifts.shape}")
+    given = None if callable(ctf) or ctf is None else np.asarray(ctf)
+    if given is not None and given.shape != (n, size, size // 2 + 1):
+        raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {given.shape}")
+    scale = np.ones(n, np.float32) if contrast is None else np.asarray(contrast, np.float32)
+    if scale.shape != (n,) or not np.isfinite(scale).all():
+        raise InputError(f"contrast must be finite and have shape ({n},), got {scale.shape}")
+    rows = np.arange(n) if rows is None else np.asarray(rows)
+    if rows.ndim != 1 or len(rows) == 0:
+        raise InputError(f"rows must be a list of at least one image, got shape {rows.shape}")
+    n = len(rows)
+    slices, orbit = projection.Slices(size), group(symmetry)
     right = np.zeros((size,) * 3, np.float32)
     kernel = np.zeros((2 * size,) * 3, np.float32)
     for part in tqdm(slices.chunks(n), desc="back-projection", unit="chunk", disable=not progress):
-        y = slices.from_images(images[part])
+        here = rows[part]
+        y = slices.from_images(stack[here])
         gain = np.broadcast_to(slices.weights / size**2, y.shape)
-        if shifts_px is not None:
-            y = y * np.exp(2j * np.pi / size * np.asarray(shifts_px)[part] @ slices.frequencies.T)
-        if ctf is not None:
+        a = scale[here, None]
+        if shifts is not None:
+            y = y * np.exp(2j * np.pi / size * shifts[here] @ slices.frequencies.T)
+        values = ctf(here) if callable(ctf) else given if given is None else given[here]
+        if values is not None:
             ky, kx = slices.index
-            c = np.asarray(ctf)[part][:, ky, kx]
-            y, squared = y * c, gain * c**2
-        else:
-            squared = gain
-        right += projection.smear(slices, y * gain, q[part], size)
-        kernel += projection.smear(slices, squared, q[part], size, modes=2 * size)
+            a = a * values[:, ky, kx]
+        y, squared = y * gain * a, gain * a**2
+        for g in orbit.elements:
+            seen = rotations.multiply(g, q[here])
+            right += projection.smear(slices, y, seen, size)
+            kernel += projection.smear(slices, squared, seen, size, modes=2 * size)
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=fourier.WORKERS).real.copy()
     del kernel
 
@@ -95,7 +120,7 @@ def reconstruct(
 
     # A plane wave of frequency k is seen by n / (2 |k|) images, each of which gives `size` to the
     # operator: n at Nyquist.
-    damping = np.float32(ridge * n)
+    damping = np.float32(ridge * n * orbit.order)
     v = np.zeros_like(right)
     residual = right.copy()
     direction = residual.copy()

@@ -1,4 +1,4 @@
-"""Reports: what a run was made with, and a page that reads without a server or a network."""
+"""Reports: what a run was made with, pages that read without a server or a network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from . import files
 from .files import PathLike
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
-__all__ = ["environment", "peak_memory_gb", "write"]
+    from .maps import Beyond, HalfMapFsc, HalfMaps
+
+__all__ = ["environment", "map_summary", "peak_memory_gb", "write", "write_map"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -107,3 +110,141 @@ def write(path: PathLike, title: str, sections: Sequence[tuple[str, Sequence[Any
     )
     with files.atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def map_summary(
+    half_maps: HalfMaps,
+    curves: HalfMapFsc,
+    mask: np.ndarray,
+    quaternions: np.ndarray,
+    *,
+    test: Beyond | None = None,
+) -> dict[str, Any]:
+    """The figures that a map is judged by, units in the names.
+
+    Parameters
+    ----------
+    half_maps : HalfMaps
+    curves : HalfMapFsc
+    mask : (m, m, m) array
+    quaternions : (n, 4) array, unit, xyzw
+    test : Beyond, optional
+        Where a reference was used.
+
+    Returns
+    -------
+    dict
+    """
+    from . import maps
+
+    fine, coarse = curves.corrected.resolution(0.143), curves.corrected.resolution(0.5)
+    spread = maps.coverage(quaternions)
+    summary: dict[str, Any] = {
+        "particles": len(quaternions),
+        "box_px": half_maps.first.box_px,
+        "voxel_size_angstrom": half_maps.first.voxel_size_angstrom,
+        "half_maps": half_maps.wording,
+        "resolution_fsc0143_angstrom": fine.angstrom,
+        "resolution_fsc05_angstrom": coarse.angstrom,
+        "nyquist_limited": fine.nyquist_limited,
+        "nyquist_angstrom": 2 * half_maps.first.voxel_size_angstrom,
+        "mask_fraction": float(mask.mean()),
+        "phases_randomised_from_angstrom": 1 / curves.randomised_from,
+        "coverage_evenness": spread.evenness,
+        "coverage_unseen": spread.unseen,
+        "coverage_anisotropy": spread.anisotropy,
+    }
+    if test is not None:
+        summary["reference_used_to_angstrom"] = test.resolution_angstrom
+        summary["correlation_beyond_reference"] = test.correlation
+        summary["z_beyond_reference"] = test.z
+        summary["believable"] = test.believable
+    return summary
+
+
+def write_map(
+    path: PathLike,
+    title: str,
+    half_maps: HalfMaps,
+    curves: HalfMapFsc,
+    mask: np.ndarray,
+    quaternions: np.ndarray,
+    *,
+    test: Beyond | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write a page about a map: what it resolves, how that was judged, and what to doubt.
+
+    Parameters
+    ----------
+    path : path
+    title : str
+    half_maps, curves, mask, quaternions, test
+        See :func:`map_summary`.
+    notes : list of str
+        Paragraphs that stand first.
+
+    Returns
+    -------
+    dict
+        The :func:`map_summary` that it shows.
+    """
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
+    summary = map_summary(half_maps, curves, mask, quaternions, test=test)
+    first: list[Any] = list(notes)
+    if test is not None and not test.believable:
+        first.append(
+            f"WARNING: the half-maps do not agree beyond {test.resolution_angstrom:g} A, to which "
+            f"the reference was used ({test.z:.1f} standard deviations of noise): this may be the "
+            "reference alone, not a map of these images."
+        )
+    first.append(
+        f"FSC between {half_maps.wording}, in a soft mask made from the map, corrected by phase "
+        "randomisation (Chen et al. 2013)."
+    )
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in summary.items()}
+    first.append([["measured", "value"], *([k, v] for k, v in shown.items())])
+    lines, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    styles = {
+        "unmasked": ("random", "-"),
+        "masked": ("baseline", "-"),
+        "randomised": ("baseline", ":"),
+        "corrected": ("estimated", "-"),
+    }
+    for name, (colour, dashes) in styles.items():
+        one = getattr(curves, name)
+        ax.plot(
+            one.frequencies, one.values, color=plots.COLOURS[colour], ls=dashes,
+            label=f"{name}, {one.resolution(0.143).angstrom:.1f} Å",
+        )  # fmt: skip
+    for threshold in (0.5, 0.143):
+        ax.axhline(threshold, color="0.7", lw=0.8, ls=":")
+    ax.set(xlabel="spatial frequency (1/Å)", ylabel="FSC", ylim=(-0.15, 1.03), xlim=(0, None))
+    ax.legend(frameon=False, fontsize=8, title="resolution at FSC 0.143", title_fontsize=8)
+    views, ax = plt.subplots(
+        figsize=(5.5, 3.2), subplot_kw={"projection": "mollweide"}, layout="constrained"
+    )
+    plots.coverage(quaternions, title="viewing directions", ax=ax)
+    pictures, axes = plt.subplots(3, 1, figsize=(6, 6.6), layout="constrained")
+    finest = summary["resolution_fsc0143_angstrom"]
+    for one, name, ax in zip(
+        (half_maps.first, half_maps.second, half_maps.mean),
+        ("first half-map", "second half-map", "their mean"),
+        axes,
+        strict=True,
+    ):
+        plots.slices(one.low_passed(finest), title=f"{name}, low-passed to {finest:.1f} Å", ax=ax)
+    sections: list[tuple[str, Sequence[Any]]] = [
+        ("Result", first),
+        ("Fourier shell correlation", [(lines, "FSC of the half-maps.")]),
+        ("Coverage", [(views, "Where the particles were seen from, relative to uniform.")]),
+        ("Map", [(pictures, "Central slices.")]),
+        ("Made with", [[["what", "value"], *([k, str(v)] for k, v in environment().items())]]),
+    ]
+    write(path, title, sections)
+    for figure in (lines, views, pictures):
+        plt.close(figure)
+    return summary

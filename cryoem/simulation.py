@@ -16,6 +16,10 @@ from . import fourier, imaging, rotations
 from .density import Density
 from .errors import InputError
 from .projection import Projector, check_images, project
+from .symmetry import group
+
+#: By what share of the frame an image may still be off its centre when it has been centred.
+LITTLE = 0.02
 
 __all__ = ["Particles", "Preprocessing", "TrainingImages", "particles"]
 
@@ -32,6 +36,8 @@ class Particles:
         Where the particle was moved to, (x, y); what centres it is the opposite.
     noise_variance : float
     pixel_size_angstrom : float
+    defocus_angstrom : (n,) array or None
+        Positive underfocus, no astigmatism; None: images without a CTF.
     """
 
     images: np.ndarray
@@ -39,6 +45,13 @@ class Particles:
     shifts_px: np.ndarray
     noise_variance: float
     pixel_size_angstrom: float
+    defocus_angstrom: np.ndarray | None = None
+
+    def ctf(self) -> np.ndarray | None:
+        """The images' CTF, (n, size, size // 2 + 1), or None."""
+        if self.defocus_angstrom is None:
+            return None
+        return imaging.ctf(self.images.shape[1], self.pixel_size_angstrom, self.defocus_angstrom)
 
 
 def particles(
@@ -48,6 +61,7 @@ def particles(
     *,
     snr: float = np.inf,
     max_shift_px: float = 0.0,
+    defocus_range_angstrom: tuple[float, float] | None = None,
     coverage: str = "uniform",
 ) -> Particles:
     """Simulate particle images at the density's own sampling.
@@ -59,9 +73,13 @@ def particles(
     seed : int
         Orientations depend on it alone, so that one seed under several SNR shows the same views.
     snr : float
-        Infinity for clean images.
+        Variance of the images as they would be without noise (CTF included) over the noise's, over
+        the whole frame; infinity for clean images.
     max_shift_px : float
         Shifts follow the paper's triangular law up to this.
+    defocus_range_angstrom : (low, high), optional
+        Draw a defocus for each image, uniformly, and apply its CTF (300 kV, 2.7 mm, amplitude
+        contrast 0.1).
     coverage : str
         See :func:`cryoem.rotations.sample`.
 
@@ -79,10 +97,15 @@ def particles(
     shifts = imaging.triangular_shifts(n, moves, max_shift_px)
     if max_shift_px:
         images = imaging.shift(images, shifts)
+    defocus = None
+    if defocus_range_angstrom is not None:
+        defocus = rotations.stream(seed, "defocus").uniform(*defocus_range_angstrom, n)
+        values = imaging.ctf(density.box_px, density.voxel_size_angstrom, defocus)
+        images = imaging.apply_ctf(images, values)
     variance = 0.0 if np.isinf(snr) else float(images.var()) / snr
     if variance:
         images = imaging.add_noise(images, noise, variance=variance)
-    return Particles(images, q, shifts, variance, density.voxel_size_angstrom)
+    return Particles(images, q, shifts, variance, density.voxel_size_angstrom, defocus)
 
 
 @dataclass(frozen=True)
@@ -110,19 +133,36 @@ class Preprocessing:
         if not 2 <= self.crop_px <= self.down_px <= self.frame_px:
             raise InputError(f"wanted 2 <= crop_px <= down_px <= frame_px, got {self}")
 
-    def __call__(self, images: ArrayLike) -> np.ndarray:
+    def __call__(self, images: ArrayLike, *, ctf: np.ndarray | None = None) -> np.ndarray:
         """Prepare (n, frame_px, frame_px) images: (n, crop_px, crop_px) float32."""
+        return self.cut(self.reduce(images, ctf=ctf))
+
+    def reduce(self, images: ArrayLike, *, ctf: np.ndarray | None = None) -> np.ndarray:
+        """Flip phases where a CTF is given, and down-sample: (n, down_px, down_px) float32.
+
+        ``ctf``, (n, frame_px, frame_px // 2 + 1): see :func:`cryoem.imaging.ctf`.
+        """
         images = check_images(images)
         if images.shape[1] != self.frame_px:
             raise InputError(
                 f"wanted images of {self.frame_px} px "
                 f"({self.pixel_size_angstrom} A each), got {images.shape[1]} px"
             )
-        small = np.empty((len(images), self.crop_px, self.crop_px), np.float32)
+        if ctf is not None and len(ctf) != len(images):
+            raise InputError(f"wanted a CTF for each of {len(images)} images, got {len(ctf)}")
+        small = np.empty((len(images), self.down_px, self.down_px), np.float32)
         for i in range(0, len(images), 512):  # transforms of 512 frames at once are enough
-            part = imaging.downsample(images[i : i + 512], self.down_px)
-            small[i : i + 512] = imaging.crop(part, self.crop_px)
-        return imaging.normalise(small)
+            part = images[i : i + 512]
+            if ctf is not None:
+                part = imaging.flip_phases(part, ctf[i : i + 512])
+            small[i : i + 512] = imaging.downsample(part, self.down_px)
+        return small
+
+    def cut(self, small: np.ndarray, *, shifts_px: np.ndarray | None = None) -> np.ndarray:
+        """Centre what :meth:`reduce` gave by undoing shifts (pixels of it), crop and normalise."""
+        if shifts_px is not None:
+            small = imaging.shift(small, -shifts_px)
+        return imaging.normalise(imaging.crop(small, self.crop_px))
 
 
 class TrainingImages:
@@ -137,9 +177,18 @@ class TrainingImages:
     clean_fraction : float
         The share of images without noise.
     max_shift_px : float
-        Pixels of the full frame; triangular law.
+        Pixels of the full frame. Half of the images are shifted by the triangular law up to this,
+        the others by a little (2 % of the frame at most): these are what a network sees after it
+        has centred an image by its own estimate.
+    defocus_range_angstrom : (low, high), optional
+        Draw a defocus for each image and apply the absolute value of its CTF, which is what
+        flipping phases leaves of it.
+    ctf_fraction : float
+        The share of images with a CTF, where there is a range of defocus.
     coverage : str
         See :func:`cryoem.rotations.sample`.
+    symmetry : str
+        The density's point group: what is to be learned are the features of its orbits.
     """
 
     def __init__(
@@ -150,14 +199,18 @@ class TrainingImages:
         snr_range: tuple[float, float] = (1 / 64, 1.0),
         clean_fraction: float = 0.3,
         max_shift_px: float = 0.0,
+        defocus_range_angstrom: tuple[float, float] | None = None,
+        ctf_fraction: float = 0.5,
         coverage: str = "uniform",
+        symmetry: str = "C1",
     ) -> None:
         p = preprocessing
         low, high = snr_range
         if not 0 < low <= high:
             raise InputError(f"snr_range must be (low, high), both positive, got {snr_range}")
-        if not 0 <= clean_fraction <= 1:
-            raise InputError(f"clean_fraction must lie in [0, 1], got {clean_fraction}")
+        for name, share in (("clean_fraction", clean_fraction), ("ctf_fraction", ctf_fraction)):
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} must lie in [0, 1], got {share}")
         if density.box_px != p.frame_px:
             raise InputError(f"the density has {density.box_px} voxels, the frame {p.frame_px} px")
         # The crop's extent in the density's voxels; integer, so that both samplings agree exactly.
@@ -168,17 +221,30 @@ class TrainingImages:
         self.snr_range = snr_range
         self.clean_fraction = clean_fraction
         self.max_shift_px = max_shift_px
+        self.defocus_range_angstrom = defocus_range_angstrom
+        self.ctf_fraction = ctf_fraction
         self.coverage = coverage
+        self.group = group(symmetry)
         self._projector = Projector(density.in_box(int(extent)), p.crop_px)
         frames = project(density, rotations.grid(64), box_px=p.down_px)
+        #: Variance of the whole frame's clean images, without and with a CTF.
         self.signal_variance = float(frames.var())
+        self.ctf_signal_variance = self.signal_variance
+        if defocus_range_angstrom is not None:
+            frames = project(density, rotations.grid(64))
+            defocus = np.linspace(*defocus_range_angstrom, 64)
+            values = imaging.ctf(p.frame_px, p.pixel_size_angstrom, defocus)
+            self.ctf_signal_variance = float(imaging.apply_ctf(frames, values).var())
         #: What a checkpoint must find unchanged to be continued.
         self.settings = {
             "preprocessing": asdict(p),
             "snr_range": list(snr_range),
             "clean_fraction": clean_fraction,
             "max_shift_px": max_shift_px,
+            "defocus_range_angstrom": defocus_range_angstrom and list(defocus_range_angstrom),
+            "ctf_fraction": ctf_fraction,
             "coverage": coverage,
+            "symmetry": self.group.name,
             "signal_variance": float(f"{self.signal_variance:.5g}"),
         }
 
@@ -197,7 +263,9 @@ class TrainingImages:
         Returns
         -------
         images : (n, crop_px, crop_px) float32 array
-        quaternions : (n, 4) float32 array
+        targets : (n, f + 2) float32 array
+            The group's features of the orientation (:meth:`cryoem.symmetry.Group.features`) and
+            the shift (x, y), in pixels of what the network reads.
         """
         rng = np.random.default_rng([seed, step])
         p = self.preprocessing
@@ -211,15 +279,27 @@ class TrainingImages:
         elif pairs != "all":
             raise InputError(f"pairs must be 'all' or 'uniform', got {pairs!r}")
         images = self._projector.project(q)
+        shifts = np.zeros((n, 2))
         if self.max_shift_px:
-            shifts = imaging.triangular_shifts(n, rng, self.max_shift_px) * p.down_px / p.frame_px
+            shifts = imaging.triangular_shifts(n, rng, self.max_shift_px)
+            little = imaging.triangular_shifts(n, rng, min(self.max_shift_px, LITTLE * p.frame_px))
+            shifts = np.where(rng.random((n, 1)) < 0.5, shifts, little) * p.down_px / p.frame_px
             images = imaging.shift(images, shifts)
+        signal = np.full(n, self.signal_variance)
+        if self.defocus_range_angstrom is not None:
+            defocus = rng.uniform(*self.defocus_range_angstrom, n)
+            pixel = p.pixel_size_angstrom * p.frame_px / p.down_px
+            seen = (rng.random(n) < self.ctf_fraction)[:, None, None]
+            values = np.abs(imaging.ctf(p.crop_px, pixel, defocus))
+            images = imaging.apply_ctf(images, np.where(seen, values, 1))
+            signal = np.where(seen[:, 0, 0], self.ctf_signal_variance, signal)
         low, high = np.log(self.snr_range)
         # White noise of variance s2 at full sampling has s2 (down / frame)^2 after down-sampling,
         # on the disc of frequencies that the down-sampling keeps.
-        variance = self.signal_variance / np.exp(rng.uniform(low, high, n))
+        variance = signal / np.exp(rng.uniform(low, high, n))
         variance *= (p.down_px / p.frame_px) ** 2 * (rng.random(n) >= self.clean_fraction)
         noise = rng.standard_normal(images.shape, dtype=np.float32)
         noise = fourier.low_pass(noise, 2, p.crop_px / 2)
         images += noise * np.sqrt(variance, dtype=np.float32)[:, None, None]
-        return imaging.normalise(images), q.astype(np.float32)
+        targets = np.concatenate([self.group.features(q), shifts], axis=1)
+        return imaging.normalise(images), targets.astype(np.float32)

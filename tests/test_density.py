@@ -486,7 +486,7 @@ def spoilt(values):
         (VALUES, 0.0, "no voxel size"),
         (VALUES, (3.0, 3.0, 4.0), "must be cubes"),
         (VALUES[0], 3.0, "three-dimensional"),
-        (VALUES.astype(np.complex64), 3.0, "real map"),
+        (VALUES.astype(np.complex64), 3.0, "real values"),
         (spoilt(VALUES), 3.0, "finite"),
     ],
     ids=["no voxel size", "bricks", "an image", "a transform", "NaN"],

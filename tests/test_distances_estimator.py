@@ -7,9 +7,10 @@ import tensorflow as tf
 from keras import ops
 from measures import packed
 
-from cryoem import distances, estimator, rotations, simulation
+from cryoem import distances, estimator, evaluation, imaging, orient, rotations, simulation
 from cryoem.errors import InputError
-from cryoem.estimator import Estimator, PairLoss
+from cryoem.estimator import Estimator, Objective, PairLoss
+from cryoem.symmetry import group
 
 Q = rotations.uniform(60, 0)
 RNG = np.random.default_rng(0)
@@ -119,7 +120,12 @@ def test_a_comparison_needs_two_like_arrays(a, b):
 # The loss
 
 
-def brute_force_loss(q, f, head, pairs, max_weight=20.0, power=2):
+def targets(q):
+    return group("C1").features(q).astype("float32")
+
+
+def brute_force_loss(q, f, head, pairs, power=2):
+    table = group("C1").inverse_density(64)
     d_q = rotations.distance(q[:, None], q[None])
     inner = np.clip(f @ f.T, -1, 1)
     d_p = {
@@ -132,7 +138,7 @@ def brute_force_loss(q, f, head, pairs, max_weight=20.0, power=2):
         for j in range(i + 1, len(q)):
             if pairs == "uniform" and not (i % 2 == 0 and j == i + 1):
                 continue
-            w = 1.0 if pairs == "uniform" else min(1 / np.sin(d_q[i, j] / 2) ** 2, max_weight)
+            w = 1.0 if pairs == "uniform" else table[int(d_q[i, j] * 64 / (np.pi + 1e-3))]
             total += w * abs(d_p[i, j] - d_q[i, j]) ** power
             weight += w
     return total / weight
@@ -146,14 +152,15 @@ def test_the_loss_is_the_mean_over_pairs(head, pairs, power):
     f = RNG.standard_normal((20, 5))
     f = np.abs(f) if head == "exact" else f  # opposite features are clipped: another test's matter
     f /= 1 if head == "euclidean" else np.linalg.norm(f, axis=1, keepdims=True)
-    found = float(PairLoss(head, pairs, power=power)(q.astype("float32"), f.astype("float32")))
+    loss = PairLoss(head, pairs, power=power)
+    found = float(loss(targets(q), f.astype("float32")))
     # float32 arccosines: 1e-4 where a pair of features is nearly opposite.
     assert found == pytest.approx(brute_force_loss(q, f, head, pairs, power=power), rel=1e-4)
 
 
 def test_exact_features_have_no_loss():
     # float32 at the arccosine's ends and the clip there: about (1e-3)^2.
-    assert float(PairLoss("exact")(Q.astype("float32"), packed(Q).astype("float32"))) < 1e-6
+    assert float(PairLoss("exact")(targets(Q), packed(Q).astype("float32"))) < 1e-6
 
 
 @pytest.mark.parametrize("head", distances.HEADS)
@@ -164,7 +171,7 @@ def test_gradients_are_finite_where_features_coincide_or_oppose(head, pairs):
     q = Q[:6].astype("float32")
     q[1], q[2] = q[0], -q[0]  # coinciding orientations too
     with tf.GradientTape() as tape:
-        loss = PairLoss(head, pairs)(q, features)
+        loss = PairLoss(head, pairs)(targets(q), features)
     assert np.isfinite(tape.gradient(loss, features).numpy()).all()
     assert np.isfinite(float(loss))
 
@@ -180,19 +187,92 @@ def test_the_papers_network_has_the_papers_size():
     assert network.encoder.output_shape == (None, 512)
 
 
-@pytest.mark.parametrize("architecture", ["paper", "resnet"])
+@pytest.mark.parametrize("architecture", ["paper", "resnet", "steerable"])
 @pytest.mark.parametrize("head", distances.HEADS)
 def test_features_are_unit_but_for_the_euclidean_head(architecture, head):
     prepare = simulation.Preprocessing(32, 16, 15, 7.0)
     network = Estimator.create(prepare, architecture=architecture, head=head, feature_dim=6)
     f = network.embed(RNG.standard_normal((3, 32, 32)))
-    assert f.shape == (3, 6)
+    assert f.shape == (3, 18 if architecture == "steerable" else 6)
     unit = np.allclose(np.linalg.norm(f, axis=1), 1, atol=1e-5)
     assert unit == (head != "euclidean")
 
 
+def bounded(images):
+    """Free of what a turn by a pixel grid changes: nothing in the first row and column."""
+    images = images.copy()
+    images[:, 0], images[:, :, 0] = 0, 0
+    return images
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "D2", "C3"])
+def test_the_steerable_network_turns_and_mirrors_with_the_image(symmetry):
+    prepare = simulation.Preprocessing(32, 24, 20, 7.0)
+    network = Estimator.create(prepare, symmetry=symmetry)
+    images = bounded(RNG.standard_normal((5, 20, 20)))
+    looks = [
+        network.look(x, prepared=True)
+        for x in (images, imaging.quarter_turn(images), imaging.mirror(images))
+    ]
+    f, turned, mirrored = (x.features for x in looks)
+    # In which way, the orientations of the group tell: the same in every inner product.
+    np.testing.assert_allclose(turned @ turned.T, f @ f.T, atol=1e-4)
+    np.testing.assert_allclose(mirrored @ mirrored.T, f @ f.T, atol=1e-4)
+    cross = f @ turned.T
+    assert not np.allclose(cross, f @ f.T, atol=1e-2)  # it does see the turn
+    twice = network.embed(imaging.quarter_turn(imaging.quarter_turn(images)), prepared=True)
+    np.testing.assert_allclose(turned @ twice.T, cross, atol=1e-4)  # a turn is a turn
+    # A quarter turn of the image takes (x, y) to (y, -x), the mirror to (-x, y).
+    s, s_turned, s_mirrored = (x.shifts_px for x in looks)
+    np.testing.assert_allclose(s_turned, s[:, ::-1] * [1, -1], atol=1e-4)
+    np.testing.assert_allclose(s_mirrored, s * [-1, 1], atol=1e-4)
+    for other in looks[1:]:
+        np.testing.assert_allclose(other.expected_error_rad, looks[0].expected_error_rad, rtol=1e-4)
+
+
+def test_rotations_by_any_angle_are_nearly_exact(phantom):
+    network = Estimator.create(simulation.Preprocessing(32, 32, 32, 7.0))
+    q = rotations.uniform(4, 0)
+    seen = [phantom.project(rotations.in_plane(q, a), 32, 7.0) for a in (0.0, 0.3)]
+    f, turned = (network.embed(x) for x in seen)
+    np.testing.assert_allclose(turned @ turned.T, f @ f.T, atol=1e-2)
+    assert np.abs(f - turned).max() > 5e-2
+
+
+def test_the_objective_asks_for_the_shift():
+    wanted = np.concatenate([targets(Q), RNG.standard_normal((60, 2))], axis=1).astype("float32")
+    features = packed(rotations.perturb(Q, 0.1 * RNG.standard_normal((60, 3))))
+    objective = Objective(PairLoss("exact"), 16)
+
+    def value(shift):
+        said = np.concatenate([features, shift, np.zeros((60, 1))], axis=1)
+        return float(objective(wanted, said.astype("float32")))
+
+    right = wanted[:, -2:]
+    assert value(right + 1) == pytest.approx(value(right) + 0.2, rel=1e-3)
+    assert float(objective(wanted, features.astype("float32"))) == pytest.approx(value(right))
+
+
+def test_calibration_tells_good_images_from_bad_and_moves_no_feature(trained, phantom):
+    network, _ = trained
+    density = phantom.density(32, 7.0)
+    source = simulation.TrainingImages(
+        density, network.preprocessing, snr_range=(0.01, 0.01), clean_fraction=0.5
+    )
+    clean = simulation.particles(density, 200, 5)
+    noisy = imaging.add_noise(clean.images, 0, snr=0.01)
+    before = network.embed(clean.images)
+    estimator.calibrate(network, source, images=4096, seed=1)
+    np.testing.assert_array_equal(network.embed(clean.images), before)
+    expected = [network.look(x).expected_error_rad.mean() for x in (clean.images, noisy)]
+    assert expected[1] > 1.3 * expected[0]
+    found = orient.orient_by_references(network, clean.images, density, references=1000)
+    off = evaluation.errors(found.quaternions, clean.quaternions, over="none").mean_rad
+    assert expected[0] == pytest.approx(off, rel=0.4)
+
+
 def test_an_unknown_architecture_is_refused(preprocessing):
-    with pytest.raises(InputError, match="resnet, paper"):
+    with pytest.raises(InputError, match="steerable, resnet, paper"):
         Estimator.create(preprocessing, architecture="transformer")
 
 
@@ -229,7 +309,7 @@ def test_embedding_does_not_depend_on_the_batch(trained):
 
 
 def test_no_image_has_no_features(trained):
-    assert trained[0].embed(np.zeros((0, 32, 32))).shape == (0, 16)
+    assert trained[0].embed(np.zeros((0, 32, 32))).shape == (0, 18)
 
 
 def test_brightness_and_contrast_do_not_matter(trained):
@@ -373,7 +453,7 @@ def test_an_estimator_round_trips(trained, tmp_path):
     network.save(tmp_path / "weights.npz")
     back = Estimator.load(tmp_path / "weights.npz")
     assert back.preprocessing == network.preprocessing
-    assert (back.head, back.architecture, back.feature_dim) == ("exact", "resnet", 16)
+    assert (back.head, back.architecture, back.feature_dim) == ("exact", "steerable", 18)
     assert back.notes == {"particle": "phantom"}
     images = RNG.standard_normal((4, 32, 32))
     # Weights are kept in float16: three digits.
@@ -407,7 +487,7 @@ def rewritten(path, change):
         (lambda s, a: a.pop("settings"), "not an estimator's file"),
         (lambda s, a: a.pop("weight_003"), "do not fit"),
         (lambda s, a: s.update(feature_dim=9), "do not fit"),
-        (lambda s, a: s.update(architecture="unknown"), "resnet, paper"),
+        (lambda s, a: s.update(architecture="unknown"), "steerable, resnet, paper"),
         (lambda s, a: s.pop("head"), "weights.npz"),
     ],
 )

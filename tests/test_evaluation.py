@@ -6,6 +6,7 @@ from cryoem import evaluation, rotations
 from cryoem.density import Density
 from cryoem.errors import InputError
 from cryoem.projection import project
+from cryoem.symmetry import group
 
 TRUE = rotations.uniform(100, 0)
 NOISE = np.random.default_rng(1).normal(0, 0.05, (100, 3))
@@ -270,3 +271,54 @@ def test_the_gradients_are_those_of_the_images(phantom):
 def test_a_bound_without_noise_is_refused(phantom, variance):
     with pytest.raises(InputError, match="positive"):
         evaluation.cramer_rao(phantom.density(16, 14.0), TRUE[:2], variance)
+
+
+@pytest.mark.parametrize("symmetry", ["C2", "D2", "D3"])
+def test_errors_of_a_symmetric_particle_are_those_of_orbits(symmetry):
+    orbit = group(symmetry)
+    rng = rotations.stream(0, "test of orbits")
+    p = rotations.uniform(300, rng)
+    tilt = 0.05 * rng.standard_normal((300, 3))
+    q = rotations.perturb(p, tilt)
+    q = rotations.multiply(orbit.elements[rng.integers(orbit.order, size=300)], q)
+    wanted = np.linalg.norm(tilt, axis=1).mean()
+    none = evaluation.errors(q, p, over="none", symmetry=symmetry)
+    assert none.mean_rad == pytest.approx(wanted, rel=1e-6)
+    assert evaluation.errors(q, p, over="none").mean_rad > 0.5
+    # A rotation of the density that is no element of the group, and the other hand.
+    for right in (np.array([0, 0, 0, 1.0]), rotations.about("z", np.pi)):
+        moved = rotations.multiply(rotations.multiply(rotations.uniform(1, rng), q), right)
+        one = evaluation.errors(moved, p, symmetry=symmetry)
+        assert one.mean_rad == pytest.approx(wanted, rel=0.02)
+    zero = evaluation.random_error(p, 0, symmetry=symmetry)
+    assert 0.5 < zero < evaluation.random_error(p, 0)
+
+
+def test_orbits_cannot_be_laid_over_by_all_of_o4():
+    with pytest.raises(InputError, match="D2"):
+        evaluation.errors(np.eye(4), np.eye(4), over="o4", symmetry="D2")
+
+
+def test_an_unknown_shift_costs_little_and_has_a_bound_of_its_own(phantom):
+    density = phantom.density(32, 7.0)
+    alone = evaluation.cramer_rao(density, TRUE[:10], 1.0)
+    both = evaluation.cramer_rao(density, TRUE[:10], 1.0, shifts=True)
+    assert both.shape == (10, 5, 5)
+    information = np.linalg.inv(both)
+    np.testing.assert_allclose(information[:, :3, :3], np.linalg.inv(alone), rtol=1e-5)
+    # Another unknown never makes the rest better known.
+    assert (np.linalg.eigvalsh(both[:, :3, :3] - alone) > -1e-6 * alone.max()).all()
+    # The information about a shift in x is the image's squared slope in x, by Parseval.
+    spectra = np.fft.fft2(project(density, TRUE[:10]))
+    kx = 2 * np.pi * np.fft.fftfreq(32)
+    expected = np.sum(np.abs(kx * spectra) ** 2, axis=(1, 2)) / 32**2
+    np.testing.assert_allclose(information[:, 3, 3], expected, rtol=1e-3)
+
+
+def test_the_bound_knows_the_ctf(phantom):
+    density = phantom.density(32, 7.0)
+    plain = evaluation.cramer_rao(density, TRUE[:5], 1.0, shifts=True)
+    half = evaluation.cramer_rao(
+        density, TRUE[:5], 1.0, shifts=True, ctf=np.full((5, 32, 17), 0.5, np.float32)
+    )
+    np.testing.assert_allclose(half, 4 * plain, rtol=1e-3)

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 
@@ -61,16 +63,40 @@ def test_some_bad_copies_do_not_move_the_frame():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_garbage_is_not_certain(seed):
-    fixed = frame.from_copies(*rotations.uniform(3 * N, seed).reshape(3, N, 4))
+    with pytest.warns(UserWarning, match="the frame cannot be told"):
+        fixed = frame.from_copies(*rotations.uniform(3 * N, seed).reshape(3, N, 4))
     assert not fixed.certain
 
 
 def test_one_copy_cannot_tell_inversion():
     # A single quarter-turn and half-turn about perpendicular axes fit both verdicts exactly.
     _, (q, turned, mirrored) = recovered(1, False, 0.0)
-    fixed = frame.from_copies(q[:1], turned[:1], mirrored[:1])
+    with pytest.warns(UserWarning, match="the frame cannot be told"):
+        fixed = frame.from_copies(q[:1], turned[:1], mirrored[:1])
     assert fixed.spread_rad < 1e-6 and fixed.other_spread_rad < 1e-6
-    assert not fixed.certain
+    assert not fixed.certain and fixed.confidence == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("noise_rad", [0.1, 0.5, 1.0])
+def test_the_confidence_is_kept(noise_rad):
+    # Thirty copies of ever worse images: a verdict that is sure of itself is right.
+    sure = right = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(30):
+            _, sets = recovered(seed, bool(seed % 2), noise_rad)
+            fixed = frame.from_copies(*(q[:30] for q in sets))
+            sure += fixed.certain
+            right += fixed.certain and fixed.inverted == bool(seed % 2)
+    assert right == sure
+    assert sure == 30 or noise_rad > 0.1
+
+
+def test_a_certain_frame_warns_of_nothing():
+    _, sets = recovered(1, True, 0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frame.from_copies(*sets)
 
 
 @pytest.mark.parametrize("inverted", [False, True])

@@ -4,7 +4,7 @@ tested is everything after the network."""
 
 import numpy as np
 import pytest
-from measures import gauss_newton, packed
+from measures import Sees, gauss_newton, packed
 
 from cryoem import distances, evaluation, matching, orient, rotations, simulation
 from cryoem.errors import InputError
@@ -22,9 +22,7 @@ def whole():
     return simulation.Preprocessing(BOX, BOX, BOX, VOXEL)
 
 
-class Oracle:
-    head = "exact"
-
+class Oracle(Sees):
     def __init__(self, density, preprocessing):
         self.density, self.preprocessing = density, preprocessing
 
@@ -85,6 +83,10 @@ def test_images_alone_fix_all_but_the_density_and_its_hand(phantom, density, who
     # The oracle's own error is an interpolation's; float32 distances near 0 add 1e-3.
     assert evaluation.errors(found.quaternions, true, over="one-sided").median_rad < 0.01
     assert np.median(found.residuals_rad) < 0.01
+    # What no projection tells is left to the user: two sets, the second of the other hand.
+    first, second = found.hands
+    np.testing.assert_array_equal(first, found.quaternions)
+    np.testing.assert_array_equal(second, rotations.other_hand(first))
 
 
 def test_references_fix_everything(phantom, density, whole):
@@ -92,7 +94,7 @@ def test_references_fix_everything(phantom, density, whole):
     found = orient.orient_by_references(
         Oracle(density, whole), phantom.project(true, BOX, VOXEL), density, references=200
     )
-    assert found.frame is None
+    assert found.frame is None and len(found.hands) == 1
     assert evaluation.errors(found.quaternions, true, over="none").median_rad < 0.01
     assert np.median(found.residuals_rad) < 0.01
 
@@ -106,7 +108,7 @@ def test_a_trained_network_orients_better_than_chance(phantom, trained):
     error = evaluation.errors(found.quaternions, made.quaternions, over="none").mean_rad
     chance = evaluation.random_error(made.quaternions, 99, over="none")
     assert error < 0.8 * chance
-    assert found.features.shape == (150, 16)
+    assert found.features.shape == (150, 18)
 
 
 def test_orienting_is_reproducible(phantom, trained):
@@ -114,6 +116,51 @@ def test_orienting_is_reproducible(phantom, trained):
     images = phantom.project(rotations.uniform(40, 1), 32, 7.0)
     a, b = (orient.orient(network, images, copies=20, anchors=40, seed=3) for _ in range(2))
     np.testing.assert_array_equal(a.quaternions, b.quaternions)
+
+
+class Noisy(Sees):
+    """Features of known orientations; the i-th image is worth ``noise[i]``, copies alike."""
+
+    def __init__(self, true, noise, seed):
+        self.true, self.noise, self.rng = true, noise, np.random.default_rng(seed)
+
+    def embed(self, images):
+        # An image shows its number at the centre; beside it, its value there before it was moved.
+        number = images[:, BOX // 2, BOX // 2].astype(int)
+        q = self.true[number]
+        if images[0, BOX // 2, BOX // 2 + 1] == -1:  # the pixel beside it, turned by 90 degrees
+            q = rotations.in_plane(q, np.pi / 2)
+        elif images[0, BOX // 2, BOX // 2 + 1] == -2:  # from the left, mirrored
+            q = rotations.mirror_x(q)
+        w = self.rng.standard_normal((len(q), 3)) * self.noise[number][:, None]
+        f = packed(rotations.perturb(q, w))
+        f += self.rng.standard_normal(f.shape) * self.noise[number][:, None] / 4
+        return (f / np.linalg.norm(f, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_copies_tell_how_large_errors_are():
+    n = 400
+    true = rotations.uniform(n, 0)
+    noise = np.random.default_rng(1).choice([0.02, 0.1], n)
+    images = np.zeros((n, BOX, BOX))
+    c = BOX // 2
+    images[:, c, c] = np.arange(n)
+    for (y, x), mark in {(0, 1): 0, (0, -1): -2, (1, 0): -1, (-1, 0): -1}.items():
+        images[:, c + y, c + x] = mark
+    found = orient.orient(Noisy(true, noise, 2), images, copies=200, anchors=128)
+    aligned = evaluation.align(found.quaternions, true, over="one-sided").quaternions
+    off = rotations.distance(aligned, true)
+    # Here the errors of copies are independent, as the scale supposes.
+    assert found.expected_error_rad.mean() == pytest.approx(off.mean(), rel=0.25)
+    bad = noise > 0.05
+    assert found.expected_error_rad[bad].mean() > 1.5 * found.expected_error_rad[~bad].mean()
+    assert set(found.columns) == {
+        "cryoemResidualRad",
+        "cryoemLandmarksUsed",
+        "cryoemExpectedErrorRad",
+        "cryoemOutlier",
+    }
+    assert all(len(column) == n for column in found.columns.values())
 
 
 def test_too_few_images_are_refused(trained):

@@ -3,9 +3,11 @@ import pytest
 from measures import correlation, relative_error
 from scipy.spatial.transform import Rotation
 
-from cryoem import imaging, maps, reconstruction, rotations
+from cryoem import imaging, maps, reconstruction, report, rotations
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
+from cryoem.projection import project
+from cryoem.symmetry import group
 
 BOX, VOXEL, N = 32, 7.0, 400
 
@@ -62,6 +64,18 @@ def test_the_ctf_is_undone_where_several_defoci_fill_each_others_zeros(phantom, 
     assert maps.fsc(ignored, expected).mean < 0.9
 
 
+def test_contrasts_are_undone(phantom, views):
+    contrast = np.random.default_rng(4).uniform(0.2, 2, N).astype(np.float32)
+    images = contrast[:, None, None] * phantom.project(views, BOX, VOXEL)
+    expected = phantom.density(BOX, VOXEL)
+    found = reconstruction.reconstruct(
+        images, views, voxel_size_angstrom=VOXEL, contrast=contrast, iterations=15
+    )
+    assert relative_error(found.values, expected.values) < 0.03
+    ignored = reconstruction.reconstruct(images, views, voxel_size_angstrom=VOXEL, iterations=15)
+    assert relative_error(ignored.values, expected.values) > 0.1
+
+
 def test_a_turned_set_of_orientations_gives_the_turned_density(phantom, views):
     a = rotations.uniform(1, 9)[0]
     images = phantom.project(views, BOX, VOXEL)
@@ -111,6 +125,7 @@ def test_one_image_is_explained(phantom, views):
         (5, 5, {"shifts_px": np.zeros((5, 3))}, r"\(5, 2\)"),
         (5, 5, {"ctf": np.ones((1, 8, 5))}, r"\(5, 8, 5\)"),
         (5, 5, {"ctf": np.ones((5, 8, 8))}, r"\(5, 8, 5\)"),
+        (5, 5, {"contrast": np.ones(4)}, r"\(5,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(images, count, options, message):
@@ -245,3 +260,179 @@ def test_where_the_hand_is_known_no_mirror_is_tried(phantom):
 def test_a_map_of_another_box_is_refused():
     with pytest.raises(InputError, match="share box and voxel size"):
         maps.register(noise(0, 41), noise(0))
+
+
+# --------------------------------------------------------------------------------------
+# Half-maps
+
+SHARP = Phantom.random(0, sigma_angstrom=5.0, radius_angstrom=50.0).density(48, 4.0)
+
+
+def noisy_halves(level, seed=0, signal=SHARP, independent=True):
+    """A density in both halves, and white noise of its own in each: ``level`` x the maximum."""
+    rng = np.random.default_rng(seed)
+    scale = level * np.abs(SHARP.values).max()
+    pair = (
+        Density(signal.values + scale * rng.standard_normal(signal.values.shape), 4.0)
+        for _ in range(2)
+    )
+    return maps.HalfMaps(*pair, independent)
+
+
+NOTHING = Density(np.full((48,) * 3, 1e-9), 4.0)
+
+
+def test_a_mask_holds_the_particle_and_little_else():
+    mask = maps.soft_mask(noisy_halves(0.1).mean)
+    assert mask.shape == SHARP.values.shape and mask.min() == 0 and mask.max() == 1
+    inside = SHARP.values > 0.1 * SHARP.values.max()
+    assert mask[inside].mean() > 0.98
+    axis = np.arange(48) - 24
+    radius = 4.0 * np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
+    assert mask[radius > 92].max() < 0.01
+    # Soft: the edge's steepest step is that of a cosine over 20 A, five voxels.
+    assert 0.1 < np.abs(np.diff(mask, axis=0)).max() < 0.45
+
+
+def test_a_map_of_noise_gets_a_sphere_for_a_mask():
+    mask = maps.soft_mask(noisy_halves(1.0, signal=NOTHING).mean)
+    assert mask[24, 24, 24] == 1 and mask[:, 0, 0].max() == 0
+    assert mask.mean() == pytest.approx(4 / 3 * np.pi * 0.45**3, rel=0.1)
+    with pytest.raises(InputError, match="zero everywhere"):
+        maps.soft_mask(Density(np.zeros((16,) * 3), 4.0))
+
+
+def test_what_the_mask_brings_is_taken_off():
+    # Particle to 24 A, beyond it nothing but independent noise, in a tight mask.
+    halves = noisy_halves(0.05, signal=SHARP.low_passed(24.0, edge=0.05))
+    tight = (SHARP.values > 0.3 * SHARP.values.max()).astype(np.float32)
+    found = maps.half_map_fsc(halves, tight)
+    beyond = found.masked.frequencies > 1 / 19
+    assert found.masked.values[beyond].mean() > 0.9
+    assert abs(found.corrected.values[beyond].mean()) < 0.15
+    within = found.masked.frequencies < 1 / 30
+    assert found.corrected.values[within].min() > 0.8
+    assert found.masked.resolution(0.143).nyquist_limited
+    # Two shells beyond the last that was left as it is.
+    assert 19 < found.corrected.resolution(0.143).angstrom < 24
+    # Chen's formula from two shells after the phases became random.
+    start = np.flatnonzero(found.unmasked.values < 0.8)[0]
+    assert found.randomised_from == pytest.approx(found.unmasked.frequencies[start])
+    t, r = found.masked.values[start + 2 :], found.randomised.values[start + 2 :]
+    np.testing.assert_allclose(found.corrected.values[start + 2 :], (t - r) / (1 - r), rtol=1e-5)
+    np.testing.assert_array_equal(
+        found.corrected.values[: start + 2], found.masked.values[: start + 2]
+    )
+
+
+def test_perfect_halves_are_limited_by_nyquist():
+    found = maps.half_map_fsc(noisy_halves(0.0), np.ones_like(SHARP.values))
+    at = found.corrected.resolution(0.143)
+    assert at.nyquist_limited and at.angstrom == pytest.approx(8.0)
+
+
+def test_halves_are_even_and_seeded():
+    subset = maps.halves(101, 3)
+    assert sorted(np.bincount(subset)) == [0, 50, 51]
+    np.testing.assert_array_equal(subset, maps.halves(101, 3))
+    assert (subset != maps.halves(101, 4)).any()
+    with pytest.raises(InputError, match="at least 2"):
+        maps.halves(1, 0)
+
+
+def test_half_maps_say_whether_they_are_independent():
+    assert noisy_halves(0.1, independent=False).wording == "half-maps with shared poses"
+    assert "independent" in noisy_halves(0.1).wording
+    pair = noisy_halves(0.1)
+    np.testing.assert_allclose(pair.mean.values, (pair.first.values + pair.second.values) / 2)
+
+
+def test_independent_noise_does_not_agree_beyond_a_reference():
+    mask = maps.soft_mask(SHARP, resolution_angstrom=30.0)
+    z = np.array([maps.beyond(noisy_halves(1.0, i, NOTHING), mask, 25.0).z for i in range(40)])
+    # Of 40 standard normal numbers: mean 0 +- 0.16, deviation 1 +- 0.11.
+    assert abs(z.mean()) < 0.6 and 0.65 < z.std() < 1.4 and np.abs(z).max() < 4.5
+
+
+def test_what_halves_share_is_seen_beyond_a_reference_and_only_there():
+    mask = maps.soft_mask(SHARP, resolution_angstrom=30.0)
+    assert maps.beyond(noisy_halves(0.1), mask, 25.0).believable
+    coarse = noisy_halves(0.1, signal=SHARP.low_passed(25.0))
+    assert not maps.beyond(coarse, mask, 25.0).believable
+    with pytest.raises(InputError, match="nothing is left"):
+        maps.beyond(coarse, mask, 8.5)
+
+
+def test_the_curves_are_read_back_from_their_star_file(tmp_path):
+    import starfile
+
+    found = maps.half_map_fsc(noisy_halves(0.3), maps.soft_mask(SHARP))
+    maps.write_fsc(tmp_path / "fsc.star", found)
+    blocks = starfile.read(tmp_path / "fsc.star", always_dict=True)
+    table = blocks["fsc"]
+    assert list(table["rlnSpectralIndex"]) == list(range(1, 24))
+    for column, curve in (
+        ("rlnFourierShellCorrelationCorrected", found.corrected),
+        ("rlnFourierShellCorrelationUnmaskedMaps", found.unmasked),
+        ("rlnFourierShellCorrelationMaskedMaps", found.masked),
+        ("rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps", found.randomised),
+    ):
+        np.testing.assert_allclose(table[column], curve.values, atol=1e-5)
+    np.testing.assert_allclose(
+        table["rlnAngstromResolution"] * table["rlnResolution"], 1, atol=1e-4
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["fsc.star"]
+
+
+def test_coverage_tells_even_from_preferred_views():
+    even = maps.coverage(rotations.uniform(3000, 1))
+    assert even.evenness > 0.98 and even.unseen == 0 and even.anisotropy < 1.2
+    # In-plane turns and the view from behind change nothing.
+    q = rotations.preferred(3000, 2)
+    preferred, same = (
+        maps.coverage(q),
+        maps.coverage(rotations.mirror_x(rotations.in_plane(q, 1.0))),
+    )
+    assert preferred.evenness == same.evenness
+    assert preferred.anisotropy == pytest.approx(same.anisotropy)
+    assert preferred.evenness < 0.7 and preferred.anisotropy > 2
+    # One direction only: its slices all lie in one plane, of sine 0.1 half-thickness.
+    one = maps.coverage(rotations.about("z", np.linspace(0, 6, 50)))
+    assert one.unseen == pytest.approx(0.9, abs=0.01) and one.anisotropy > 1e6
+    with pytest.raises(InputError, match="no orientations"):
+        maps.coverage(np.zeros((0, 4)))
+
+
+@pytest.mark.parametrize("level", [0.3, 3.0])
+def test_the_page_about_a_map_reads_offline_and_says_what_to_doubt(tmp_path, level):
+    halves = noisy_halves(level, independent=False, signal=SHARP.low_passed(25.0))
+    mask = maps.soft_mask(SHARP)
+    curves = maps.half_map_fsc(halves, mask)
+    test = maps.beyond(halves, mask, 25.0)
+    summary = report.write_map(
+        tmp_path / "report.html", "A map", halves, curves, mask, rotations.uniform(100, 0),
+        test=test, notes=["simulated"],
+    )  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page
+    assert page.count("data:image/png;base64,") == 3
+    for text in ("simulated", "half-maps with shared poses", "WARNING", "coverage_evenness"):
+        assert text in page
+    assert summary["resolution_fsc0143_angstrom"] == curves.corrected.resolution(0.143).angstrom
+    assert summary["z_beyond_reference"] == test.z and summary["believable"] is False
+
+
+def test_a_symmetric_map_needs_a_view_of_each_orbit(phantom):
+    size, voxel = 32, 7.0
+    one = phantom.density(size, voxel)
+    copies = [maps.turned(one, g).values for g in group("D2").elements]
+    symmetric = Density(np.mean(copies, axis=0), voxel)
+    q = rotations.uniform(60, 3)
+    images = project(symmetric, q)
+    options = {"voxel_size_angstrom": voxel, "iterations": 20}
+    with_it = reconstruction.reconstruct(images, q, symmetry="D2", **options)
+    without = reconstruction.reconstruct(images, q, **options)
+    off = [relative_error(v.values, symmetric.values) for v in (with_it, without)]
+    assert off[0] < 0.8 * off[1]
+    for g in group("D2").elements:
+        assert relative_error(maps.turned(with_it, g).values, with_it.values) < 0.05

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from measures import packed
 from scipy.spatial.transform import Rotation
 from tensorflow_graphics.geometry.transformation import quaternion as tfg_quaternion
 
@@ -74,6 +75,68 @@ def test_a_third_of_the_pairs_is_enough():
     assert error(found.quaternions, q) < 1e-6
 
 
+def test_a_few_of_the_pairs_at_random_are_enough():
+    # 60 distances an item, as 3.6 % of the pairs of 1,650 would be: landmarks must be completed.
+    q = rotations.uniform(300, 4)
+    pairs = distances.all_pairs(300)
+    pairs = pairs[np.random.default_rng(1).random(len(pairs)) < 0.2]
+    found = recovery.recover(pairs, rotations.pair_distances(q, pairs))
+    assert len(found.landmarks) > 80
+    assert error(found.quaternions, q) < 1e-6
+
+
+@pytest.mark.parametrize("n", [400, 2100])
+def test_the_pairs_that_it_chooses_are_enough(n):
+    # Above 2,000 items so few pairs are kept as a sparse table.
+    q, pairs = rotations.uniform(n, 6), recovery.choose_pairs(n, 0)
+    assert len(np.unique(np.sort(pairs, axis=1), axis=0)) == len(pairs) == 435 + 8 * (n - 30)
+    found = recovery.recover(pairs, rotations.pair_distances(q, pairs))
+    assert error(found.quaternions, q) < 1e-6
+
+
+def test_a_sparse_table_polishes_as_an_array_does():
+    # The same 150 items and pairs, alone and beside 1,900 that are compared with few.
+    q = rotations.uniform(2050, 7)
+    few = recovery.choose_pairs(2050, 1, core=150, each=12)
+    core = np.flatnonzero(np.bincount(few.ravel()) > 20)
+    noise = np.random.default_rng(0).normal(0, 0.05, len(few))
+    d = np.clip(rotations.pair_distances(q, few) + noise, 0, np.pi)
+    inside = np.isin(few, core).all(axis=1)
+    alone = recovery.recover(np.searchsorted(core, few[inside]), d[inside])
+    whole = recovery.recover(few, d)
+    floor = recovery.error_floor(150, 0.05)
+    assert error(alone.quaternions, q[core]) < 1.25 * floor
+    # The others add twelve each: the core is placed better than alone.
+    assert error(whole.quaternions[core], q[core]) < error(alone.quaternions, q[core])
+    np.testing.assert_array_equal(whole.used, np.bincount(few.ravel()))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_wild_distances_do_not_matter(seed):
+    q, pairs, d = exact(300, seed)
+    rng = np.random.default_rng(seed)
+    wild = rng.random(len(d)) < 0.2
+    spoilt = np.where(wild, rng.uniform(0, np.pi, len(d)), d)
+    found = recovery.recover(pairs, spoilt)
+    # A wild distance may fall where the true one is; a plain fit would be off by 0.1 rad.
+    assert error(found.quaternions, q) < 2e-3
+    right = np.bincount(pairs[~wild].ravel(), minlength=300)
+    assert np.abs(found.used - right).max() < 10
+
+
+def test_expected_errors_are_what_noise_leaves():
+    q, pairs, d = exact(300, 2)
+    rng = np.random.default_rng(2)
+    # The last hundred are seen three times as badly.
+    sd = np.where((pairs >= 200).any(axis=1), 0.3, 0.1)
+    found = recovery.recover(pairs, np.clip(d + rng.normal(0, sd), 0, np.pi))
+    off = rotations.distance(evaluation.align(found.quaternions, q).quaternions, q)
+    for some in (slice(0, 200), slice(200, 300)):
+        # Clipping takes some of the noise.
+        assert found.expected_error_rad[some].mean() == pytest.approx(off[some].mean(), rel=0.25)
+    assert (found.used == 299).all()
+
+
 def test_pairs_may_come_in_any_order_and_twice():
     q, pairs, d = exact(60, 0)
     order = np.random.default_rng(0).permutation(len(pairs))
@@ -91,6 +154,7 @@ def test_one_wild_item_has_the_largest_residual():
     d[wild] = np.random.default_rng(0).uniform(0, np.pi, wild.sum())
     found = recovery.recover(pairs, d)
     assert np.argmax(found.residuals_rad) == 17
+    np.testing.assert_array_equal(np.flatnonzero(found.outlier), [17])
 
 
 def test_the_same_seed_recovers_the_same():
@@ -102,8 +166,15 @@ def test_the_same_seed_recovers_the_same():
 
 def test_landmarks_alone_come_back():
     q = rotations.uniform(40, 5)
-    found, loss = recovery.solve_landmarks(rotations.distance(q[:, None], q[None]), 0)
-    assert error(found, q) < 1e-6 and loss < 1e-10
+    found, loss, agreed = recovery.solve_landmarks(rotations.distance(q[:, None], q[None]), 0)
+    assert error(found, q) < 1e-6 and loss < 1e-10 and agreed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_landmarks_without_a_solution_do_not_agree(seed):
+    d = np.random.default_rng(seed).uniform(0, np.pi, (40, 40))
+    _, loss, agreed = recovery.solve_landmarks(np.triu(d, 1) + np.triu(d, 1).T, 0, starts=32)
+    assert loss > 0.1 and not agreed
 
 
 # --------------------------------------------------------------------------------------
@@ -158,6 +229,62 @@ def test_landmarks_that_cannot_place_are_refused(d, landmarks, message):
 
 
 # --------------------------------------------------------------------------------------
+# From features
+
+
+def test_features_that_hold_orientations_give_them_back():
+    q = rotations.uniform(500, 0)
+    found = recovery.recover_features(packed(q), landmarks=60)
+    # Distances of float32 features: 3e-4 rad where they are 0 or pi.
+    assert error(found.quaternions, q) < 1e-3
+    assert len(found.landmarks) == 60 and (found.used == 60).all()
+
+
+def test_neither_chunks_nor_the_others_change_a_particle():
+    rng = np.random.default_rng(1)
+    f = packed(rotations.uniform(300, 1)) + rng.normal(0, 0.03, (300, 16))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    whole = recovery.recover_features(f, landmarks=60)
+    parts = recovery.recover_features(f, landmarks=60, chunk=7)
+    marks = recovery.find_landmarks(f, landmarks=60)
+    alone = marks.place(f[123:124])
+    # float32 products, summed in another order.
+    assert rotations.distance(whole.quaternions, parts.quaternions).max() < 1e-3
+    assert rotations.distance(whole.quaternions[123], alone.quaternions[0]) < 1e-3
+    np.testing.assert_allclose(whole.residuals_rad, parts.residuals_rad, atol=1e-3)
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-3)
+
+
+def test_particles_that_are_something_else_are_flagged_and_place_nobody():
+    rng = np.random.default_rng(2)
+    f = packed(rotations.uniform(400, 2)) + rng.normal(0, 0.02, (400, 16))
+    f[:40] = rng.standard_normal((40, 16))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    found = recovery.recover_features(f, landmarks=200)
+    assert found.outlier[:40].all() and found.outlier[40:].mean() < 0.05
+    assert found.landmarks.min() >= 40
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.ones((23, 16)), "at least 24"),
+        (np.ones(30), r"\(n, f\)"),
+        (np.full((30, 16), np.nan), "finite"),
+    ],
+)
+def test_features_that_place_nobody_are_refused(features, message):
+    with pytest.raises(InputError, match=message):
+        recovery.recover_features(features)
+
+
+@pytest.mark.parametrize("options", [{"each": 5}, {"core": 20}, {"core": 90}])
+def test_a_choice_that_cannot_work_is_refused(options):
+    with pytest.raises(InputError, match="wanted"):
+        recovery.choose_pairs(80, 0, **options)
+
+
+# --------------------------------------------------------------------------------------
 # What is refused
 
 
@@ -197,6 +324,16 @@ def test_an_item_with_too_few_distances_is_named():
         recovery.recover(pairs[keep], d[keep])
     with pytest.raises(InputError, match="item 30 has distances to 0 others"):
         recovery.recover(pairs, d, 31)
+
+
+def test_too_few_pairs_to_begin_with_are_refused():
+    # Everyone has twelve neighbours on a ring: no set of landmarks can be completed.
+    n = 3200
+    pairs = np.stack(
+        [np.repeat(np.arange(n), 6), (np.arange(6 * n) // 6 + np.tile(range(1, 7), n))]
+    )
+    with pytest.raises(InputError, match="choose_pairs"):
+        recovery.recover(pairs.T % n, np.ones(6 * n))
 
 
 def test_two_sets_without_a_bridge_are_refused():

@@ -5,8 +5,14 @@ from scipy import stats
 
 from cryoem import imaging, rotations, simulation
 from cryoem.errors import InputError
+from cryoem.symmetry import group
 
 VOXEL = 5.5
+
+
+def orientations(targets):
+    """Training targets hold the features of the orientation and the shift."""
+    return group("C1").decode(targets[:, :10])
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +93,9 @@ def test_images_of_another_box_are_refused():
 def test_clean_training_images_are_prepared_test_images(phantom, density, sizes):
     prepare = simulation.Preprocessing(*sizes, density.voxel_size_angstrom)
     source = simulation.TrainingImages(density, prepare, clean_fraction=1.0)
-    images, q = source.batch(3, 0, 12)
-    exact = phantom.project(q.astype(float), 48, density.voxel_size_angstrom)
+    images, targets = source.batch(3, 0, 12)
+    q = orientations(targets)
+    exact = phantom.project(q, 48, density.voxel_size_angstrom)
     # The coarse path crops the density instead of the image and interpolates on a finer grid.
     assert relative_error(images, prepare(exact)) < 3e-2
 
@@ -96,8 +103,8 @@ def test_clean_training_images_are_prepared_test_images(phantom, density, sizes)
 def test_shifted_training_images_are_shifted_by_what_the_frame_says(phantom, density):
     prepare = simulation.Preprocessing(48, 24, 24, density.voxel_size_angstrom)
     source = simulation.TrainingImages(density, prepare, clean_fraction=1.0, max_shift_px=6.0)
-    images, q = source.batch(3, 0, 200)
-    still = prepare(phantom.project(q.astype(float), 48, density.voxel_size_angstrom))
+    images, targets = source.batch(3, 0, 200)
+    still = prepare(phantom.project(orientations(targets), 48, density.voxel_size_angstrom))
     positive = np.maximum(images - images.min(axis=(1, 2), keepdims=True), 0) ** 4
     base = np.maximum(still - still.min(axis=(1, 2), keepdims=True), 0) ** 4
     axis = np.arange(24) - 12
@@ -105,10 +112,40 @@ def test_shifted_training_images_are_shifted_by_what_the_frame_says(phantom, den
     def centre(x):
         return (x * axis).sum(axis=(1, 2)) / x.sum(axis=(1, 2))
 
-    moved = centre(positive) - centre(base)
-    # Triangular within 6 px of the frame, 3 px of these: deviation 3 / sqrt(6).
-    assert moved.std() == pytest.approx(3 / np.sqrt(6), rel=0.15)
-    assert np.abs(moved).max() < 3.1
+    def centre_y(x):
+        return centre(x.swapaxes(1, 2))
+
+    moved = np.stack([centre(positive) - centre(base), centre_y(positive) - centre_y(base)], axis=1)
+    told = targets[:, -2:]
+    np.testing.assert_allclose(moved, told, atol=0.35)
+    # Half triangular within 6 px of the frame, 3 px of these; half within 2 % of the frame.
+    variance = (3**2 + 0.48**2) / 6 / 2
+    assert told.std() == pytest.approx(np.sqrt(variance), rel=0.15)
+    assert np.abs(told).max() < 3
+
+
+def test_a_ctf_leaves_its_absolute_value(phantom, density):
+    prepare = simulation.Preprocessing(48, 24, 24, density.voxel_size_angstrom)
+    source = simulation.TrainingImages(
+        density, prepare, clean_fraction=1.0, defocus_range_angstrom=(6e4, 6e4), ctf_fraction=1
+    )
+    images, targets = source.batch(3, 0, 12)
+    values = imaging.ctf(48, density.voxel_size_angstrom, 6e4)
+    exact = phantom.project(orientations(targets), 48, density.voxel_size_angstrom)
+    seen = imaging.apply_ctf(exact, values)
+    prepared = prepare(seen, ctf=np.repeat(values, 12, axis=0))
+    assert relative_error(images, prepared) < 5e-2
+    assert relative_error(images, prepare(seen)) > 0.2  # phases that were not flipped
+
+
+def test_particles_with_a_defocus_carry_their_ctf(density):
+    plain = simulation.particles(density, 5, 3)
+    made = simulation.particles(density, 5, 3, defocus_range_angstrom=(8e3, 25e3))
+    assert ((made.defocus_angstrom >= 8e3) & (made.defocus_angstrom <= 25e3)).all()
+    np.testing.assert_allclose(
+        made.images, imaging.apply_ctf(plain.images, made.ctf()), atol=1e-5 * plain.images.max()
+    )
+    assert plain.ctf() is None
 
 
 @pytest.mark.parametrize("sizes", [(48, 24, 24), (48, 32, 28)])
@@ -152,10 +189,10 @@ def test_some_images_are_clean(density):
 
 
 def test_all_pairs_follow_the_haar_law_and_uniform_pairs_the_flat_one(source):
-    _, q = source.batch(0, 0, 4000, pairs="all")
+    q = orientations(source.batch(0, 0, 4000, pairs="all")[1])
     d = rotations.distance(q[::2], q[1::2])
     assert stats.kstest(d, lambda t: (t - np.sin(t)) / np.pi).pvalue > 1e-3
-    _, q = source.batch(0, 0, 4000, pairs="uniform")
+    q = orientations(source.batch(0, 0, 4000, pairs="uniform")[1])
     d = rotations.distance(q[::2], q[1::2])
     assert stats.kstest(d, "uniform", args=(0, np.pi)).pvalue > 1e-3
 

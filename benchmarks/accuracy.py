@@ -1,0 +1,270 @@
+"""The estimator, cell by cell: particle x noise x perturbation (``make bench-accuracy``).
+
+Each cell is 1,650 test images at full sampling from a seed that nothing was trained or tuned on.
+A cell that was measured with the same weights is not measured again, so that an interrupted run
+goes on; ``--again`` forgets. The shipped particles need nothing; another particle needs its map and
+the weights that ``benchmarks/train_weights.py NAME --map PATH`` made:
+
+    python benchmarks/accuracy.py 5j0n --map 5j0n.mrc --weights results/weights/5j0n.npz
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import records
+
+from cryoem import (
+    density,
+    distances,
+    estimator,
+    evaluation,
+    files,
+    maps,
+    matching,
+    orient,
+    reconstruction,
+    rotations,
+    simulation,
+    structures,
+)
+from cryoem.symmetry import group
+
+TEST_SEED, N_IMAGES = 90_210, 1650
+CONDITIONS = {
+    "plain": {},
+    "shifts": {"max_shift_px": 8.0},
+    "ctf": {"defocus_range_angstrom": (8_000.0, 25_000.0)},
+    "preferred": {"coverage": "preferred"},
+}
+#: (SNR, condition) of a particle's cells, and what the paper has for its own.
+SHIPPED_CELLS = [(math.inf, "plain"), (1 / 16, "plain")]
+ALL_CELLS = [
+    *SHIPPED_CELLS,
+    (1 / 16, "shifts"),
+    (1 / 100, "plain"),
+    (1 / 16, "ctf"),
+    (1 / 16, "preferred"),
+]
+PAPER = {
+    ("5j0n", math.inf): 0.20,
+    ("5j0n", 1 / 16): 0.25,
+    ("5a1a", math.inf): 0.13,
+    ("5a1a", 1 / 16): 0.13,
+}
+
+
+def timed(function, *args, **kwargs):
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, time.perf_counter() - start
+
+
+def cell(name, volume, model, snr, condition):
+    """Measure one cell: a list of records, one a stage."""
+    options = CONDITIONS[condition]
+    seen = simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr, **options)
+    clean = simulation.particles(
+        volume, N_IMAGES, TEST_SEED, coverage=options.get("coverage", "uniform")
+    )
+    truth, ctf, symmetry = seen.quaternions, seen.ctf(), group(model.symmetry)
+    bound = 0.0
+    if seen.noise_variance:
+        some = slice(0, 100)
+        covariance = evaluation.cramer_rao(
+            volume, truth[some], seen.noise_variance, ctf=None if ctf is None else ctf[some]
+        )
+        bound = float(evaluation.mean_error_of(covariance).mean())
+    common = {
+        "particle": name,
+        "snr": snr if math.isfinite(snr) else "inf",
+        "condition": condition,
+        "symmetry": symmetry.name,
+        "n": N_IMAGES,
+        "seed": TEST_SEED,
+        "box_px": volume.box_px,
+        "voxel_size_angstrom": volume.voxel_size_angstrom,
+        "bound_mean_rad": bound,
+        "random_one_sided_error_rad": evaluation.random_error(truth, 0, symmetry=symmetry.name),
+        "images_seen": model.notes["images"],
+        "train_minutes": model.notes.get("train_minutes"),
+        "paper_rad": PAPER.get((name, snr)) if condition in ("plain", "shifts") else None,
+    }
+    look, looking = timed(model.look, seen.images, ctf=ctf)
+    pairs = distances.all_pairs(N_IMAGES)
+    estimated = model.distances(look.features, look.features)[pairs[:, 0], pairs[:, 1]]
+    features = symmetry.features(truth)
+    true = distances.from_features(features, features)[pairs[:, 0], pairs[:, 1]]
+    learned = distances.compare(estimated, true)
+    if symmetry.order == 1:
+        found, seconds = timed(orient.orient, model, seen.images, ctf=ctf)
+        stage = "estimator and recovery, frame from copies"
+    else:
+        found, seconds = timed(orient.orient_by_references, model, seen.images, volume, ctf=ctf)
+        stage = "estimator and recovery, frame from references"
+    yield {
+        **common,
+        "stage": stage,
+        **scores(found.quaternions, truth, symmetry.name),
+        "distance_loss_rad2": learned.loss,
+        "distance_mae_rad": learned.mae_rad,
+        "distance_mae_small_rad": learned.mae_small_rad,
+        "distance_mae_middle_rad": learned.mae_middle_rad,
+        "distance_mae_large_rad": learned.mae_large_rad,
+        "embedding_seconds": looking,
+        "seconds": seconds,
+        **certainty(found, truth, symmetry.name),
+        **resolutions(volume, seen, clean.images, found, ctf, symmetry),
+    }
+    matched, seconds = timed(matching.match, seen.images, volume, model.preprocessing, ctf=ctf)
+    yield {
+        **common,
+        "stage": "projection matching, 21,600 references, no training",
+        **scores(matched.quaternions, truth, symmetry.name),
+        "seconds": seconds,
+    }
+
+
+def scores(q, truth, symmetry):
+    one = evaluation.errors(q, truth, symmetry=symmetry)
+    off = {
+        "one_sided_error_rad": one.mean_rad,
+        "median_rad": one.median_rad,
+        "p95_rad": one.p95_rad,
+        "view_mean_rad": one.view_mean_rad,
+        "in_plane_mean_rad": one.in_plane_mean_rad,
+        "far_fraction": one.far_fraction,
+    }
+    if symmetry == "C1":
+        off["e_or_rad"] = evaluation.errors(q, truth, over="o4").mean_rad
+    return off
+
+
+def certainty(found, truth, symmetry):
+    """What the expected errors are worth: rank correlation, and the error of the surer part."""
+    from scipy import stats
+
+    laid = evaluation.align(found.quaternions, truth, over="one-sided", symmetry=symmetry)
+    off = rotations.distance(laid.quaternions, truth)
+    sure = np.argsort(found.expected_error_rad)[: int(0.75 * len(off))]
+    return {
+        "expected_error_rad": float(found.expected_error_rad.mean()),
+        "spearman": float(stats.spearmanr(found.expected_error_rad, off).statistic),
+        "gain_of_surest_75_percent": float(off.mean() / off[sure].mean()),
+    }
+
+
+def resolutions(volume, seen, clean, found, ctf, symmetry):
+    """FSC against the density of maps from clean and from noisy images, true and found poses."""
+    voxel = volume.voxel_size_angstrom
+    out = {}
+    shifts = found.shifts_px if np.abs(seen.shifts_px).any() else None
+    for images, stack in (("noiseless", clean), ("noisy", seen.images)):
+        if images == "noisy" and not seen.noise_variance:
+            continue
+        for poses, q in (("true", seen.quaternions), ("found", found.quaternions)):
+            moved = None
+            if images == "noisy":
+                moved = seen.shifts_px if poses == "true" else shifts
+            v = reconstruction.reconstruct(
+                stack,
+                q,
+                voxel_size_angstrom=voxel,
+                shifts_px=moved,
+                ctf=ctf if images == "noisy" else None,
+                symmetry=symmetry.name,
+                ridge=1e-4 if images == "noiseless" else max(1e-4, seen.noise_variance * 1e-4),
+            )
+            if poses == "found":
+                v = maps.register(v, volume).density
+            curve = maps.fsc(v, volume)
+            key = f"{images}_{poses}"
+            out[f"mean_fsc_{key}"] = curve.mean
+            at = curve.resolution(0.5)
+            out[f"resolution_fsc05_{key}_angstrom"] = at.angstrom
+            out[f"nyquist_limited_{key}"] = at.nyquist_limited
+    return out
+
+
+def table(found):
+    """The README's rows: one a cell."""
+    rows = []
+    for r in found:
+        if not r["stage"].startswith("estimator"):
+            continue
+        same = [m for m in found if all(m[k] == r[k] for k in ("particle", "snr", "condition"))]
+        matched = next(m for m in same if m["stage"].startswith("projection matching"))
+        noise = "noiseless" if r["snr"] == "inf" else f"SNR 1/{1 / r['snr']:.0f}"
+        title = f"{r['particle']}{'' if r['symmetry'] == 'C1' else ' (' + r['symmetry'] + ')'}"
+        true, here = (r[f"mean_fsc_noiseless_{p}"] for p in ("true", "found"))
+        rows.append(
+            [
+                title,
+                noise + ("" if r["condition"] == "plain" else f", {r['condition']}"),
+                f"{r['paper_rad']:.2f}" if r["paper_rad"] else "-",
+                f"**{r['one_sided_error_rad']:.3f}** ({r['median_rad']:.3f})",
+                f"{r['bound_mean_rad']:.3f}" if r["bound_mean_rad"] else "0",
+                f"{matched['one_sided_error_rad']:.3f}, {matched['seconds']:.0f} s",
+                f"{100 * r['far_fraction']:.1f} %",
+                f"{here / true:.3f}",
+                f"{r['spearman']:.2f}",
+                f"{r['seconds']:.0f} s",
+            ]
+        )
+    return rows
+
+
+HEADER = [
+    "particle",
+    "images",
+    "paper, rad",
+    "mean (median) error, rad",
+    "limit, rad",
+    "projection matching",
+    "off by > 0.3 rad",
+    "mean FSC, of true poses'",
+    "confidence (Spearman)",
+    "time",
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", help="default: the shipped particles")
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--again", action="store_true", help="measure all cells anew")
+    arguments = parser.parse_args()
+    path = records.RESULTS / "accuracy.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    for name in [arguments.name] if arguments.name else list(structures.SHIPPED):
+        if arguments.map:
+            volume = density.read_mrc(arguments.map).in_box(116)
+            extra = {"map_sha256": files.sha256(arguments.map)}
+        else:
+            volume, extra = structures.load_density(name), {}
+        weights = arguments.weights or structures.shipped_file(f"{name}.npz")
+        extra["weights_sha256"] = files.sha256(weights)
+        model = estimator.Estimator.load(weights)
+        cells = ALL_CELLS if model.symmetry == "C1" else SHIPPED_CELLS
+        for snr, condition in cells:
+            mine = {
+                "particle": name,
+                "snr": snr if math.isfinite(snr) else "inf",
+                "condition": condition,
+            }
+            old = [r for r in found if all(r[k] == v for k, v in mine.items())]
+            if old and not arguments.again and old[0]["weights_sha256"] == extra["weights_sha256"]:
+                continue
+            found = [r for r in found if r not in old]
+            for record in cell(name, volume, model, snr, condition):
+                print({**record, **extra}, flush=True)
+                found.append({**record, **extra})
+            records.write("accuracy", found, HEADER, table(found), "make bench-accuracy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Which network, which head, how many features: ``make bench-architecture`` (resumable, an hour).
+
+Every case is trained on the same fresh images for the same processor time, three seeds each: a
+few steps tell how many images that is, and the learning rate falls to zero at the last. Judged on
+500 unseen images, noiseless and at SNR 1/16, by the error of the distances and by E_OR, the error
+of the orientations that linear algebra finds in them (nothing of the truth but O(4)). ``--minutes``
+sets the processor time; a case that is in the results for the same minutes is not run again.
+"""
+
+import argparse
+import json
+import math
+import time
+
+import numpy as np
+import records
+
+from cryoem import (
+    distances,
+    estimator,
+    evaluation,
+    recovery,
+    rotations,
+    simulation,
+    structures,
+)
+
+PARTICLE, TEST_SEED, N_IMAGES, SEEDS = "4jsv", 70_110, 500, (1, 2, 3)
+#: name: (architecture, head, feature dimension, learning rate, optimizer, pairs)
+CASES = {
+    "the paper's network, head, optimizer and pairs": (
+        "paper", "cosine", 512, 1e-3, "rmsprop", "uniform",
+    ),
+    "the paper's network and head, all pairs of a batch": (
+        "paper", "cosine", 512, 1e-3, "adam", "all",
+    ),
+    "the paper's network, exact head": ("paper", "exact", 512, 1e-3, "adam", "all"),
+    "residual network, cosine head": ("resnet", "cosine", 16, 1e-3, "adam", "all"),
+    "residual network, Euclidean head": ("resnet", "euclidean", 16, 1e-3, "adam", "all"),
+    "residual network, exact head, 4 features": ("resnet", "exact", 4, 1e-3, "adam", "all"),
+    "residual network, exact head": ("resnet", "exact", 16, 1e-3, "adam", "all"),
+    "residual network, exact head, 64 features": ("resnet", "exact", 64, 1e-3, "adam", "all"),
+    "steerable network, cosine head": ("steerable", "cosine", 0, 6e-3, "adam", "all"),
+    "steerable network, exact head (the default)": ("steerable", "exact", 0, 6e-3, "adam", "all"),
+}  # fmt: skip
+
+
+def run(case, seed, minutes, source, tests):
+    architecture, head, feature_dim, rate, optimizer, pairs = CASES[case]
+
+    def trained(images, count):
+        model = estimator.Estimator.create(
+            source.preprocessing,
+            architecture=architecture,
+            head=head,
+            feature_dim=feature_dim or 16,
+            seed=seed,
+            precision="mixed_bfloat16",
+        )
+        start, cpu = time.perf_counter(), time.process_time()
+        estimator.train(
+            model,
+            source,
+            images=images,
+            seed=seed,
+            learning_rate=rate,
+            optimizer=optimizer,
+            pairs=pairs,
+            images_per_epoch=images // count,
+            progress=False,
+        )
+        return model, time.perf_counter() - start, time.process_time() - cpu
+
+    trained(1280, 1)  # tracing
+    _, _, cpu = trained(3840, 1)
+    images = int(3840 / cpu * 60 * minutes) // 1280 * 1280
+    model, wall, cpu = trained(images, 10)
+    record = {
+        "case": case,
+        "architecture": architecture,
+        "head": head,
+        "feature_dim": model.feature_dim,
+        "weights": model.encoder.count_params(),
+        "seed": seed,
+        "minutes": minutes,
+        "images_seen": images,
+        "cpu_minutes": cpu / 60,
+        "wall_minutes": wall / 60,
+    }
+    every = distances.all_pairs(N_IMAGES)
+    for name, seen in tests.items():
+        features = model.embed(seen.images)
+        estimated = model.distances(features, features)[tuple(every.T)]
+        true = rotations.pair_distances(seen.quaternions, every)
+        record[f"mae_{name}_rad"] = distances.compare(estimated, true).mae_rad
+        found = recovery.recover(every, estimated, N_IMAGES, seed=seed)
+        error = evaluation.errors(found.quaternions, seen.quaternions, over="o4")
+        record[f"e_or_{name}_rad"] = error.mean_rad
+    return record
+
+
+def table(found):
+    rows = []
+    for case in CASES:
+        mine = [r for r in found if r["case"] == case]
+        if not mine:
+            continue
+
+        def spread(key, mine=mine):
+            values = np.array([r[key] for r in mine])
+            return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+        rows.append(
+            [
+                case,
+                f"{mine[0]['weights'] / 1e6:.1f} M",
+                f"{mine[0]['feature_dim']}",
+                f"{np.mean([r['images_seen'] for r in mine]):,.0f}",
+                spread("mae_noiseless_rad"),
+                spread("e_or_noiseless_rad"),
+                spread("e_or_noisy_rad"),
+            ]
+        )
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of processor time a training")
+    minutes = parser.parse_args().minutes
+    volume = structures.load_density(PARTICLE)
+    preprocessing = simulation.Preprocessing(116, 80, 40, volume.voxel_size_angstrom)
+    source = simulation.TrainingImages(volume, preprocessing)
+    tests = {
+        name: simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr)
+        for name, snr in (("noiseless", math.inf), ("noisy", 1 / 16))
+    }
+    path = records.RESULTS / "architecture.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    found = [r for r in found if r["case"] in CASES and r["minutes"] == minutes]
+    header = [
+        f"{minutes:g} processor minutes each",
+        "weights",
+        "features",
+        "images seen",
+        "distances off, noiseless, rad",
+        "E_OR noiseless, rad",
+        "E_OR SNR 1/16, rad",
+    ]
+    for seed in SEEDS:
+        for case in CASES:
+            if any(r["case"] == case and r["seed"] == seed for r in found):
+                continue
+            found.append(run(case, seed, minutes, source, tests))
+            print(found[-1], flush=True)
+            records.write("architecture", found, header, table(found), "make bench-architecture")
+
+
+if __name__ == "__main__":
+    main()

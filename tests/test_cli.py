@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+
+import mrcfile
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cryoem import cli, density, rotations, star
+
+COMMANDS = ("density", "simulate", "train", "orient", "reconstruct", "refine", "evaluate", "info")
+
+
+def run(*arguments, code=0):
+    done = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, phantom):
+    """A map, particles of it (SNR 4, shifted), and worse orientations of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    density.write_mrc(folder / "map.mrc", phantom.density(32, 7.0))
+    run("simulate", folder / "map.mrc", "-n", 300, "--snr", 4, "--shift", 1, "-o",
+        folder / "particles.star")  # fmt: skip
+    true = star.read_particles(folder / "particles.star")
+    off = rotations.perturb(true.quaternions, np.random.default_rng(0).normal(0, 0.1, (300, 3)))
+    true.write(folder / "off.star", quaternions=off)
+    return folder
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_says_what_there_is(command):
+    text = run(*command, "--help").output
+    assert "Usage" in text
+    for name in () if command else COMMANDS:
+        assert name in text
+
+
+def test_without_training_tensorflow_is_not_imported(folder):
+    code = (
+        "import sys; from typer.testing import CliRunner; from cryoem import cli; "
+        f"done = CliRunner().invoke(cli.app, ['info', {str(folder / 'particles.star')!r}]); "
+        "assert done.exit_code == 0, done.output; "
+        "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_density_of_a_model(tmp_path):
+    run("density", "4jsv", "-o", tmp_path / "a.mrc", "--voxel-size", 8, "--resolution", 20)
+    made = density.read_mrc(tmp_path / "a.mrc")
+    assert made.voxel_size_angstrom == 8 and made.box_px > 20
+    found = json.loads(run("info", tmp_path / "a.mrc", "--json").stdout)
+    assert found["kind"] == "map" and found["voxel_size_angstrom"] == 8
+
+
+def test_simulated_particles_are_those_that_were_asked_for(folder, tmp_path):
+    run("simulate", folder / "map.mrc", "-n", 20, "--defocus", 1e4, 2e4, "--coverage", "half",
+        "--seed", 3, "-o", tmp_path / "a.star")  # fmt: skip
+    seen = star.read_particles(tmp_path / "a.star")
+    assert len(seen) == 20 and seen.has_angles and seen.box_px == 32
+    assert (rotations.view_directions(seen.quaternions)[:, 2] > 0).all()
+    defocus = seen.ctf_parameters["defocus_u_angstrom"]
+    assert ((defocus > 1e4) & (defocus < 2e4)).all() and np.ptp(defocus) > 1e3
+    run("simulate", folder / "map.mrc", "-n", 20, "--defocus", 1e4, 2e4, "--coverage", "half",
+        "--seed", 4, "-o", tmp_path / "b.star")  # fmt: skip
+    other = star.read_particles(tmp_path / "b.star")
+    assert rotations.distance(seen.quaternions, other.quaternions).min() > 0
+
+
+def test_info_tells_what_real_particles_hide(folder):
+    found = json.loads(run("info", folder / "particles.star", "--json").stdout)
+    assert found["particles"] == 300 and found["box_px"] == 32 and found["angles"] is True
+    assert found["contrast"] == "white on black"
+    assert 3 < found["snr"] < 5 and found["max_shift_px"] <= 1
+    assert "white on black" in run("info", folder / "particles.star").stdout
+    found = json.loads(run("info", folder / "particles.mrcs", "--json").stdout)
+    assert found == {"kind": "image stack", "images": 300, "height_px": 32, "width_px": 32}
+
+
+def test_from_particles_to_orientations(folder, trained, tmp_path):
+    network, _ = trained
+    network.save(tmp_path / "model.npz")
+    assert json.loads(run("info", tmp_path / "model.npz", "--json").stdout)["kind"] == "estimator"
+    orient = ("orient", folder / "particles.star", "--model", tmp_path / "model.npz", "-q")
+    run(*orient, "-o", tmp_path / "oriented.star")
+    found = star.read_particles(tmp_path / "oriented.star")
+    assert len(found) == 300 and "cryoemResidualRad" in found.table
+    judge = ("evaluate", "--truth", folder / "particles.star", "--json")
+    first = json.loads(run(*judge, tmp_path / "oriented.star").stdout)
+    assert first["one_sided_mean_rad"] < 0.8 * first["random_mean_rad"]
+    # Done already: nothing is computed again, and the other hand is as good.
+    run(*orient, "-o", tmp_path / "oriented.star", "--other-hand")
+    other = star.read_particles(tmp_path / "oriented.star")
+    turned = rotations.other_hand(found.quaternions)
+    assert rotations.distance(other.quaternions, turned).max() < 1e-6
+    second = json.loads(run(*judge, tmp_path / "oriented.star").stdout)
+    assert second["one_sided_mean_rad"] == pytest.approx(first["one_sided_mean_rad"], rel=1e-3)
+
+
+def test_from_orientations_to_a_map(folder, tmp_path):
+    run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--half-maps", "-q")
+    names = {"m.mrc", "m_half1.mrc", "m_half2.mrc", "m_fsc.star"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    found = json.loads(
+        run("evaluate", folder / "off.star", "--truth", folder / "particles.star", "--map",
+            tmp_path / "m.mrc", "--reference", folder / "map.mrc", "--json").stdout
+    )  # fmt: skip
+    # Blobs of 9 A have little beyond 25 A that stands out of the noise.
+    assert found["resolution_fsc05_angstrom"] < 25 and not found["mirrored"]
+    # Normal turns of 0.1 rad an axis are 0.16 rad in the mean.
+    assert found["unaligned_mean_rad"] == pytest.approx(0.16, abs=0.01)
+
+
+def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
+    run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry", "C2",
+        "-q")  # fmt: skip
+    values = density.read_mrc(tmp_path / "m.mrc").values[:, 1:, 1:]  # about voxel n // 2
+    at = np.indices(values.shape) - np.array([s // 2 for s in values.shape])[:, None, None, None]
+    ball = np.linalg.norm(at, axis=0) < 0.4 * len(values)  # the cube's corners are not seen
+    off = (values - values[:, ::-1, ::-1])[ball]
+    assert np.linalg.norm(off) < 0.1 * np.linalg.norm(values[ball])
+
+
+def test_refinement_brings_orientations_nearer(folder, tmp_path):
+    done = run("refine", folder / "off.star", "--map", folder / "map.mrc", "--resolution", 30, "-o",
+               tmp_path / "refined.star", "-q")  # fmt: skip
+    assert "expected error" in done.stdout
+    judge = ("evaluate", "--truth", folder / "particles.star", "--json")
+    after = json.loads(run(*judge, tmp_path / "refined.star").stdout)
+    assert after["unaligned_mean_rad"] < 0.08  # from 0.16
+    refined = star.read_particles(tmp_path / "refined.star")
+    true = star.read_particles(folder / "particles.star")
+    assert np.abs(refined.shifts_px - true.shifts_px).mean() < 0.2
+    assert sorted(set(refined.random_subset)) == [1, 2]
+    assert (tmp_path / "refined.html").exists() and (tmp_path / "refined.mrc").exists()
+
+
+def test_refinement_goes_without_a_reference(folder, tmp_path):
+    run("refine", folder / "off.star", "--rounds", 1, "-o", tmp_path / "refined.star", "-q")
+    judge = ("evaluate", "--truth", folder / "particles.star", "--json")
+    before = json.loads(run(*judge, folder / "off.star").stdout)
+    after = json.loads(run(*judge, tmp_path / "refined.star").stdout)
+    assert after["one_sided_mean_rad"] < before["one_sided_mean_rad"]
+    assert "hand is open" in (tmp_path / "refined.html").read_text()
+
+
+def test_training_takes_its_ranges_from_particles(folder, tmp_path):
+    run("train", folder / "map.mrc", "-o", tmp_path / "m.npz", "--images", 128, "--like",
+        folder / "particles.star", "--quiet")  # fmt: skip
+    found = json.loads(run("info", tmp_path / "m.npz", "--json").stdout)
+    assert found["preprocessing"]["frame_px"] == 32
+    low, high = found["notes"]["snr_range"]
+    assert low < 4 < high and found["notes"]["max_shift_px"] == 2
+
+
+# --------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.fixture
+def black(folder, tmp_path):
+    true = star.read_particles(folder / "particles.star")
+    star.write_particles(
+        tmp_path / "black.star", -true.images[:], true.quaternions, pixel_size_angstrom=7.0
+    )
+    return tmp_path / "black.star"
+
+
+@pytest.mark.parametrize("command", ["orient", "train"])
+def test_black_particles_are_refused(folder, black, tmp_path, command):
+    rest = {
+        "orient": (black, "--model", "4jsv"),
+        "train": (folder / "map.mrc", "--like", black),
+    }[command]
+    done = run(command, *rest, "-o", tmp_path / "out.star", code=1)
+    assert "black on white" in done.stderr and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("info", "nothing.star"), 1, "nothing.star: no such file"),
+        (("reconstruct", "{}/bare.star", "-o", "{}/x.mrc"), 1, "rlnAngleRot"),
+        (("refine", "{}/cut.star", "-o", "{}/x.star"), 1, "cut.mrcs"),
+        (("orient", "{}/bare.star", "--model", "4jsv", "-o", "{}/x.star"), 1, "116 px"),
+        (("simulate", "{}/map.mrc", "-o", "{}/x.mrc"), 1, "ends in .star"),
+        (("simulate", "{}/map.mrc", "--snr", "-1", "-o", "{}/x.star"), 1, "snr"),
+        (("simulate", "{}/map.mrc", "-o", "/proc/x.star"), 1, "/proc/x"),
+        (("evaluate", "{}/few.star", "--truth", "{}/particles.star"), 1, "10 rows"),
+        (("density", "nonsense", "-o", "{}/x.mrc"), 1, "nonsense"),
+        (("reconstruct", "{}/few.star", "-o", "{}/x.mrc", "--symmetry", "Q3"), 1, "Q3"),
+        (("orient", "{}/few.star", "-o", "{}/x.star"), 2, "--model"),
+        (("orient", "{}/few.star", "--bogus"), 2, "bogus"),
+        (("nothing",), 2, "nothing"),
+    ],
+)
+def test_errors_are_messages(folder, tmp_path, arguments, code, says):
+    (tmp_path / "map.mrc").write_bytes((folder / "map.mrc").read_bytes())
+    true = star.read_particles(folder / "particles.star")
+    true.write(tmp_path / "particles.star")
+    for name in ("few", "bare", "cut"):
+        star.write_particles(
+            tmp_path / f"{name}.star", true.images[:10], true.quaternions[:10],
+            pixel_size_angstrom=7.0,
+        )  # fmt: skip
+    text = (tmp_path / "bare.star").read_text()
+    (tmp_path / "bare.star").write_text(text.replace("rlnAngleRot", "rlnAngleWrong"))
+    stack = tmp_path / "cut.mrcs"
+    stack.write_bytes(stack.read_bytes()[:-100])
+    before = sorted(tmp_path.iterdir())
+    done = run(*(a.replace("{}", str(tmp_path)) for a in arguments), code=code)
+    assert says in done.stderr and "Traceback" not in done.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_image_that_is_none_is_named(folder, tmp_path):
+    true = star.read_particles(folder / "particles.star")
+    path = tmp_path / "a.star"
+    star.write_particles(path, true.images[:9], true.quaternions[:9], pixel_size_angstrom=7.0)
+    with mrcfile.open(path.with_suffix(".mrcs"), "r+") as mrc:
+        mrc.data[4] = 0
+    done = run("reconstruct", path, "-o", tmp_path / "m.mrc", code=1)
+    assert "row 5" in done.stderr and "constant" in done.stderr
+    assert not (tmp_path / "m.mrc").exists()
