@@ -407,9 +407,9 @@ def shipped(name: str, *, precision: str = "float32") -> Estimator:
     Parameters
     ----------
     name : str
-        ``"4jsv"``: trained on fresh projections of the density that
-        :func:`cryoem.structures.load_density` makes, without noise and at SNR 1 to 1/32. Its
-        ``notes`` say how.
+        ``"4jsv"``, or ``"1i10"`` (D2): trained on fresh projections of the density that
+        :func:`cryoem.structures.load_density` makes, without noise and at SNR 1 to 1/128, shifted
+        by up to 8 px, with and without a CTF. Their ``notes`` say how.
     precision : str
         See :func:`cryoem.networks.build`.
 
