@@ -385,6 +385,7 @@ def _distributed(
 
     # The job (11 MB with the shipped weights) is sent once, and to each worker once.
     running = as_completed(loop=client.loop)
+    failed: InputError | None = None
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GiB"}):
         sent = client.submit(bytes, pickle.dumps(job), pure=False)
         try:
@@ -395,8 +396,16 @@ def _distributed(
                     images = job.source.read(start, stop) if job.source.in_memory else None
                     running.add(client.submit(_work, sent, start, stop, images, pure=False))
                 if running.is_empty():
-                    return
-                yield next(running).result()
+                    break
+                try:
+                    done = next(running).result()
+                except InputError as error:
+                    # What is in work beside it is waited for, and kept; nothing new is begun.
+                    failed, missing = failed or error, iter(())
+                    continue
+                yield done
+            if failed is not None:
+                raise failed
         finally:
             client.cancel(list(running.futures))
 
