@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import records
+from scipy import stats
 
 from cryoem import (
-    density,
     distances,
     estimator,
     evaluation,
@@ -27,6 +27,7 @@ from cryoem import (
     matching,
     orient,
     reconstruction,
+    refinement,
     rotations,
     simulation,
     structures,
@@ -50,10 +51,11 @@ ALL_CELLS = [
     (1 / 16, "preferred"),
 ]
 PAPER = {
-    ("5j0n", math.inf): 0.20,
-    ("5j0n", 1 / 16): 0.25,
-    ("5a1a", math.inf): 0.13,
-    ("5a1a", 1 / 16): 0.13,
+    ("5j0n", math.inf, "plain"): 0.20,
+    ("5j0n", 1 / 16, "plain"): 0.25,
+    ("5j0n", 1 / 16, "shifts"): 0.25,
+    ("5a1a", math.inf, "plain"): 0.13,
+    ("5a1a", 1 / 16, "plain"): 0.13,
 }
 
 
@@ -63,7 +65,7 @@ def timed(function, *args, **kwargs):
     return result, time.perf_counter() - start
 
 
-def cell(name, volume, model, snr, condition):
+def cell(mine, volume, model, snr, condition):
     """Measure one cell: a list of records, one a stage."""
     options = CONDITIONS[condition]
     seen = simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr, **options)
@@ -79,9 +81,7 @@ def cell(name, volume, model, snr, condition):
         )
         bound = float(evaluation.mean_error_of(covariance).mean())
     common = {
-        "particle": name,
-        "snr": snr if math.isfinite(snr) else "inf",
-        "condition": condition,
+        **mine,
         "symmetry": symmetry.name,
         "n": N_IMAGES,
         "seed": TEST_SEED,
@@ -91,7 +91,7 @@ def cell(name, volume, model, snr, condition):
         "random_one_sided_error_rad": evaluation.random_error(truth, 0, symmetry=symmetry.name),
         "images_seen": model.notes["images"],
         "train_minutes": model.notes.get("train_minutes"),
-        "paper_rad": PAPER.get((name, snr)) if condition in ("plain", "shifts") else None,
+        "paper_rad": PAPER.get((mine["particle"], snr, condition)),
     }
     look, looking = timed(model.look, seen.images, ctf=ctf)
     pairs = distances.all_pairs(N_IMAGES)
@@ -116,7 +116,7 @@ def cell(name, volume, model, snr, condition):
         "distance_mae_large_rad": learned.mae_large_rad,
         "embedding_seconds": looking,
         "seconds": seconds,
-        **certainty(found, truth, symmetry.name),
+        **certainty(found, seen, ctf, symmetry.name),
         **resolutions(volume, seen, clean.images, found, ctf, symmetry),
     }
     matched, seconds = timed(matching.match, seen.images, volume, model.preprocessing, ctf=ctf)
@@ -143,18 +143,40 @@ def scores(q, truth, symmetry):
     return off
 
 
-def certainty(found, truth, symmetry):
-    """What the expected errors are worth: rank correlation, and the error of the surer part."""
-    from scipy import stats
+def certainty(found, seen, ctf, symmetry):
+    """What the expected errors are worth: rank correlation, and the error of the surer part.
 
+    Those of the network, and those of a check against the images' own half-maps.
+    """
+    truth = seen.quaternions
     laid = evaluation.align(found.quaternions, truth, over="one-sided", symmetry=symmetry)
     off = rotations.distance(laid.quaternions, truth)
-    sure = np.argsort(found.expected_error_rad)[: int(0.75 * len(off))]
-    return {
-        "expected_error_rad": float(found.expected_error_rad.mean()),
-        "spearman": float(stats.spearmanr(found.expected_error_rad, off).statistic),
-        "gain_of_surest_75_percent": float(off.mean() / off[sure].mean()),
-    }
+    said = {"": found.expected_error_rad}
+    if seen.noise_variance and symmetry == "C1":
+        said["checked_"], seconds = timed(
+            refinement.cross_check,
+            seen.images,
+            found.quaternions,
+            voxel_size_angstrom=seen.pixel_size_angstrom,
+            shifts_px=found.shifts_px,
+            ctf=ctf,
+        )
+    out = {}
+    for name, expected in said.items():
+        order = np.argsort(expected)
+        tenths = np.array_split(order, 10)
+        out |= {
+            f"{name}expected_error_rad": float(expected.mean()),
+            f"{name}spearman": float(stats.spearmanr(expected, off).statistic),
+            f"{name}gain_of_surest_75_percent": float(
+                off.mean() / off[order[: int(0.75 * len(off))]].mean()
+            ),
+            f"{name}tenths_expected_rad": [float(expected[t].mean()) for t in tenths],
+            f"{name}tenths_error_rad": [float(off[t].mean()) for t in tenths],
+        }
+    if len(said) > 1:
+        out["check_seconds"] = seconds
+    return out
 
 
 def resolutions(volume, seen, clean, found, ctf, symmetry):
@@ -195,10 +217,12 @@ def table(found):
     for r in found:
         if not r["stage"].startswith("estimator"):
             continue
-        same = [m for m in found if all(m[k] == r[k] for k in ("particle", "snr", "condition"))]
+        key = ("particle", "model", "snr", "condition")
+        same = [m for m in found if all(m[k] == r[k] for k in key)]
         matched = next(m for m in same if m["stage"].startswith("projection matching"))
         noise = "noiseless" if r["snr"] == "inf" else f"SNR 1/{1 / r['snr']:.0f}"
-        title = f"{r['particle']}{'' if r['symmetry'] == 'C1' else ' (' + r['symmetry'] + ')'}"
+        title = r["particle"] + ("" if r["symmetry"] == "C1" else f" ({r['symmetry']})")
+        title += ", noise-only model" if r["model"].endswith("-plain") else ""
         true, here = (r[f"mean_fsc_noiseless_{p}"] for p in ("true", "found"))
         rows.append(
             [
@@ -210,7 +234,8 @@ def table(found):
                 f"{matched['one_sided_error_rad']:.3f}, {matched['seconds']:.0f} s",
                 f"{100 * r['far_fraction']:.1f} %",
                 f"{here / true:.3f}",
-                f"{r['spearman']:.2f}",
+                f"{r['spearman']:.2f}"
+                + (f", {r['checked_spearman']:.2f}" if "checked_spearman" in r else ""),
                 f"{r['seconds']:.0f} s",
             ]
         )
@@ -226,7 +251,7 @@ HEADER = [
     "projection matching",
     "off by > 0.3 rad",
     "mean FSC, of true poses'",
-    "confidence (Spearman)",
+    "confidence (Spearman), checked",
     "time",
 ]
 
@@ -241,18 +266,19 @@ def main():
     path = records.RESULTS / "accuracy.json"
     found = json.loads(path.read_text()) if path.exists() else []
     for name in [arguments.name] if arguments.name else list(structures.SHIPPED):
-        if arguments.map:
-            volume = density.read_mrc(arguments.map).in_box(116)
-            extra = {"map_sha256": files.sha256(arguments.map)}
-        else:
-            volume, extra = structures.load_density(name), {}
         weights = arguments.weights or structures.shipped_file(f"{name}.npz")
-        extra["weights_sha256"] = files.sha256(weights)
         model = estimator.Estimator.load(weights)
+        volume = records.volume_of(arguments.map or name, model.symmetry)
+        extra = {"weights_sha256": files.sha256(weights)}
+        if arguments.map:
+            extra["map_sha256"] = files.sha256(arguments.map)
         cells = ALL_CELLS if model.symmetry == "C1" else SHIPPED_CELLS
+        if not model.notes["source"]["max_shift_px"]:  # trained for noise alone
+            cells = [c for c in cells if c[1] in ("plain", "preferred")]
         for snr, condition in cells:
             mine = {
                 "particle": name,
+                "model": Path(weights).stem,
                 "snr": snr if math.isfinite(snr) else "inf",
                 "condition": condition,
             }
@@ -260,7 +286,7 @@ def main():
             if old and not arguments.again and old[0]["weights_sha256"] == extra["weights_sha256"]:
                 continue
             found = [r for r in found if r not in old]
-            for record in cell(name, volume, model, snr, condition):
+            for record in cell(mine, volume, model, snr, condition):
                 print({**record, **extra}, flush=True)
                 found.append({**record, **extra})
             records.write("accuracy", found, HEADER, table(found), "make bench-accuracy")

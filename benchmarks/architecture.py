@@ -87,16 +87,22 @@ def run(case, seed, minutes, source, tests):
         "cpu_minutes": cpu / 60,
         "wall_minutes": wall / 60,
     }
-    every = distances.all_pairs(N_IMAGES)
     for name, seen in tests.items():
-        features = model.embed(seen.images)
-        estimated = model.distances(features, features)[tuple(every.T)]
-        true = rotations.pair_distances(seen.quaternions, every)
-        record[f"mae_{name}_rad"] = distances.compare(estimated, true).mae_rad
-        found = recovery.recover(every, estimated, N_IMAGES, seed=seed)
-        error = evaluation.errors(found.quaternions, seen.quaternions, over="o4")
-        record[f"e_or_{name}_rad"] = error.mean_rad
+        record |= {
+            f"{k.removesuffix('_rad')}_{name}_rad": v for k, v in judge(model, seen, seed).items()
+        }
     return record
+
+
+def judge(model, seen, seed):
+    """Mean absolute error of the distances, and E_OR of what is recovered from them."""
+    features = model.embed(seen.images)
+    every = distances.all_pairs(len(features))
+    estimated = model.distances(features, features)[tuple(every.T)]
+    true = rotations.pair_distances(seen.quaternions, every)
+    found = recovery.recover(every, estimated, len(features), seed=seed)
+    error = evaluation.errors(found.quaternions, seen.quaternions, over="o4")
+    return {"mae_rad": distances.compare(estimated, true).mae_rad, "e_or_rad": error.mean_rad}
 
 
 def table(found):

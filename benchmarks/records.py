@@ -4,10 +4,17 @@ import json
 import time
 from pathlib import Path
 
-from cryoem import files, report
+from cryoem import density, files, report, structures
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+
+
+def volume_of(source, symmetry="C1", box_px=116):
+    """The density of a shipped particle, of an atomic model, or of a map, in one box."""
+    if str(source).endswith((".mrc", ".map", ".mrc.gz", ".map.gz")):
+        return density.read_mrc(source).in_box(box_px)
+    return structures.load_density(str(source), symmetry=symmetry, box_px=box_px)
 
 
 def write(name, records, header, rows, command):

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import keras
+import records
 
-from cryoem import density, estimator, files, simulation, structures
+from cryoem import estimator, files, simulation, structures
 
 #: One model a particle for a range of noise, shifts and defocus.
 RANGES = {
@@ -26,8 +27,8 @@ RANGES = {
 PARTICLES = {
     "4jsv": {"symmetry": "C1", "down_px": 80, "crop_px": 40},
     "1i10": {"symmetry": "D2", "down_px": 80, "crop_px": 40},
-    "5j0n": {"symmetry": "C1", "down_px": 58, "crop_px": 40},
-    "5a1a": {"symmetry": "D2", "down_px": 58, "crop_px": 40},
+    "5j0n": {"symmetry": "C1", "down_px": 48, "crop_px": 36},
+    "5a1a": {"symmetry": "D2", "down_px": 72, "crop_px": 36},
 }
 
 
@@ -42,7 +43,7 @@ class Log(keras.callbacks.Callback):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=PARTICLES)
-    parser.add_argument("--map", type=Path, help="density of a particle that does not ship (MRC)")
+    parser.add_argument("--map", type=Path, help="of a particle that does not ship: MRC or atoms")
     parser.add_argument("--images", type=int, default=640_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=6e-3)
@@ -50,11 +51,8 @@ def main():
     parser.add_argument("--plain", action="store_true", help="noise only: no shifts, no CTF")
     arguments = parser.parse_args()
     settings = dict(PARTICLES[arguments.name])
-    if arguments.map:
-        volume = density.read_mrc(arguments.map).in_box(116)
-    else:
-        volume = structures.load_density(arguments.name)
     symmetry = settings.pop("symmetry")
+    volume = records.volume_of(arguments.map or arguments.name, symmetry)
     preprocessing = simulation.Preprocessing(
         frame_px=116, pixel_size_angstrom=volume.voxel_size_angstrom, **settings
     )
@@ -82,6 +80,7 @@ def main():
     )
     minutes = (time.perf_counter() - start) / 60
     command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
+    command += " --plain" if arguments.plain else ""
     model.notes = {
         "particle": arguments.name,
         "command": command + (f" --map {arguments.map.name}" if arguments.map else ""),

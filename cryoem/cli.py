@@ -121,13 +121,18 @@ def density(
     voxel_size: Annotated[float, typer.Option(help="Angstrom.")] = 3.67,
     resolution: Annotated[float, typer.Option(help="Angstrom, at least two voxels.")] = 8.0,
     assembly: Annotated[str, typer.Option(help="Biological assembly; 'none': as it stands.")] = "1",
+    symmetry: Annotated[
+        str | None,
+        typer.Option(help="Lay the axes of its like chains as this point group has them."),
+    ] = None,
     box: Annotated[int | None, typer.Option(help="Voxels; default: what holds it.")] = None,
 ) -> None:
     """Density of an atomic model, its centre of mass at the origin."""
     from . import density as densities
     from . import structures
 
-    atoms = structures.load(model, assembly=None if assembly.lower() == "none" else assembly)
+    assembled = None if assembly.lower() == "none" else assembly
+    atoms = structures.load(model, assembly=assembled, symmetry=symmetry)
     made = densities.from_atoms(
         atoms, voxel_size_angstrom=voxel_size, resolution_angstrom=resolution, box_px=box
     )

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ __all__ = [
     "Objective",
     "PairLoss",
     "Progress",
+    "calibrate",
     "pair_distances",
     "shipped",
     "train",
@@ -81,8 +82,6 @@ class PairLoss(keras.losses.Loss):
         orientations (``1 / sin^2(d_q / 2)`` without symmetry), capped; or, as the paper, the
         consecutive pairs (0, 1), (2, 3), ..., drawn uniform in distance, with equal weight.
     symmetry : str
-    power : {1, 2}
-        2 is the loss; 1 turns it into the mean absolute error, a metric.
     """
 
     def __init__(
@@ -91,11 +90,10 @@ class PairLoss(keras.losses.Loss):
         pairs: Literal["all", "uniform"] = "all",
         *,
         symmetry: str = "C1",
-        power: int = 2,
         name: str = "pair_loss",
     ) -> None:
         super().__init__(name=name)
-        self.head, self.pairs, self.power = head, pairs, power
+        self.head, self.pairs = head, pairs
         self.group = group(symmetry)
         self.table = self.group.inverse_density(64).astype(np.float32)
 
@@ -114,7 +112,7 @@ class PairLoss(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Compare targets, (n, f ...), with features, (n, f')."""
         weights, off = self.compare(y_true, y_pred)
-        return ops.sum(weights * ops.abs(off) ** self.power)
+        return ops.sum(weights * off**2)
 
 
 class Objective(keras.losses.Loss):
@@ -135,6 +133,11 @@ class Objective(keras.losses.Loss):
             return total
         shift = ops.mean(ops.sum((y_pred[:, f : f + 2] - y_true[:, -2:]) ** 2, axis=1))
         return total + 0.1 * shift
+
+    def mae_rad(self, y_true: Any, y_pred: Any) -> Any:
+        """Mean absolute error of the distances, weighted as the loss is: a metric."""
+        weights, off = self.loss.compare(y_true, y_pred[:, : self.feature_dim])
+        return ops.sum(weights * ops.abs(off))
 
 
 @dataclass(frozen=True)
@@ -522,10 +525,11 @@ def train(
         raise InputError(f"optimizer must be one of {', '.join(makers)}, got {optimizer!r}")
     encoder = estimator.encoder
     loss = PairLoss(estimator.head, pairs, symmetry=estimator.symmetry)
+    objective = Objective(loss, estimator.feature_dim)
     encoder.compile(
         optimizer=makers[optimizer](rate, clipnorm=1.0),
-        loss=Objective(loss, estimator.feature_dim),
-        metrics=[_metric(loss, estimator.feature_dim)],
+        loss=objective,
+        metrics=[objective.mae_rad],
         jit_compile=False,
     )
     settings = {
@@ -623,14 +627,6 @@ def calibrate(
     encoder.fit(seen, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
     for layer, before in zip(encoder.layers, trainable, strict=True):
         layer.trainable = before
-
-
-def _metric(loss: PairLoss, feature_dim: int) -> Callable[[Any, Any], Any]:
-    def mae_rad(y_true: Any, y_pred: Any) -> Any:
-        weights, off = loss.compare(y_true, y_pred[:, :feature_dim])
-        return ops.sum(weights * ops.abs(off))
-
-    return mae_rad
 
 
 class _Checkpoint(keras.callbacks.Callback):

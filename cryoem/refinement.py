@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
+import scipy.special
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
@@ -31,6 +32,8 @@ __all__ = [
     "FromReference",
     "Refined",
     "alternate",
+    "cross_check",
+    "expected_error",
     "from_reference",
     "refine",
 ]
@@ -715,6 +718,83 @@ def alternate(
         resolutions_angstrom=used,
         joined_angstrom=joined_angstrom,
     )
+
+
+def expected_error(quaternions: ArrayLike, refined: Refined) -> np.ndarray:
+    """Mean angle by which orientations are expected to be off, now that refinement moved them.
+
+    The truth is taken to lie about the refined orientation as its covariance says, alike in all
+    directions, and the given orientation as far from there as refinement moved it: the mean length
+    of a normal vector (standard deviation ``s`` an axis) about the displacement ``m``,
+    ``s (sqrt(2 / pi) exp(-x^2 / 2) + (x + 1 / x) erf(x / sqrt(2)))`` with ``x = m / s``.
+
+    Parameters
+    ----------
+    quaternions : (n, 4) array, unit, xyzw
+        What the refinement started from.
+    refined : Refined
+
+    Returns
+    -------
+    (n,) array, radians, at most pi
+    """
+    moved = rotations.distance(rotations.check(quaternions), refined.quaternions)
+    s = np.sqrt(np.trace(refined.covariances, axis1=1, axis2=2) / 3)
+    x = np.maximum(moved / np.maximum(s, 1e-12), 1e-3)
+    mean = np.sqrt(2 / np.pi) * np.exp(-(x**2) / 2) + (x + 1 / x) * scipy.special.erf(x / 2**0.5)
+    return np.minimum(s * mean, np.pi)
+
+
+def cross_check(
+    images: ArrayLike,
+    quaternions: ArrayLike,
+    *,
+    voxel_size_angstrom: float,
+    shifts_px: ArrayLike | None = None,
+    ctf: ArrayLike | None = None,
+    subset: ArrayLike | None = None,
+    seed: Seed = 0,
+) -> np.ndarray:
+    """Tell good orientations from bad by a few steps of refinement against the images' own map.
+
+    Every image is compared with the map of the half that it is not in, to the resolution to which
+    the half-maps agree, and so cannot confirm itself. No density is needed, and the orientations
+    stay as they are.
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+    quaternions : (n, 4) array, unit, xyzw
+        In a frame that a map can use (:func:`cryoem.orient.orient`).
+    voxel_size_angstrom : float
+    shifts_px, ctf
+        See :func:`refine`.
+    subset : (n,) array, 1 or 2, optional
+        See :func:`cryoem.maps.halves`, which is the default.
+    seed : int or numpy.random.Generator
+
+    Returns
+    -------
+    (n,) array, radians
+        :func:`expected_error` of the given orientations.
+    """
+    images, q, shifts, ctf = _checked(images, quaternions, shifts_px, ctf)
+    subset = _halved(subset, len(images), seed)
+    contrast = np.ones(len(images))
+    pair = _half_maps(images, subset, voxel_size_angstrom, q, shifts, contrast, ctf, False)
+    mask = maps.soft_mask(pair.mean)
+    curve = maps.half_map_fsc(pair, mask, seed=seed).corrected
+    weight = _until(curve, 0.143)
+    others = [
+        Density(mask * _filtered(d, weight).values, voxel_size_angstrom)
+        for d in (pair.second, pair.first)
+    ]
+    parts = _against(
+        images, others, subset, q, shifts, ctf,
+        resolution_angstrom=curve.resolution(0.143).angstrom,
+        starts=1, coarse_to_fine=False, steps=5,
+    )  # fmt: skip
+    return expected_error(q, _merged(parts, subset))
 
 
 def _against(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from . import density, files
 from .density import Density
 from .errors import DownloadError, InputError
 from .files import PathLike
+from .symmetry import Group, group
 
 if TYPE_CHECKING:
     import gemmi
 
-__all__ = ["SHIPPED", "Particle", "fetch", "load", "load_density", "standard_d2"]
+__all__ = ["SHIPPED", "Particle", "fetch", "load", "load_density", "standard"]
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -77,7 +79,7 @@ def shipped_file(filename: str) -> Path:
     return path
 
 
-def load(name: str, *, assembly: str | None = "1") -> gemmi.Model:
+def load(name: str, *, assembly: str | None = "1", symmetry: str | None = None) -> gemmi.Model:
     """Load a particle's atomic model.
 
     Parameters
@@ -88,12 +90,14 @@ def load(name: str, *, assembly: str | None = "1") -> gemmi.Model:
     assembly : str or None
         The biological assembly of a file or an entry, see :func:`cryoem.density.read_structure`;
         that of a shipped particle is fixed.
+    symmetry : str, optional
+        Bring the model into the standard setting of this group, see :func:`standard`; that of a
+        shipped particle is its own.
 
     Returns
     -------
     gemmi.Model
-        The biological assembly without waters. Shipped symmetric particles come in the standard
-        setting of their group.
+        The biological assembly without waters.
 
     Raises
     ------
@@ -108,21 +112,25 @@ def load(name: str, *, assembly: str | None = "1") -> gemmi.Model:
         for path in paths[1:]:
             for chain in density.read_structure(path, assembly=None):
                 model.add_chain(chain)
-        return standard_d2(model) if particle.symmetry == "D2" else model
+        return standard(model, particle.symmetry)
     if Path(name).exists():
-        return density.read_structure(name, assembly=assembly)
-    if len(name) == 4 and name.isalnum() and name[0].isdigit():
-        return density.read_structure(fetch(name), assembly=assembly)
-    raise InputError(
-        f"{name!r} is neither a file, nor a PDB id (a digit and three letters or digits), nor one "
-        f"of the shipped particles: {', '.join(SHIPPED)}"
-    )
+        path = Path(name)
+    elif len(name) == 4 and name.isalnum() and name[0].isdigit():
+        path = fetch(name)
+    else:
+        raise InputError(
+            f"{name!r} is neither a file, nor a PDB id (a digit and three letters or digits), nor "
+            f"one of the shipped particles: {', '.join(SHIPPED)}"
+        )
+    model = density.read_structure(path, assembly=assembly)
+    return model if symmetry is None else standard(model, symmetry)
 
 
 def load_density(
     name: str,
     *,
     assembly: str | None = "1",
+    symmetry: str | None = None,
     voxel_size_angstrom: float = 3.67,
     resolution_angstrom: float = 8.0,
     box_px: int = 116,
@@ -131,7 +139,7 @@ def load_density(
 
     Parameters
     ----------
-    name, assembly
+    name, assembly, symmetry
         See :func:`load`.
     voxel_size_angstrom, resolution_angstrom, box_px
         See :func:`cryoem.density.from_atoms`.
@@ -141,7 +149,7 @@ def load_density(
     Density
     """
     return density.from_atoms(
-        load(name, assembly=assembly),
+        load(name, assembly=assembly, symmetry=symmetry),
         voxel_size_angstrom=voxel_size_angstrom,
         resolution_angstrom=resolution_angstrom,
         box_px=box_px,
@@ -202,50 +210,87 @@ def fetch(
     ) from last
 
 
-def standard_d2(model: gemmi.Model) -> gemmi.Model:
-    """Bring a tetramer of four like chains into D2's standard setting, exactly symmetric.
+def standard(model: gemmi.Model, symmetry: str) -> gemmi.Model:
+    """Bring an oligomer of like chains into its group's standard setting, exactly symmetric.
 
-    The two-folds that carry the first chain onto each other are found by superposition of their
-    C-alpha atoms, made orthogonal and laid on x, y, z; the first chain's copies under the exact
-    group then replace the others.
+    The rotations that carry the first chain onto the others are found by superposition of their
+    C-alpha atoms, and their axes laid where :func:`cryoem.symmetry.group` has them: the n-fold on
+    z, a two-fold on x. The first chain's copies under the exact group then replace the others.
 
     Parameters
     ----------
-    model : gemmi.Model, four chains
+    model : gemmi.Model
+        One chain for each of the group's elements.
+    symmetry : str
+        Cn or Dn.
 
     Returns
     -------
     gemmi.Model
+
+    Raises
+    ------
+    InputError
+        Another number of chains, or chains that are not related by such a group.
     """
     import gemmi
     from scipy.spatial.transform import Rotation
 
-    if len(model) != 4:
-        raise InputError(f"a D2 tetramer has four chains, got {len(model)}")
+    orbits = group(symmetry)
+    if orbits.order == 1:
+        return model
+    if len(model) != orbits.order:
+        raise InputError(
+            f"a particle of symmetry {orbits.name} has {orbits.order} like chains, got {len(model)}"
+        )
 
     def alphas(chain: gemmi.Chain) -> dict[Any, list[float]]:
         return {r.seqid.num: a.pos.tolist() for r in chain for a in r if a.name == "CA"}
 
     chains = [alphas(chain) for chain in model]
     shared = sorted(set.intersection(*(set(c) for c in chains)))
+    if len(shared) < 3:
+        raise InputError(f"the chains share {len(shared)} C-alpha atoms, wanted three or more")
     first, *others = (np.array([c[s] for s in shared]) for c in chains)
     centre = np.mean([first, *others], axis=(0, 1))
-    axes = []
-    for other in others:
-        turn, _ = Rotation.align_vectors(other - other.mean(0), first - first.mean(0))
-        vector = turn.as_rotvec()
-        axes.append(vector / np.linalg.norm(vector))
-    u, _, vt = np.linalg.svd(np.array(axes))
-    frame = u @ vt  # the nearest orthogonal axes, as rows: model to standard coordinates
-    if np.linalg.det(frame) < 0:
-        frame[2] *= -1
+    turns = Rotation.concatenate(
+        [Rotation.align_vectors(o - o.mean(0), first - first.mean(0))[0] for o in others]
+    )
+    frame = _axes(turns.as_rotvec(), orbits)  # rows: model to standard coordinates
+    exact = Rotation.from_quat(orbits.elements).as_matrix()
+    found = frame @ turns.as_matrix() @ frame.T
+    off = np.linalg.norm(found[:, None] - exact[None], axis=(2, 3)).min(axis=1) / np.sqrt(2)
+    if off.max() > 0.2:
+        raise InputError(
+            f"the chains are not related by {orbits.name}: off by up to {off.max():.2f} rad"
+        )
     symmetric = gemmi.Model(1)
-    for name, sign in zip("ABCD", [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)], strict=True):
+    for i, element in enumerate(exact):
         chain = model[0].clone()
-        chain.name = name
+        chain.name = string.ascii_uppercase[i % 26] + (str(i // 26) if i >= 26 else "")
         for residue in chain:
             for atom in residue:
-                at = frame @ (np.array(atom.pos.tolist()) - centre) * sign
-                atom.pos = gemmi.Position(*at)
+                atom.pos = gemmi.Position(*(element @ frame @ (atom.pos.tolist() - centre)))
         symmetric.add_chain(chain)
     return symmetric
+
+
+def _axes(turns: np.ndarray, orbits: Group) -> np.ndarray:
+    """The frame, rows x, y, z, in which rotation vectors (m, 3) are a group's."""
+    angles = np.linalg.norm(turns, axis=1)
+    axes = turns / angles[:, None]
+    if orbits.name == "D2":
+        u, _, vt = np.linalg.svd(axes)
+        frame = u @ vt  # the nearest orthogonal axes
+    else:
+        # Those about z are, of Cn, all; of Dn the ones that are not half-turns, if any.
+        main = axes if orbits.name[0] == "C" else axes[np.abs(angles - np.pi) > 0.2]
+        if len(main) == 0:
+            main = axes
+        z = np.linalg.eigh(main.T @ main)[1][:, -1]
+        x = axes[np.abs(axes @ z).argmin()] if orbits.name[0] == "D" else np.eye(3)[z.argmin()]
+        x = x - (x @ z) * z
+        x /= np.linalg.norm(x)
+        frame = np.array([x, np.cross(z, x), z])
+    frame[2] *= np.sign(np.linalg.det(frame))
+    return frame

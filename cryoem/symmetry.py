@@ -44,13 +44,18 @@ def _spin(l: int) -> tuple[np.ndarray, np.ndarray]:
     return (raising + raising.T) / 2, (raising - raising.T) / 2j
 
 
+@functools.cache
+def _tilting(l: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues (integers) and eigenvectors of ``J_y``."""
+    values, vectors = np.linalg.eigh(_spin(l)[1])
+    return np.round(values), vectors
+
+
 def _wigner(l: int, q: np.ndarray) -> np.ndarray:
     """``D^l_{mu m}``, ``exp(-i mu rot) d^l_{mu m}(tilt) exp(-i m psi)``: (n, 2 l + 1, 2 l + 1)."""
-    values, vectors = np.linalg.eigh(_spin(l)[1])
+    values, vectors = _tilting(l)
     tilt = 2 * np.arctan2(np.hypot(q[:, 0], q[:, 1]), np.hypot(q[:, 2], q[:, 3]))
-    small = (
-        vectors * np.exp(-1j * tilt[:, None] * np.round(values))[:, None, :]
-    ) @ vectors.conj().T
+    small = (vectors * np.exp(-1j * tilt[:, None] * values)[:, None, :]) @ vectors.conj().T
     half_sum = np.arctan2(q[:, 2], q[:, 3])
     half_difference = np.arctan2(-q[:, 0], q[:, 1])
     m = np.arange(-l, l + 1)

@@ -9,10 +9,12 @@ import mrcfile
 import numpy as np
 import pytest
 from measures import correlation, relative_error
+from scipy.spatial.transform import Rotation
 
-from cryoem import density, files, structures
+from cryoem import density, files, rotations, structures
 from cryoem.density import Density
 from cryoem.errors import CryoemError, DownloadError, InputError
+from cryoem.symmetry import group
 
 # --------------------------------------------------------------------------------------
 # Files are written whole or not at all
@@ -310,9 +312,57 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch):
         structures.shipped_file("other.pdb")
 
 
-def test_only_tetramers_can_be_d2():
-    with pytest.raises(InputError, match="four chains"):
-        structures.standard_d2(structures.load("4jsv"))
+def oligomer(symmetry, noise=0.0):
+    """Random chains, each turned into the next by a group about axes of no particular direction."""
+    rng = np.random.default_rng(3)
+    turns = Rotation.from_quat(group(symmetry).elements)
+    tilt = Rotation.from_quat(rotations.uniform(1, 5)[0])
+    atoms = rng.normal((25, 7, 4), 10, (12, 3))
+    model = gemmi.Model(1)
+    for i, turn in enumerate(turns):
+        chain = gemmi.Chain(str(i))
+        for k, at in enumerate(tilt.apply(turn.apply(atoms)) + np.array([30, -20, 10])):
+            residue, atom = gemmi.Residue(), gemmi.Atom()
+            residue.name, residue.seqid = "ALA", gemmi.SeqId(k + 1, " ")
+            atom.name, atom.element = "CA", gemmi.Element("C")
+            atom.pos = gemmi.Position(*(at + rng.normal(0, noise, 3)))
+            residue.add_atom(atom)
+            chain.add_residue(residue)
+        model.add_chain(chain)
+    return model
+
+
+def positions(model):
+    return np.array([[a.pos.tolist() for r in c for a in r] for c in model])
+
+
+@pytest.mark.parametrize("symmetry", ["C2", "C3", "C4", "D2", "D3", "D4"])
+def test_an_oligomer_is_laid_on_its_axes(symmetry):
+    given = oligomer(symmetry, noise=0.1)
+    found = positions(structures.standard(given, symmetry))
+    for element in group(symmetry).elements:
+        turned = Rotation.from_quat(element).apply(found.reshape(-1, 3))
+        away = np.linalg.norm(turned[:, None] - found.reshape(-1, 3), axis=2).min(axis=1)
+        assert away.max() < 1e-6
+    # Nothing but moved: chains are as far from each other as they were.
+    spread = [np.linalg.norm(p.mean(axis=1) - p.mean(axis=(0, 1)), axis=1) for p in
+              (positions(given), found)]  # fmt: skip
+    np.testing.assert_allclose(*spread, atol=0.3)
+    assert not np.allclose(found, found[:, :, ::-1])
+
+
+def test_what_is_no_such_oligomer_is_refused():
+    with pytest.raises(InputError, match="4 like chains, got 2"):
+        structures.standard(structures.load("4jsv"), "D2")
+    with pytest.raises(InputError, match="not related by D2"):
+        structures.standard(oligomer("C4"), "D2")
+    with pytest.raises(InputError, match="not related by C4"):
+        structures.standard(oligomer("D2"), "C4")
+    lacking = oligomer("C2")
+    for residue in lacking[1]:
+        residue[0].name = "CB"
+    with pytest.raises(InputError, match="share 0 C-alpha"):
+        structures.standard(lacking, "C2")
 
 
 def small_cif():

@@ -243,6 +243,39 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 # --------------------------------------------------------------------------------------
+# What orientations are worth
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.02, 0.05, 0.3])
+def test_the_expected_error_is_the_mean_length_about_the_displacement(moved):
+    spread = 0.05
+    w = np.random.default_rng(0).normal((moved, 0, 0), spread, (200_000, 3))
+    fields = dict.fromkeys(refinement.Refined.__dataclass_fields__)
+    fields["quaternions"] = rotations.perturb(TRUE[:1], np.array([[0, moved, 0]]))
+    fields["covariances"] = np.eye(3)[None] * spread**2
+    one = refinement.Refined(**fields)
+    expected = refinement.expected_error(TRUE[:1], one)
+    assert expected[0] == pytest.approx(np.linalg.norm(w, axis=1).mean(), rel=5e-3)
+
+
+def test_the_images_own_map_tells_good_orientations_from_bad():
+    images, _ = noisy(2)
+    size = np.random.default_rng(7).uniform(0, 0.3, N)
+    w = np.random.default_rng(3).standard_normal((N, 3))
+    given = rotations.perturb(TRUE, size[:, None] * w / np.linalg.norm(w, axis=1, keepdims=True))
+    error = rotations.distance(given, TRUE)
+    expected = refinement.cross_check(images, given, voxel_size_angstrom=VOXEL, shifts_px=SHIFTS)
+    assert np.corrcoef(expected, error)[0, 1] > 0.8
+    assert expected.mean() == pytest.approx(error.mean(), rel=0.25)
+
+
+def test_pure_noise_is_expected_to_be_anywhere():
+    noise = np.random.default_rng(8).standard_normal((N, BOX, BOX), dtype=np.float32)
+    expected = refinement.cross_check(noise, TRUE, voxel_size_angstrom=VOXEL)
+    assert np.median(expected) > 1
+
+
+# --------------------------------------------------------------------------------------
 # The density is only reconstructed
 
 
