@@ -419,7 +419,7 @@ def refine(
     subset = maps.halves(len(particles), seed) if subset is None else subset
     options: dict[str, Any] = {
         "shifts_px": particles.shifts_px,
-        "ctf": particles.ctf(),
+        "ctf": particles.ctf,
         "subset": subset,
         "seed": seed,
         "progress": not quiet,
@@ -427,7 +427,7 @@ def refine(
     pixel, test, notes = particles.pixel_size_angstrom, None, []
     if map_file is None:
         found: Any = refinement.alternate(
-            particles.images[:],
+            particles.images,
             particles.quaternions,
             voxel_size_angstrom=pixel,
             rounds=rounds,
@@ -441,7 +441,7 @@ def refine(
     else:
         reference = densities.read_mrc(map_file).sampled_as(particles.box_px, pixel)
         found = refinement.from_reference(
-            particles.images[:],
+            particles.images,
             reference,
             particles.quaternions,
             resolution_angstrom=resolution,

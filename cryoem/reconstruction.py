@@ -7,6 +7,7 @@ number of images.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
@@ -18,7 +19,65 @@ from .errors import InputError
 from .stacks import ImageStack
 from .symmetry import group
 
-__all__ = ["reconstruct", "reconstruct_astra"]
+__all__ = ["Observed", "observed", "reconstruct", "reconstruct_astra"]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Images with what is given of each; in memory, or in files and read when they are used.
+
+    Attributes
+    ----------
+    images : (n, size, size) array or ImageStack
+    quaternions : (n, 4) array, unit, xyzw
+    shifts_px : (n, 2) array, pixels
+    ctf : function
+        Of rows: their CTF, (m, size, size // 2 + 1), or None.
+    """
+
+    images: np.ndarray | ImageStack
+    quaternions: np.ndarray
+    shifts_px: np.ndarray
+    ctf: Callable[[np.ndarray], np.ndarray | None]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def box_px(self) -> int:
+        """Edge of the images."""
+        return self.images.shape[1]
+
+
+def observed(
+    images: ArrayLike | ImageStack,
+    quaternions: ArrayLike,
+    shifts_px: ArrayLike | None = None,
+    ctf: ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None = None,
+) -> Observed:
+    """Images and what is given of each, of equal length, or what is wrong with them.
+
+    Raises
+    ------
+    InputError
+        Shapes that do not fit, no images, or values that are not finite.
+    """
+    stack = images if isinstance(images, ImageStack) else projection.check_images(images)
+    q = rotations.check(quaternions)
+    n, size = len(stack), stack.shape[1]
+    if len(q) != n or n == 0:
+        raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
+    shifts = np.zeros((n, 2)) if shifts_px is None else np.asarray(shifts_px, float)
+    if shifts.shape != (n, 2) or not np.isfinite(shifts).all():
+        raise InputError(f"shifts_px must be finite and have shape ({n}, 2), got {shifts.shape}")
+    if ctf is None:
+        return Observed(stack, q, shifts, lambda rows: None)
+    if callable(ctf):
+        return Observed(stack, q, shifts, ctf)
+    given = np.asarray(ctf)
+    if given.shape != (n, size, size // 2 + 1):
+        raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {given.shape}")
+    return Observed(stack, q, shifts, lambda rows: given[rows])
 
 
 def reconstruct(
@@ -68,17 +127,8 @@ def reconstruct(
     """
     from tqdm.auto import tqdm
 
-    stack = images if isinstance(images, ImageStack) else projection.check_images(images)
-    q = rotations.check(quaternions)
-    n, size = len(stack), stack.shape[1]
-    if len(q) != n or n == 0:
-        raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
-    shifts = None if shifts_px is None else np.asarray(shifts_px, float)
-    if shifts is not None and (shifts.shape != (n, 2) or not np.isfinite(shifts).all()):
-        raise InputError(f"shifts_px must be finite and have shape ({n}, 2), got {shifts.shape}")
-    given = None if callable(ctf) or ctf is None else np.asarray(ctf)
-    if given is not None and given.shape != (n, size, size // 2 + 1):
-        raise InputError(f"ctf must have shape ({n}, {size}, {size // 2 + 1}), got {given.shape}")
+    seen = observed(images, quaternions, shifts_px, ctf)
+    n, size = len(seen), seen.box_px
     scale = np.ones(n, np.float32) if contrast is None else np.asarray(contrast, np.float32)
     if scale.shape != (n,) or not np.isfinite(scale).all():
         raise InputError(f"contrast must be finite and have shape ({n},), got {scale.shape}")
@@ -91,20 +141,20 @@ def reconstruct(
     kernel = np.zeros((2 * size,) * 3, np.float32)
     for part in tqdm(slices.chunks(n), desc="back-projection", unit="chunk", disable=not progress):
         here = rows[part]
-        y = slices.from_images(stack[here])
+        y = slices.from_images(seen.images[here])
         gain = np.broadcast_to(slices.weights / size**2, y.shape)
         a = scale[here, None]
-        if shifts is not None:
-            y = y * np.exp(2j * np.pi / size * shifts[here] @ slices.frequencies.T)
-        values = ctf(here) if callable(ctf) else given if given is None else given[here]
+        if seen.shifts_px[here].any():
+            y = y * np.exp(2j * np.pi / size * seen.shifts_px[here] @ slices.frequencies.T)
+        values = seen.ctf(here)
         if values is not None:
             ky, kx = slices.index
             a = a * values[:, ky, kx]
         y, squared = y * gain * a, gain * a**2
         for g in orbit.elements:
-            seen = rotations.multiply(g, q[here])
-            right += projection.smear(slices, y, seen, size)
-            kernel += projection.smear(slices, squared, seen, size, modes=2 * size)
+            q = rotations.multiply(g, seen.quaternions[here])
+            right += projection.smear(slices, y, q, size)
+            kernel += projection.smear(slices, squared, q, size, modes=2 * size)
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=fourier.WORKERS).real.copy()
     del kernel
 

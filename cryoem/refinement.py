@@ -12,8 +12,8 @@ stages, because far from the truth only coarse detail points towards it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ from scipy.spatial.transform import Rotation
 from . import evaluation, fourier, maps, projection, reconstruction, rotations
 from .density import Density
 from .errors import InputError
+from .reconstruction import Observed
 from .rotations import Seed
+from .stacks import ImageStack
 
 __all__ = [
     "Alternated",
@@ -37,6 +39,8 @@ __all__ = [
     "from_reference",
     "refine",
 ]
+
+Ctf = ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None
 
 #: The longest step, radians and pixels.
 _LONGEST = 0.15, 2.0
@@ -282,29 +286,14 @@ def _offsets(starts: int, spread_rad: float) -> np.ndarray:
     return w
 
 
-def _checked(
-    images: ArrayLike, quaternions: ArrayLike, shifts_px: ArrayLike | None, ctf: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """Images, quaternions, shifts and CTF of equal length, or what is wrong with them."""
-    images, q = projection.check_images(images), rotations.check(quaternions)
-    n, box = len(images), images.shape[1]
-    if len(q) != n or n == 0:
-        raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
-    shifts = np.zeros((n, 2)) if shifts_px is None else np.asarray(shifts_px, float)
-    if shifts.shape != (n, 2) or not np.isfinite(shifts).all():
-        raise InputError(f"shifts_px must be finite and have shape ({n}, 2), got {shifts.shape}")
-    if ctf is not None and np.shape(ctf) != (n, box, box // 2 + 1):
-        raise InputError(f"ctf must have shape ({n}, {box}, {box // 2 + 1}), got {np.shape(ctf)}")
-    return images, q, shifts, None if ctf is None else np.asarray(ctf)
-
-
 def refine(
-    images: ArrayLike,
+    images: ArrayLike | ImageStack,
     density: Density,
     quaternions: ArrayLike,
     *,
+    rows: np.ndarray | None = None,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | None = None,
+    ctf: Ctf = None,
     noise_variance: float | None = None,
     resolution_angstrom: float = 15.0,
     starts: int = 4,
@@ -320,15 +309,18 @@ def refine(
     Parameters
     ----------
     images : (n, size, size) array
+        Or a stack of files; it is read in chunks.
     density : Density, a cube
         Of the images' extent; its box may be larger, where the images are down-sampled. Contrast is
         1 for images in the units of :func:`cryoem.projection.project`.
     quaternions : (n, 4) array, unit, xyzw
         Where to start.
+    rows : (m,) int array, optional
+        Which of the images are refined, and returned; default: all.
     shifts_px : (n, 2) array, optional
         Where each particle was moved to, (x, y), pixels: where to start; default 0.
     ctf : (n, size, size // 2 + 1) array, optional
-        See :func:`cryoem.imaging.ctf`.
+        See :func:`cryoem.imaging.ctf`; or a function that gives those of some rows, or None.
     noise_variance : float, optional
         Per pixel. By default estimated from the residuals of all images; the refined parameters do
         not depend on it, their covariances do.
@@ -363,8 +355,11 @@ def refine(
     """
     from tqdm.auto import tqdm
 
-    images, q, shifts, ctf = _checked(images, quaternions, shifts_px, ctf)
-    n, box = len(images), images.shape[1]
+    seen = reconstruction.observed(images, quaternions, shifts_px, ctf)
+    rows = np.arange(len(seen)) if rows is None else np.asarray(rows)
+    if rows.ndim != 1 or len(rows) == 0:
+        raise InputError(f"rows must be a list of at least one image, got shape {rows.shape}")
+    n, box, q, shifts = len(rows), seen.box_px, seen.quaternions[rows], seen.shifts_px[rows]
     if box > density.box_px:
         raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
     if starts < 1 or steps < 0:
@@ -397,8 +392,10 @@ def refine(
     for i in range(0, n, at_once):
         part = slice(i, min(i + at_once, n))
         m = part.stop - part.start
-        observed = slices.from_images(images[part])[:, order]
-        gains = None if ctf is None else ctf[part][:, *slices.index][:, order]
+        observed = slices.from_images(seen.images[rows[part]])[:, order]
+        gains = seen.ctf(rows[part])
+        if gains is not None:
+            gains = gains[:, *slices.index][:, order]
 
         # Candidates of each particle: (m, starts, ...).
         trial_q = rotations.perturb(q[part][:, None], offsets)
@@ -561,27 +558,25 @@ def _joined(pair: maps.HalfMaps, resolution_angstrom: float) -> maps.HalfMaps:
 
 
 def _half_maps(
-    images: np.ndarray,
+    seen: Observed,
     subset: np.ndarray,
     voxel_size_angstrom: float,
-    q: np.ndarray,
-    shifts: np.ndarray,
     contrast: np.ndarray,
-    ctf: np.ndarray | None,
     independent: bool,
 ) -> maps.HalfMaps:
     first, second = (
         reconstruction.reconstruct(
-            images[these],
-            q[these],
+            seen.images,
+            seen.quaternions,
             voxel_size_angstrom=voxel_size_angstrom,
-            shifts_px=shifts[these],
-            ctf=None if ctf is None else ctf[these],
-            contrast=contrast[these],
+            rows=np.flatnonzero(subset == half),
+            shifts_px=seen.shifts_px,
+            ctf=seen.ctf,
+            contrast=contrast,
             iterations=10,
             ridge=1e-2,
         )
-        for these in (subset == 1, subset == 2)
+        for half in (1, 2)
     )
     return maps.HalfMaps(first, second, independent)
 
@@ -594,12 +589,12 @@ def _halved(subset: ArrayLike | None, n: int, seed: Seed) -> np.ndarray:
 
 
 def alternate(
-    images: ArrayLike,
+    images: ArrayLike | ImageStack,
     quaternions: ArrayLike,
     *,
     voxel_size_angstrom: float,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | None = None,
+    ctf: Ctf = None,
     subset: ArrayLike | None = None,
     rounds: int = 5,
     resolution_angstrom: float = 30.0,
@@ -650,15 +645,14 @@ def alternate(
     """
     from tqdm.auto import tqdm
 
-    images, q, shifts, ctf = _checked(images, quaternions, shifts_px, ctf)
-    n = len(images)
-    subset = _halved(subset, n, seed)
+    seen = reconstruction.observed(images, quaternions, shifts_px, ctf)
+    subset = _halved(subset, len(seen), seed)
     if rounds < 1:
         raise InputError(f"rounds must be positive, got {rounds}")
-    q, shifts, contrast = q.copy(), shifts.copy(), np.ones(n)
+    contrast = np.ones(len(seen))
     used = []
     for turn in tqdm(range(rounds + 1), desc="rounds", disable=not progress):
-        pair = _half_maps(images, subset, voxel_size_angstrom, q, shifts, contrast, ctf, True)
+        pair = _half_maps(seen, subset, voxel_size_angstrom, contrast, True)
         mask = maps.soft_mask(pair.mean)
         curve = maps.half_map_fsc(pair, mask, seed=seed)
         weight = _until(curve.corrected, 0.143)
@@ -674,15 +668,16 @@ def alternate(
         limit = min(curve.corrected.resolution(0.143).angstrom, joined_angstrom)
         limit = max(limit, resolution_angstrom) if turn == 0 else limit
         used.append(limit)
-        parts = _against(
-            images, references, subset, q, shifts, ctf,
+        separate = _against(
+            seen,
+            references,
+            subset,
             resolution_angstrom=limit,
             starts=starts if turn == 0 else 1,
             spread_rad=spread_rad,
             coarse_to_fine=turn == 0,
-        )  # fmt: skip
-        separate = _merged(parts, subset)
-        q, shifts = separate.quaternions, separate.shifts_px
+        )
+        seen = replace(seen, quaternions=separate.quaternions, shifts_px=separate.shifts_px)
         # The scale of contrast and density together is free.
         contrast = separate.contrast / np.median(separate.contrast)
     # To the map of the other half, without what was shared, an image did not contribute.
@@ -692,18 +687,21 @@ def alternate(
     ]
     others = [Density(mask * values, voxel_size_angstrom) for values in fine]
     held_out, chance = (
-        _against(
-            images, others, subset, at, shifts, ctf,
-            resolution_angstrom=used[-1], starts=1, steps=0,
-        )
-        for at in (q, np.roll(q, 1, axis=0))
-    )  # fmt: skip
+        _against(at, others, subset, resolution_angstrom=used[-1], starts=1, steps=0)
+        for at in (seen, replace(seen, quaternions=np.roll(seen.quaternions, 1, axis=0)))
+    )
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     whole = _filtered(pair.mean, 2 * weight / (1 + weight)).values
     refined = refine(
-        images, Density(mask * whole, voxel_size_angstrom), q, shifts_px=shifts, ctf=ctf,
-        resolution_angstrom=used[-1], starts=starts, spread_rad=spread_rad,
-    )  # fmt: skip
+        seen.images,
+        Density(mask * whole, voxel_size_angstrom),
+        seen.quaternions,
+        shifts_px=seen.shifts_px,
+        ctf=seen.ctf,
+        resolution_angstrom=used[-1],
+        starts=starts,
+        spread_rad=spread_rad,
+    )
     f = _until(curve.corrected, 0.0)
     return Alternated(
         refined=refined,
@@ -713,8 +711,8 @@ def alternate(
         mask=mask,
         fsc=curve,
         density=_filtered(pair.mean, np.sqrt(2 * f / (1 + f))),
-        held_out_correlation=float(_merged(held_out, subset).correlation.mean()),
-        chance_correlation=float(_merged(chance, subset).correlation.mean()),
+        held_out_correlation=float(held_out.correlation.mean()),
+        chance_correlation=float(chance.correlation.mean()),
         resolutions_angstrom=used,
         joined_angstrom=joined_angstrom,
     )
@@ -746,12 +744,12 @@ def expected_error(quaternions: ArrayLike, refined: Refined) -> np.ndarray:
 
 
 def cross_check(
-    images: ArrayLike,
+    images: ArrayLike | ImageStack,
     quaternions: ArrayLike,
     *,
     voxel_size_angstrom: float,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | None = None,
+    ctf: Ctf = None,
     subset: ArrayLike | None = None,
     seed: Seed = 0,
 ) -> np.ndarray:
@@ -778,10 +776,9 @@ def cross_check(
     (n,) array, radians
         :func:`expected_error` of the given orientations.
     """
-    images, q, shifts, ctf = _checked(images, quaternions, shifts_px, ctf)
-    subset = _halved(subset, len(images), seed)
-    contrast = np.ones(len(images))
-    pair = _half_maps(images, subset, voxel_size_angstrom, q, shifts, contrast, ctf, False)
+    seen = reconstruction.observed(images, quaternions, shifts_px, ctf)
+    subset = _halved(subset, len(seen), seed)
+    pair = _half_maps(seen, subset, voxel_size_angstrom, np.ones(len(seen)), False)
     mask = maps.soft_mask(pair.mean)
     curve = maps.half_map_fsc(pair, mask, seed=seed).corrected
     weight = _until(curve, 0.143)
@@ -789,44 +786,36 @@ def cross_check(
         Density(mask * _filtered(d, weight).values, voxel_size_angstrom)
         for d in (pair.second, pair.first)
     ]
-    parts = _against(
-        images, others, subset, q, shifts, ctf,
+    checked = _against(
+        seen,
+        others,
+        subset,
         resolution_angstrom=curve.resolution(0.143).angstrom,
-        starts=1, coarse_to_fine=False, steps=5,
-    )  # fmt: skip
-    return expected_error(q, _merged(parts, subset))
+        starts=1,
+        coarse_to_fine=False,
+        steps=5,
+    )
+    return expected_error(seen.quaternions, checked)
 
 
 def _against(
-    images: np.ndarray,
-    references: Sequence[Density],
-    subset: np.ndarray,
-    q: np.ndarray,
-    shifts: np.ndarray,
-    ctf: np.ndarray | None,
-    **options: Any,
-) -> list[Refined]:
+    seen: Observed, references: Sequence[Density], subset: np.ndarray, **options: Any
+) -> Refined:
     """Refine the first half against the first reference, the second against the second."""
-    found = []
-    for half, reference in zip((1, 2), references, strict=True):
-        these = subset == half
-        found.append(
-            refine(
-                images[these],
-                reference,
-                q[these],
-                shifts_px=shifts[these],
-                ctf=None if ctf is None else ctf[these],
-                **options,
-            )
+    parts = [
+        refine(
+            seen.images,
+            reference,
+            seen.quaternions,
+            rows=np.flatnonzero(subset == half),
+            shifts_px=seen.shifts_px,
+            ctf=seen.ctf,
+            **options,
         )
-    return found
-
-
-def _merged(parts: Sequence[Refined], subset: np.ndarray) -> Refined:
-    """Two halves' results in the particles' own order."""
+        for half, reference in zip((1, 2), references, strict=True)
+    ]
     together: dict[str, Any] = {}
-    for field in fields(Refined):
+    for field in fields(Refined):  # in the particles' own order
         values = [getattr(part, field.name) for part in parts]
         if np.ndim(values[0]) == 0:
             together[field.name] = float(np.mean(values))
@@ -869,12 +858,12 @@ class FromReference:
 
 
 def from_reference(
-    images: ArrayLike,
+    images: ArrayLike | ImageStack,
     reference: Density,
     quaternions: ArrayLike,
     *,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | None = None,
+    ctf: Ctf = None,
     subset: ArrayLike | None = None,
     resolution_angstrom: float = 15.0,
     starts: int = 4,
@@ -912,20 +901,24 @@ def from_reference(
     ----------
     Henderson, PNAS 110 (2013).
     """
-    images, q, shifts, ctf = _checked(images, quaternions, shifts_px, ctf)
-    subset = _halved(subset, len(images), seed)
-    if images.shape[1] != reference.box_px:
+    seen = reconstruction.observed(images, quaternions, shifts_px, ctf)
+    subset = _halved(subset, len(seen), seed)
+    if seen.box_px != reference.box_px:
         raise InputError(
-            f"wanted a reference of the images' {images.shape[1]} px, got {reference.box_px}"
+            f"wanted a reference of the images' {seen.box_px} px, got {reference.box_px}"
         )
     refined = refine(
-        images, reference, q, shifts_px=shifts, ctf=ctf,
-        resolution_angstrom=resolution_angstrom, starts=starts, progress=progress,
-    )  # fmt: skip
-    pair = _half_maps(
-        images, subset, reference.voxel_size_angstrom,
-        refined.quaternions, refined.shifts_px, refined.contrast, ctf, False,
-    )  # fmt: skip
+        seen.images,
+        reference,
+        seen.quaternions,
+        shifts_px=seen.shifts_px,
+        ctf=seen.ctf,
+        resolution_angstrom=resolution_angstrom,
+        starts=starts,
+        progress=progress,
+    )
+    seen = replace(seen, quaternions=refined.quaternions, shifts_px=refined.shifts_px)
+    pair = _half_maps(seen, subset, reference.voxel_size_angstrom, refined.contrast, False)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
     test = maps.beyond(pair, mask, resolution_angstrom)
     curve = maps.half_map_fsc(pair, mask, seed=seed)
