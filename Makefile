@@ -34,7 +34,7 @@ check: $(STAMP) ## Lint, format and types
 notebooks: $(STAMP) ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench-%: $(STAMP) ## Measure: bench-accuracy, -recovery, -refinement, -stream, -architecture, -method
+bench-%: $(STAMP) ## Measure: bench-accuracy, -recovery, -refinement, -stream, -architecture, -mismatch, -method
 	$(BIN)/python benchmarks/$*.py
 
 drill: $(STAMP) ## Read 5,000 spoilt files: a result or an error of ours

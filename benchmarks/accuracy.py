@@ -23,12 +23,12 @@ from cryoem import (
     estimator,
     evaluation,
     files,
+    imaging,
     maps,
     matching,
     orient,
     reconstruction,
     refinement,
-    rotations,
     simulation,
     structures,
 )
@@ -116,7 +116,7 @@ def cell(mine, volume, model, snr, condition):
         "distance_mae_large_rad": learned.mae_large_rad,
         "embedding_seconds": looking,
         "seconds": seconds,
-        **certainty(found, seen, ctf, symmetry.name),
+        **certainty(found, seen, model),
         **resolutions(volume, seen, clean.images, found, ctf, symmetry),
     }
     matched, seconds = timed(matching.match, seen.images, volume, model.preprocessing, ctf=ctf)
@@ -143,23 +143,27 @@ def scores(q, truth, symmetry):
     return off
 
 
-def certainty(found, seen, ctf, symmetry):
+def certainty(found, seen, model):
     """What the expected errors are worth: rank correlation, and the error of the surer part.
 
     Those of the network, and those of a check against the images' own half-maps.
     """
-    truth = seen.quaternions
-    laid = evaluation.align(found.quaternions, truth, over="one-sided", symmetry=symmetry)
-    off = rotations.distance(laid.quaternions, truth)
+    truth, p = seen.quaternions, model.preprocessing
+    laid = evaluation.align(
+        found.quaternions, truth, over="one-sided", symmetry=model.symmetry
+    ).quaternions
+    off = group(model.symmetry).distance(laid, truth)
     said = {"": found.expected_error_rad}
-    if seen.noise_variance and symmetry == "C1":
+    if seen.noise_variance and model.symmetry == "C1":
+        # Centred where the network saw it and cut to what the network reads: the same, sooner.
+        box = p.crop_px * p.frame_px // p.down_px
+        ctf = seen.defocus_angstrom
         said["checked_"], seconds = timed(
             refinement.cross_check,
-            seen.images,
+            imaging.crop(imaging.shift(seen.images, -found.shifts_px), box),
             found.quaternions,
             voxel_size_angstrom=seen.pixel_size_angstrom,
-            shifts_px=found.shifts_px,
-            ctf=ctf,
+            ctf=None if ctf is None else imaging.ctf(box, seen.pixel_size_angstrom, ctf),
         )
     out = {}
     for name, expected in said.items():

@@ -74,6 +74,9 @@ MapOut = Annotated[Path, typer.Option("--output", "-o", help="MRC map to write."
 Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+#: Radians between copies of one image, from which they are nowhere: 2.1 where all is chance.
+_AT_RANDOM = 1.0
+
 
 def _say(quiet: bool, text: str) -> None:
     if not quiet:
@@ -301,15 +304,23 @@ def orient(
             f"A; {particles_file} has {particles.box_px} px of {pixel:g} A; see train --like"
         )
     known = None if reference is None else densities.read_mrc(reference)
+    folder = output.with_suffix(".work") if work is None else work
     placed = stream.orient(
         network,
         particles_file,
-        output.with_suffix(".work") if work is None else work,
+        folder,
         reference=known and known.sampled_as(particles.box_px, pixel),
         seed=seed,
         scheduler=scheduler,
         progress=not quiet,
     )
+    if placed.frame is not None and placed.frame.spread_rad > _AT_RANDOM:
+        raise InputError(
+            f"{particles_file}: {model} orients these images as if at random: in-plane turned "
+            f"copies of them land {placed.frame.spread_rad:.1f} rad from where they belong. It "
+            "was trained on another particle, or they show too little through their noise. No STAR "
+            f"file is written; what was computed is in {folder}"
+        )
     q = rotations.other_hand(placed.quaternions) if other_hand else placed.quaternions
     shifts = placed.shifts_px if network.says_shifts else None
     particles.write(output, quaternions=q, shifts_px=shifts, columns=placed.columns)

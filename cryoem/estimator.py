@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -82,6 +83,8 @@ class PairLoss(keras.losses.Loss):
         orientations (``1 / sin^2(d_q / 2)`` without symmetry), capped; or, as the paper, the
         consecutive pairs (0, 1), (2, 3), ..., drawn uniform in distance, with equal weight.
     symmetry : str
+    noise_weight : float
+        See :func:`train`.
     """
 
     def __init__(
@@ -90,16 +93,18 @@ class PairLoss(keras.losses.Loss):
         pairs: Literal["all", "uniform"] = "all",
         *,
         symmetry: str = "C1",
+        noise_weight: float = 0.0,
         name: str = "pair_loss",
     ) -> None:
         super().__init__(name=name)
-        self.head, self.pairs = head, pairs
+        self.head, self.pairs, self.noise_weight = head, pairs, noise_weight
         self.group = group(symmetry)
         self.table = self.group.inverse_density(64).astype(np.float32)
 
     def compare(self, targets: Any, features: Any) -> tuple[Any, Any]:
         """Weights and errors ``d_p - d`` of all pairs of a batch, two (n, n) tensors."""
-        d = pair_distances(targets[:, : len(self.group.harmonics)], "exact")
+        f = len(self.group.harmonics)
+        d = pair_distances(targets[:, :f], "exact")
         n = ops.shape(d)[0]
         i = ops.arange(n)
         if self.pairs == "all":
@@ -107,6 +112,9 @@ class PairLoss(keras.losses.Loss):
             weights = ops.cast(i[:, None] < i, "float32") * ops.take(self.table, bins)
         else:
             weights = ops.cast((i[:, None] % 2 == 0) & (i[:, None] + 1 == i), "float32")
+        if self.noise_weight:
+            ratio = self.noise_weight * targets[:, f] / 2
+            weights = weights / (1 + ratio[:, None] + ratio)
         return weights / ops.sum(weights), pair_distances(features, self.head) - d
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -126,7 +134,7 @@ class Objective(keras.losses.Loss):
         self.loss, self.feature_dim = loss, feature_dim
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Compare targets, (n, f + 2), with what the encoder gives, (n, f') or (n, f' + 3)."""
+        """Compare targets, (n, f + 3), with what the encoder gives, (n, f') or (n, f' + 3)."""
         f = self.feature_dim
         total = self.loss.call(y_true, y_pred[:, :f])
         if y_pred.shape[1] == f:
@@ -462,6 +470,7 @@ def train(
     optimizer: Literal["adam", "rmsprop"] = "adam",
     schedule: Literal["cosine", "constant"] = "cosine",
     pairs: Literal["all", "uniform"] = "all",
+    noise_weight: float = 0.0,
     images_per_epoch: int = 25_600,
     checkpoint: PathLike | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -488,6 +497,9 @@ def train(
         Cosine: a short warm-up, then down to zero at the end.
     pairs : {'all', 'uniform'}
         See :class:`PairLoss`; the paper's is ``'uniform'``.
+    noise_weight : float
+        A pair counts by ``1 / (1 + noise_weight (r_i + r_j) / 2)`` of its images' noise-to-signal
+        ratios: at 1 the noisiest, which err whatever one does, do not drown the others.
     images_per_epoch : int
         How often Keras' epoch callbacks run and a checkpoint is written.
     checkpoint : path, optional
@@ -501,7 +513,8 @@ def train(
     Returns
     -------
     dict
-        ``loss`` and ``mae_rad`` (weighted as the loss is), a list with one value an epoch.
+        ``loss``, ``mae_rad`` (weighted as the loss is) and ``seconds``, a list with one value an
+        epoch, those of an interrupted run included.
     """
     if images < 1 or batch_size < 2:
         raise InputError(
@@ -524,7 +537,7 @@ def train(
     if optimizer not in makers:
         raise InputError(f"optimizer must be one of {', '.join(makers)}, got {optimizer!r}")
     encoder = estimator.encoder
-    loss = PairLoss(estimator.head, pairs, symmetry=estimator.symmetry)
+    loss = PairLoss(estimator.head, pairs, symmetry=estimator.symmetry, noise_weight=noise_weight)
     objective = Objective(loss, estimator.feature_dim)
     encoder.compile(
         optimizer=makers[optimizer](rate, clipnorm=1.0),
@@ -540,6 +553,7 @@ def train(
         "optimizer": optimizer,
         "schedule": schedule,
         "pairs": pairs,
+        "noise_weight": noise_weight,
         "images_per_epoch": images_per_epoch,
         "architecture": estimator.architecture,
         "head": estimator.head,
@@ -548,7 +562,7 @@ def train(
         "source": getattr(source, "settings", None),
     }
     keeper = None if checkpoint is None else _Checkpoint(Path(checkpoint), settings)
-    history: dict[str, list[float]] = {"loss": [], "mae_rad": []}
+    history: dict[str, list[float]] = {"loss": [], "mae_rad": [], "seconds": []}
     first = 0
     if keeper is not None:
         encoder.optimizer.build(encoder.trainable_variables)
@@ -558,7 +572,7 @@ def train(
         for step in range(first * per_epoch, epochs * per_epoch):
             yield source.batch(seed, step, batch_size, pairs=pairs)
 
-    hooks = list(callbacks)
+    hooks = [_Clock(), *callbacks]
     if progress:
         total, seen = epochs * per_epoch * batch_size, first * per_epoch * batch_size
         hooks.append(Progress(total, batch_size, start=seen))
@@ -623,10 +637,24 @@ def calibrate(
     trainable = [layer.trainable for layer in encoder.layers]
     for layer in encoder.layers:
         layer.trainable = layer.name.startswith("variance")
-    encoder.compile(optimizer=keras.optimizers.Adam(3e-3), loss=unlikely)
-    encoder.fit(seen, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
+    fitted = keras.Model(encoder.inputs, encoder.outputs)  # the same layers, a loss of its own
+    fitted.compile(optimizer=keras.optimizers.Adam(3e-3), loss=unlikely)
+    fitted.fit(seen, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
     for layer, before in zip(encoder.layers, trainable, strict=True):
         layer.trainable = before
+
+
+class _Clock(keras.callbacks.Callback):
+    """Adds the seconds that an epoch took to what is known of it."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Start."""
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stop."""
+        assert logs is not None
+        logs["seconds"] = time.perf_counter() - self._start
 
 
 class _Checkpoint(keras.callbacks.Callback):

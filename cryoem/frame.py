@@ -96,7 +96,8 @@ def _warned(frame: Frame) -> Frame:
             "the frame cannot be told: single copies or references disagree with it by "
             f"{frame.spread_rad:.2f} rad, with the opposite verdict on inversion by "
             f"{frame.other_spread_rad:.2f} rad (confidence {frame.confidence:.3f}); a "
-            "reconstruction may be meaningless. More copies, or less noise, are needed",
+            "reconstruction may be meaningless. More copies or less noise are needed, or an "
+            "estimator that was trained on this particle",
             stacklevel=3,
         )
     return frame

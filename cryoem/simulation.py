@@ -263,9 +263,10 @@ class TrainingImages:
         Returns
         -------
         images : (n, crop_px, crop_px) float32 array
-        targets : (n, f + 2) float32 array
-            The group's features of the orientation (:meth:`cryoem.symmetry.Group.features`) and
-            the shift (x, y), in pixels of what the network reads.
+        targets : (n, f + 3) float32 array
+            The group's features of the orientation (:meth:`cryoem.symmetry.Group.features`), the
+            noise-to-signal ratio, 1 / SNR, and the shift (x, y), in pixels of what the network
+            reads.
         """
         rng = np.random.default_rng([seed, step])
         p = self.preprocessing
@@ -296,10 +297,11 @@ class TrainingImages:
         low, high = np.log(self.snr_range)
         # White noise of variance s2 at full sampling has s2 (down / frame)^2 after down-sampling,
         # on the disc of frequencies that the down-sampling keeps.
-        variance = signal / np.exp(rng.uniform(low, high, n))
-        variance *= (p.down_px / p.frame_px) ** 2 * (rng.random(n) >= self.clean_fraction)
+        ratio = 1 / np.exp(rng.uniform(low, high, n))
+        ratio *= rng.random(n) >= self.clean_fraction
+        variance = ratio * signal * (p.down_px / p.frame_px) ** 2
         noise = rng.standard_normal(images.shape, dtype=np.float32)
         noise = fourier.low_pass(noise, 2, p.crop_px / 2)
         images += noise * np.sqrt(variance, dtype=np.float32)[:, None, None]
-        targets = np.concatenate([self.group.features(q), shifts], axis=1)
+        targets = np.concatenate([self.group.features(q), ratio[:, None], shifts], axis=1)
         return imaging.normalise(images), targets.astype(np.float32)

@@ -101,6 +101,17 @@ def test_from_particles_to_orientations(folder, trained, tmp_path):
     assert second["one_sided_mean_rad"] == pytest.approx(first["one_sided_mean_rad"], rel=1e-3)
 
 
+def test_images_that_the_estimator_does_not_know_are_not_oriented(folder, trained, tmp_path):
+    trained[0].save(tmp_path / "model.npz")
+    noise = np.random.default_rng(0).standard_normal((300, 32, 32), dtype=np.float32)
+    path = tmp_path / "noise.star"
+    star.write_particles(path, noise, rotations.uniform(300, 0), pixel_size_angstrom=7.0)
+    out = tmp_path / "out.star"
+    done = run("orient", path, "--model", tmp_path / "model.npz", "-o", out, "-q", code=1)
+    assert "noise.star" in done.stderr and "as if at random" in done.stderr
+    assert not out.exists() and (tmp_path / "out.work").is_dir()
+
+
 def test_from_orientations_to_a_map(folder, tmp_path):
     run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--half-maps", "-q")
     names = {"m.mrc", "m_half1.mrc", "m_half2.mrc", "m_fsc.star"}
