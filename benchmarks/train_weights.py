@@ -70,6 +70,7 @@ def main():
     )
     tag = arguments.name + ("-plain" if arguments.plain else "")
     folder = Path("results/weights")
+    options = {"callbacks": [Log()], "progress": False}
     history = estimator.train(
         model,
         source,
@@ -77,9 +78,20 @@ def main():
         seed=arguments.seed,
         learning_rate=arguments.learning_rate,
         checkpoint=folder / tag,
-        callbacks=[Log()],
-        progress=False,
+        **options,
     )
+    if arguments.polish:  # the same once more, shorter, and the noisiest images count for less
+        end = estimator.train(
+            model,
+            source,
+            images=arguments.polish,
+            seed=arguments.seed + POLISH_SEED,
+            learning_rate=arguments.learning_rate / 3,
+            noise_weight=1.0,
+            checkpoint=folder / f"{tag}-polish",
+            **options,
+        )
+        history = {key: values + end[key] for key, values in history.items()}
     command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
     command += f" --polish {arguments.polish}" if arguments.polish else ""
     command += " --plain" if arguments.plain else ""

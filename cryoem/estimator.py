@@ -623,25 +623,21 @@ def calibrate(
     beyond = 2**31  # steps that no training reaches
     batches = [source.batch(seed, beyond + i, 512) for i in range(math.ceil(images / 512))]
     seen, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
-    features = estimator.embed(seen, prepared=True)
+    hidden, last = encoder.get_layer("variance_hidden"), encoder.get_layer("variance")
+    reader = keras.Model(encoder.inputs, [encoder.outputs[0], hidden.input])
+    out, level = reader.predict(seen, batch_size=256, verbose=0)
     phi = targets[:, : len(orbits.harmonics)]
-    found = orbits.decode(features @ np.linalg.lstsq(features, phi, rcond=None)[0])
+    found = orbits.decode(out[:, :f] @ np.linalg.lstsq(out[:, :f], phi, rcond=None)[0])
     square = orbits.distance(found, orbits.decode(phi)) ** 2
 
     def unlikely(y_true: Any, y_pred: Any) -> Any:
-        level = y_pred[:, f + 2]
-        return ops.mean(y_true[:, 0] * ops.exp(-level) + 3 * level)
+        return ops.mean(y_true * ops.exp(-y_pred) + 3 * y_pred)
 
-    last = encoder.get_layer("variance")
     last.set_weights([np.zeros_like(w) for w in last.get_weights()])
-    trainable = [layer.trainable for layer in encoder.layers]
-    for layer in encoder.layers:
-        layer.trainable = layer.name.startswith("variance")
-    fitted = keras.Model(encoder.inputs, encoder.outputs)  # the same layers, a loss of its own
-    fitted.compile(optimizer=keras.optimizers.Adam(3e-3), loss=unlikely)
-    fitted.fit(seen, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
-    for layer, before in zip(encoder.layers, trainable, strict=True):
-        layer.trainable = before
+    inputs = keras.Input(level.shape[1:])
+    variance = keras.Model(inputs, last(hidden(inputs)))  # the encoder's own last layers
+    variance.compile(optimizer=keras.optimizers.Adam(3e-3), loss=unlikely)
+    variance.fit(level, square[:, None], batch_size=256, epochs=6, shuffle=True, verbose=0)
 
 
 class _Clock(keras.callbacks.Callback):
