@@ -1,7 +1,7 @@
-"""One model for a range of noise, or one a condition: ``make bench-mismatch`` (half an hour).
+"""One model for a range of noise, or one a condition: ``make bench-mismatch``.
 
 Models of one SNR each and one of the whole range see the same number of images (``--images``) and
-are judged on 500 unseen images of every SNR by E_OR, the error of the orientations that linear
+are judged on 300 unseen images of every SNR by E_OR, the error of the orientations that linear
 algebra finds in their distances (nothing of the truth but O(4)). A model that is in the results
 for as many images is not trained again.
 """
@@ -15,7 +15,7 @@ import records
 
 from cryoem import estimator, simulation, structures
 
-SEED, N_IMAGES, TEST_SEED = 1, 500, 70_111
+SEED, N_IMAGES, TEST_SEED = 1, 300, 70_111
 SNR = {"noiseless": math.inf, "1/4": 1 / 4, "1/16": 1 / 16, "1/64": 1 / 64}
 TRAINED = {
     **{name: {"snr_range": (snr, snr), "clean_fraction": 0.0} for name, snr in SNR.items()},
@@ -26,10 +26,10 @@ TRAINED = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=96_000)
+    parser.add_argument("--images", type=int, default=51_200)
     images = parser.parse_args().images
     volume = structures.load_density(architecture.PARTICLE)
-    preprocessing = simulation.Preprocessing(116, 80, 40, volume.voxel_size_angstrom)
+    preprocessing = simulation.Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
     tests = {
         name: simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr)
         for name, snr in SNR.items()
