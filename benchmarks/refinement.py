@@ -1,8 +1,9 @@
 """Refinement against its limits: ``make bench-refinement`` (about a quarter of an hour).
 
 Each finished row is kept in ``results/bench-refinement/``, so that an interrupted run goes on where
-it stopped. ``--map NAME=PATH`` measures on a map of one's own too. Test images are projections of a
-density at half the voxel size, down-sampled; the fit sees it at the full one.
+it stopped. ``--map NAME=PATH`` measures on a map of one's own too, and with ``--weights NAME=PATH``
+refines from what that estimator finds. Test images are projections of a density at half the voxel
+size, down-sampled; the fit sees it at the full one.
 """
 
 import argparse
@@ -36,8 +37,8 @@ KEPT = Path("results/bench-refinement")
 class Particle:
     """A density at half the voxel size, and what the fit knows of it."""
 
-    def __init__(self, name, path=None):
-        self.name = name
+    def __init__(self, name, path=None, weights=None):
+        self.name, self.weights = name, weights
         if path is None:
             fine = structures.load_density(name, voxel_size_angstrom=VOXEL / 2, box_px=2 * FRAME)
         else:
@@ -162,15 +163,11 @@ def speed(particle, n=N_TIMED, box=64):
 def unknown(particle, snr=1 / 16, n=N_UNKNOWN):
     """The density only reconstructed from the same images."""
     images, q, _, variance = particle.images(n, snr, SEED + 2, 0.0)
-    if particle.name in structures.SHIPPED:
-        from cryoem import estimator, orient
+    if particle.weights is None:
+        return
+    from cryoem import estimator, orient
 
-        origin = "the shipped network, frame from copies"
-        start = orient.orient(estimator.shipped(particle.name), images).quaternions
-    else:
-        origin = "the truth, turned by normal vectors of 0.07 rad"
-        w = 0.07 * rotations.stream(SEED, "turns").standard_normal((n, 3))
-        start = rotations.perturb(q, w)
+    start = orient.orient(estimator.Estimator.load(particle.weights), images).quaternions
     images = imaging.crop(images, particle.box)
     found, seconds = timed(
         refinement.alternate, images, start, voxel_size_angstrom=VOXEL, seed=SEED
@@ -186,7 +183,8 @@ def unknown(particle, snr=1 / 16, n=N_UNKNOWN):
         "snr": ratio(snr),
         "n": n,
         "box_px": particle.box,
-        "start": origin,
+        "start": "the estimator, frame from copies",
+        "weights_sha256": files.sha256(particle.weights),
         "start_error_rad": evaluation.errors(start, q).mean_rad,
         "error_rad": after.mean_rad,
         "median_error_rad": after.median_rad,
@@ -279,8 +277,12 @@ def kept(name, make):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--map", action="append", default=[], metavar="NAME=PATH")
-    given = [argument.split("=", 1) for argument in parser.parse_args().map]
-    particles = [Particle("4jsv"), *(Particle(name, path) for name, path in given)]
+    parser.add_argument("--weights", action="append", default=[], metavar="NAME=PATH")
+    arguments = parser.parse_args()
+    weights = dict(argument.split("=", 1) for argument in arguments.weights)
+    particles = [Particle("4jsv", weights=structures.shipped_file("4jsv.npz"))]
+    for name, path in (argument.split("=", 1) for argument in arguments.map):
+        particles.append(Particle(name, path, weights.get(name)))
     rows = {
         "noiseless": lambda p: known(p, math.inf),
         "sixteenth": lambda p: known(p, 1 / 16),

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from . import rotations
+from . import imaging, rotations
 from .density import Density
 from .projection import project
+from .reconstruction import Ctf, observed
 from .simulation import Preprocessing
+from .stacks import ImageStack
 
 __all__ = ["Match", "match"]
 
@@ -28,11 +31,13 @@ class Match:
 
 
 def match(
-    images: np.ndarray,
+    images: ArrayLike | ImageStack,
     density: Density,
     preprocessing: Preprocessing,
     *,
-    ctf: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+    shifts_px: ArrayLike | None = None,
+    ctf: Ctf = None,
     references: int = 21_600,
     progress: bool = False,
 ) -> Match:
@@ -41,11 +46,17 @@ def match(
     Parameters
     ----------
     images : (n, frame_px, frame_px) array
+        Or a stack of files; it is read in chunks.
     density : Density, a cube of ``frame_px``
     preprocessing : Preprocessing
         Images and references are compared after it.
+    rows : (m,) int array, optional
+        Which of the images are matched, and returned; default: all.
+    shifts_px : (n, 2) array, optional
+        Where each particle was moved to, (x, y), pixels; it is undone. No shift is searched.
     ctf : (n, frame_px, frame_px // 2 + 1) array, optional
-        See :func:`cryoem.imaging.ctf`; phases are flipped by its sign.
+        See :func:`cryoem.imaging.ctf`; phases are flipped by its sign. Or a function that gives
+        those of some rows, or None.
     references : int
         Spread evenly over SO(3); 21,600 are about 9 degrees apart.
     progress : bool
@@ -55,6 +66,7 @@ def match(
     -------
     Match
     """
+    seen = observed(images, shifts_px=shifts_px, ctf=ctf)
     known = rotations.grid(references)
     table = np.empty((references, preprocessing.crop_px**2), np.float32)
     from tqdm.auto import tqdm
@@ -63,11 +75,12 @@ def match(
     for i in tqdm(starts, desc="references", unit="batch", disable=not progress):
         frames = project(density, known[i : i + 512])
         table[i : i + 512] = preprocessing(frames).reshape(-1, table.shape[1])
-    best, scores = np.empty(len(images), int), np.empty(len(images), np.float32)
-    for i in range(0, len(images), 256):
-        part = slice(i, i + 256)
-        prepared = preprocessing(images[part], ctf=None if ctf is None else ctf[part])
-        prepared = prepared.reshape(len(prepared), -1)
+    rows = np.arange(len(seen)) if rows is None else np.asarray(rows)
+    best, scores = np.empty(len(rows), int), np.empty(len(rows), np.float32)
+    for i in range(0, len(rows), 256):
+        part = rows[i : i + 256]
+        frames = imaging.shift(seen.images[part], -seen.shifts_px[part])
+        prepared = preprocessing(frames, ctf=seen.ctf(part)).reshape(len(part), -1)
         correlation = prepared @ table.T / table.shape[1]
         best[i : i + 256] = correlation.argmax(axis=1)
         scores[i : i + 256] = correlation.max(axis=1)

@@ -19,7 +19,10 @@ from .errors import InputError
 from .stacks import ImageStack
 from .symmetry import group
 
-__all__ = ["Observed", "observed", "reconstruct", "reconstruct_astra"]
+__all__ = ["Ctf", "Observed", "observed", "reconstruct", "reconstruct_astra"]
+
+#: Those of all images, or a function that gives those of some rows, or None.
+Ctf = ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Observed:
     ----------
     images : (n, size, size) array or ImageStack
     quaternions : (n, 4) array, unit, xyzw
+        The identity where none were given.
     shifts_px : (n, 2) array, pixels
     ctf : function
         Of rows: their CTF, (m, size, size // 2 + 1), or None.
@@ -51,9 +55,9 @@ class Observed:
 
 def observed(
     images: ArrayLike | ImageStack,
-    quaternions: ArrayLike,
+    quaternions: ArrayLike | None = None,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None = None,
+    ctf: Ctf = None,
 ) -> Observed:
     """Images and what is given of each, of equal length, or what is wrong with them.
 
@@ -63,10 +67,12 @@ def observed(
         Shapes that do not fit, no images, or values that are not finite.
     """
     stack = images if isinstance(images, ImageStack) else projection.check_images(images)
-    q = rotations.check(quaternions)
     n, size = len(stack), stack.shape[1]
-    if len(q) != n or n == 0:
-        raise InputError(f"wanted one quaternion an image, at least one; got {len(q)} and {n}")
+    if quaternions is None:
+        quaternions = np.tile([0.0, 0, 0, 1], (n, 1))
+    q = rotations.check(quaternions)
+    if len(q) != n:
+        raise InputError(f"wanted one quaternion an image; got {len(q)} and {n} images")
     shifts = np.zeros((n, 2)) if shifts_px is None else np.asarray(shifts_px, float)
     if shifts.shape != (n, 2) or not np.isfinite(shifts).all():
         raise InputError(f"shifts_px must be finite and have shape ({n}, 2), got {shifts.shape}")
@@ -87,7 +93,7 @@ def reconstruct(
     voxel_size_angstrom: float,
     rows: np.ndarray | None = None,
     shifts_px: ArrayLike | None = None,
-    ctf: ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None = None,
+    ctf: Ctf = None,
     contrast: ArrayLike | None = None,
     symmetry: str = "C1",
     iterations: int = 30,
@@ -134,7 +140,7 @@ def reconstruct(
         raise InputError(f"contrast must be finite and have shape ({n},), got {scale.shape}")
     rows = np.arange(n) if rows is None else np.asarray(rows)
     if rows.ndim != 1 or len(rows) == 0:
-        raise InputError(f"rows must be a list of at least one image, got shape {rows.shape}")
+        raise InputError(f"wanted at least one image, rows being a list; got shape {rows.shape}")
     n = len(rows)
     slices, orbit = projection.Slices(size), group(symmetry)
     right = np.zeros((size,) * 3, np.float32)

@@ -12,7 +12,7 @@ stages, because far from the truth only coarse detail points towards it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,11 +22,12 @@ import scipy.special
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import evaluation, fourier, maps, projection, reconstruction, rotations
+from . import evaluation, fourier, maps, matching, projection, reconstruction, rotations
 from .density import Density
 from .errors import InputError
-from .reconstruction import Observed
+from .reconstruction import Ctf, Observed
 from .rotations import Seed
+from .simulation import Preprocessing
 from .stacks import ImageStack
 
 __all__ = [
@@ -39,8 +40,6 @@ __all__ = [
     "from_reference",
     "refine",
 ]
-
-Ctf = ArrayLike | Callable[[np.ndarray], np.ndarray | None] | None
 
 #: The longest step, radians and pixels.
 _LONGEST = 0.15, 2.0
@@ -358,7 +357,7 @@ def refine(
     seen = reconstruction.observed(images, quaternions, shifts_px, ctf)
     rows = np.arange(len(seen)) if rows is None else np.asarray(rows)
     if rows.ndim != 1 or len(rows) == 0:
-        raise InputError(f"rows must be a list of at least one image, got shape {rows.shape}")
+        raise InputError(f"wanted at least one image, rows being a list; got shape {rows.shape}")
     n, box, q, shifts = len(rows), seen.box_px, seen.quaternions[rows], seen.shifts_px[rows]
     if box > density.box_px:
         raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
@@ -412,7 +411,7 @@ def refine(
             )
             if least is None:
                 given = fit.gram(np.arange(m), q[part], shifts[part])
-                least = _least_contrast(given, fit.samples)
+                least = _least_contrast(given, fit.samples, wanted_positive=steps > 0)
             fit.least = least
             if stage is stages[-1] and stage is not stages[0]:
                 # Coarse detail may lead astray: what was given stays a candidate.
@@ -462,14 +461,14 @@ def _load(stages: Sequence[_Stage], starts: int) -> list[tuple[_Stage, int]]:
     return list(zip(stages, entering, strict=True))
 
 
-def _least_contrast(gram: np.ndarray, samples: float) -> float:
+def _least_contrast(gram: np.ndarray, samples: float, *, wanted_positive: bool) -> float:
     """The floor of the contrasts, from how the images correlate where they start."""
     mm, my, yy = gram[:, 0, 0], gram[:, 0, 6], gram[:, 6, 6]
     if not mm.sum() > 0:
         raise InputError("the density is zero at the resolution that is used")
     # Beside what noise of the images' own power would give, in standard deviations.
     z = my.sum() / max(np.sqrt(np.sum(mm * yy) / samples), 1e-30)
-    if z < -6:
+    if wanted_positive and z < -6:
         raise InputError(
             "the images correlate negatively with the density: black and white are exchanged; "
             "see imaging.flip_contrast"
@@ -610,7 +609,9 @@ def alternate(
     every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to the
     resolution at which the FSC, corrected for the mask, falls below 0.143. What is coarser than
     ``joined_angstrom`` the references share, so that their frames stay together; there the FSC
-    proves nothing. At the end every particle is refined once more, against the map of all.
+    proves nothing. At the end the few particles that match the map of the other half better
+    elsewhere on the sphere are brought there, and all are refined once more, against the map of
+    all.
 
     Parameters
     ----------
@@ -649,7 +650,7 @@ def alternate(
     subset = _halved(subset, len(seen), seed)
     if rounds < 1:
         raise InputError(f"rounds must be positive, got {rounds}")
-    contrast = np.ones(len(seen))
+    given_px, contrast = seen.shifts_px, np.ones(len(seen))
     used = []
     for turn in tqdm(range(rounds + 1), desc="rounds", disable=not progress):
         pair = _half_maps(seen, subset, voxel_size_angstrom, contrast, True)
@@ -680,7 +681,7 @@ def alternate(
         seen = replace(seen, quaternions=separate.quaternions, shifts_px=separate.shifts_px)
         # The scale of contrast and density together is free.
         contrast = separate.contrast / np.median(separate.contrast)
-    # To the map of the other half, without what was shared, an image did not contribute.
+    # To the map of the other half an image did not contribute; nor to what was not shared of it.
     fine = [
         _filtered(d, weight).values - _filtered(d.low_passed(0.8 * joined_angstrom), weight).values
         for d in (pair.second, pair.first)
@@ -690,6 +691,12 @@ def alternate(
         _against(at, others, subset, resolution_angstrom=used[-1], starts=1, steps=0)
         for at in (seen, replace(seen, quaternions=np.roll(seen.quaternions, 1, axis=0)))
     )
+    final: dict[str, Any] = {
+        "resolution_angstrom": used[-1],
+        "starts": starts,
+        "spread_rad": spread_rad,
+    }
+    seen = _found_again(seen, given_px, references[::-1], subset, **final)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     whole = _filtered(pair.mean, 2 * weight / (1 + weight)).values
     refined = refine(
@@ -698,9 +705,7 @@ def alternate(
         seen.quaternions,
         shifts_px=seen.shifts_px,
         ctf=seen.ctf,
-        resolution_angstrom=used[-1],
-        starts=starts,
-        spread_rad=spread_rad,
+        **final,
     )
     f = _until(curve.corrected, 0.0)
     return Alternated(
@@ -716,6 +721,58 @@ def alternate(
         resolutions_angstrom=used,
         joined_angstrom=joined_angstrom,
     )
+
+
+def _found_again(
+    seen: Observed,
+    given_px: np.ndarray,
+    others: Sequence[Density],
+    subset: np.ndarray,
+    *,
+    spread_rad: float,
+    **options: Any,
+) -> Observed:
+    """Bring back particles that match better elsewhere on the sphere, with their given shifts.
+
+    Judged by the map of the half that a particle is not in: to that of its own it has contributed,
+    where it wrongly is; and there its shift has been led astray too.
+    """
+    q, shifts = seen.quaternions.copy(), seen.shifts_px.copy()
+    box, voxel = others[0].box_px, others[0].voxel_size_angstrom
+    small = min(box, max(16, 2 * int(np.ceil(box * voxel / 15.0))))  # detail of 15 A is enough
+    for half, other in zip((1, 2), others, strict=True):
+        mine = np.flatnonzero(subset == half)
+        matched = matching.match(
+            seen.images,
+            other,
+            Preprocessing(box, small, small, voxel),
+            rows=mine,
+            shifts_px=given_px,
+            ctf=seen.ctf,
+        )
+        rows = mine[rotations.distance(matched.quaternions, q[mine]) > 2 * spread_rad]
+        if len(rows) == 0:
+            continue
+        elsewhere = q.copy()
+        elsewhere[mine] = matched.quaternions
+        here, there = (
+            refine(
+                seen.images,
+                other,
+                start,
+                rows=rows,
+                shifts_px=moved,
+                ctf=seen.ctf,
+                noise_variance=1.0,  # of no effect on where they end
+                spread_rad=spread_rad,
+                **options,
+            )
+            for start, moved in ((q, shifts), (elsewhere, given_px))
+        )
+        better = there.gain > here.gain
+        q[rows[better]] = there.quaternions[better]
+        shifts[rows[better]] = there.shifts_px[better]
+    return replace(seen, quaternions=q, shifts_px=shifts)
 
 
 def expected_error(quaternions: ArrayLike, refined: Refined) -> np.ndarray:

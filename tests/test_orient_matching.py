@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from measures import Sees, gauss_newton, packed
 
-from cryoem import distances, evaluation, matching, orient, rotations, simulation
+from cryoem import distances, evaluation, imaging, matching, orient, rotations, simulation
 from cryoem.errors import InputError
 
 BOX, VOXEL = 32, 7.0
@@ -55,6 +55,26 @@ def test_matching_is_right_to_its_grid(phantom, density, whole):
     # 3000 balls of this radius fill SO(3); the best correlation is near the nearest reference.
     assert error.mean_rad < (6 * np.pi / 3000) ** (1 / 3)
     assert (found.scores > 0.9).all() and (found.scores <= 1 + 1e-5).all()
+
+
+def test_given_shifts_are_undone_and_rows_chosen(density, whole):
+    known = rotations.uniform(8, 4)
+    images, rows = project(density, known), np.array([5, 2])
+    plain = matching.match(images, density, whole, references=500)
+    shifts = imaging.triangular_shifts(8, 1, 4.0)
+    moved = imaging.shift(images, shifts)
+    asked = []
+    found = matching.match(
+        moved,
+        density,
+        whole,
+        rows=rows,
+        shifts_px=shifts,
+        ctf=lambda these: asked.append(these.tolist()),
+        references=500,
+    )
+    np.testing.assert_array_equal(found.quaternions, plain.quaternions[rows])
+    assert asked == [rows.tolist()]
 
 
 def test_noise_matches_badly(density, whole):
