@@ -8,6 +8,7 @@ from measures import Sees, gauss_newton, packed
 
 from cryoem import distances, evaluation, imaging, matching, orient, rotations, simulation
 from cryoem.errors import InputError
+from cryoem.projection import project
 
 BOX, VOXEL = 32, 7.0
 
@@ -39,8 +40,6 @@ class Oracle(Sees):
 
 
 def test_a_reference_matches_itself(density, whole):
-    from cryoem.projection import project
-
     known = rotations.grid(500)[::50]
     found = matching.match(3 * project(density, known) + 1, density, whole, references=500)
     np.testing.assert_array_equal(found.quaternions, known)
