@@ -90,6 +90,7 @@ def cell(mine, volume, model, snr, condition):
         "voxel_size_angstrom": volume.voxel_size_angstrom,
         "bound_mean_rad": bound,
         "random_one_sided_error_rad": evaluation.random_error(truth, 0, symmetry=symmetry.name),
+        "train_command": model.notes["command"],
         "images_seen": model.notes["images"],
         "train_minutes": model.notes.get("train_minutes"),
         "paper_rad": PAPER.get((mine["particle"], snr, condition)),
@@ -225,18 +226,24 @@ def cost(record):
     )
 
 
+def place(record):
+    """Where a cell stands in the table: shipped particles first, then cells in their order."""
+    snr = math.inf if record["snr"] == "inf" else record["snr"]
+    shipped = [*structures.SHIPPED, record["particle"]].index(record["particle"])
+    return shipped, record["particle"], record["model"], ALL_CELLS.index((snr, record["condition"]))
+
+
 def table(found):
     """The README's rows: one a cell."""
     rows = []
-    for r in found:
-        if not r["stage"].startswith("estimator"):
-            continue
+    for r in sorted((r for r in found if r["stage"].startswith("estimator")), key=place):
         key = ("particle", "model", "snr", "condition")
         same = [m for m in found if all(m[k] == r[k] for k in key)]
         matched = next(m for m in same if m["stage"].startswith("projection matching"))
         noise = "noiseless" if r["snr"] == "inf" else f"SNR 1/{1 / r['snr']:.0f}"
         title = r["particle"] + ("" if r["symmetry"] == "C1" else f" ({r['symmetry']})")
-        title += ", noise-only model" if r["model"].endswith("-plain") else ""
+        title += f", {r['train_minutes']:.0f} min of training"
+        title += ", for noise alone" if r["model"].endswith("-plain") else ""
         true, here = (r[f"mean_fsc_noiseless_{p}"] for p in ("true", "found"))
         rows.append(
             [

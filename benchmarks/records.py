@@ -27,7 +27,7 @@ def write(name, records, header, rows, command):
     ----------
     name : str
     records : list of dict
-        Units in the keys; the environment and the date are added to each.
+        Units in the keys; environment and date are added to those that do not have them yet.
     header : list of str
     rows : list of lists of str
     command : str
@@ -39,7 +39,7 @@ def write(name, records, header, rows, command):
     versions = ", ".join(f"{k} {v}" for k, v in common["versions"].items())
     lines += ["", f"`{command}`, {common['cores']} cores; {versions}."]
     with files.atomic(RESULTS / f"{name}.json") as path:
-        path.write_text(json.dumps([{**r, **common} for r in records], indent=1) + "\n")
+        path.write_text(json.dumps([{**common, **r} for r in records], indent=1) + "\n")
     with files.atomic(RESULTS / f"{name}.md") as path:
         path.write_text("\n".join(lines) + "\n")
     before, start, rest = README.read_text().partition(f"<!-- {name} -->\n")

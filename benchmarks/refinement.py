@@ -96,7 +96,7 @@ def known(particle, snr, n=N_KNOWN):
     images = imaging.crop(images, particle.box)
     cut = particle.known.in_box(particle.box)
     start = off(q, 0.3, SEED)
-    starts = 24 if snr < 1 / 50 else 4
+    starts = 64 if snr < 1 / 50 else 4
     found, seconds = timed(
         refinement.refine, images, cut, start, resolution_angstrom=2 * VOXEL, starts=starts
     )
@@ -288,7 +288,7 @@ def main():
         "sixteenth": lambda p: known(p, 1 / 16),
         "reconstructed": unknown,
         "bias": bias,
-        "hundredth": lambda p: known(p, 1 / 100, 100),
+        "hundredth": lambda p: known(p, 1 / 100),
         "speed": speed,
     }
     header = [
