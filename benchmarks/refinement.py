@@ -96,9 +96,16 @@ def known(particle, snr, n=N_KNOWN):
     images = imaging.crop(images, particle.box)
     cut = particle.known.in_box(particle.box)
     start = off(q, 0.3, SEED)
-    starts = 64 if snr < 1 / 50 else 4
+    # Where the likelihood has several maxima: many starts, from a wider ball.
+    starts, spread = (64, 0.45) if snr < 1 / 50 else (4, 0.3)
     found, seconds = timed(
-        refinement.refine, images, cut, start, resolution_angstrom=2 * VOXEL, starts=starts
+        refinement.refine,
+        images,
+        cut,
+        start,
+        resolution_angstrom=2 * VOXEL,
+        starts=starts,
+        spread_rad=spread,
     )
     error = rotations.distance(found.quaternions, q)
     bound, shift_bound = particle.bound(q, variance) if variance else (0.0, 0.0)
@@ -109,6 +116,7 @@ def known(particle, snr, n=N_KNOWN):
         "n": n,
         "box_px": particle.box,
         "starts": starts,
+        "spread_rad": spread,
         "start_error_rad": 0.3,
         "error_rad": float(error.mean()),
         "bound_rad": bound,
@@ -288,7 +296,7 @@ def main():
         "sixteenth": lambda p: known(p, 1 / 16),
         "reconstructed": unknown,
         "bias": bias,
-        "hundredth": lambda p: known(p, 1 / 100),
+        "hundredth": lambda p: known(p, 1 / 100, 200),
         "speed": speed,
     }
     header = [

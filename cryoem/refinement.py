@@ -329,7 +329,7 @@ def refine(
     starts : int
         How many orientations within ``spread_rad`` of the given one are tried; the likelihood
         chooses. A few mend what single starts miss; below SNR 1/50, where the likelihood has
-        several maxima, take tens.
+        several maxima, take tens, from a wider ball.
     spread_rad : float
     coarse_to_fine : bool
         Raise the resolution in stages. False: near the answer, go to the finest at once.

