@@ -215,7 +215,8 @@ def soft_mask(
     above the median by five standard deviations (from the median absolute deviation, which a
     particle that fills less than a quarter hardly touches) and by a tenth of the map's height; the
     largest piece, its holes filled. That is extended and falls to 0 as a raised cosine. Where
-    nothing stands out the mask is a sphere of four tenths of the box.
+    nothing stands out, or a speck of less than two cubes of the low-pass' resolution, which noise
+    makes too, the mask is a sphere of four tenths of the box.
 
     Parameters
     ----------
@@ -230,7 +231,8 @@ def soft_mask(
     (n, n, n) float32 array, from 0 to 1
     """
     n, voxel = density.box_px, density.voxel_size_angstrom
-    v = density.low_passed(max(resolution_angstrom, 3 * voxel), edge=0.3).values
+    finest = max(resolution_angstrom, 3 * voxel)
+    v = density.low_passed(finest, edge=0.3).values
     if not v.any():
         raise InputError("a map that is zero everywhere has no mask")
     axis = np.arange(n) - n // 2
@@ -241,9 +243,10 @@ def soft_mask(
     height = np.percentile(v, 99.9) - middle
     inside = sphere & (v > middle + max(5 * deviation, 0.1 * height))
     pieces, count = ndimage.label(inside)
-    if count == 0:
+    sizes = np.bincount(pieces.ravel())[1:]
+    if count == 0 or sizes.max() < 2 * (finest / voxel) ** 3:
         return _soft(radius < 0.4 * n, 0, 0.1 * n)
-    largest = np.bincount(pieces.ravel())[1:].argmax() + 1
+    largest = sizes.argmax() + 1
     filled = ndimage.binary_fill_holes(pieces == largest)
     return _soft(filled, extend_angstrom / voxel, max(edge_angstrom / voxel, 3))
 

@@ -436,3 +436,13 @@ def test_a_symmetric_map_needs_a_view_of_each_orbit(phantom):
     assert off[0] < 0.8 * off[1]
     for g in group("D2").elements:
         assert relative_error(maps.turned(with_it, g).values, with_it.values) < 0.05
+
+
+def test_a_speck_of_noise_is_no_particle_to_mask():
+    # One voxel stands out: the mask is the sphere that it is where nothing does.
+    values = np.random.default_rng(0).normal(0, 2e-2, (40, 40, 40)).astype(np.float32)
+    values[20, 20, 20] = 1
+    wide = maps.soft_mask(Density(values, 5.0))
+    axis = np.arange(40) - 20
+    radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
+    assert (wide[radius < 15] > 0.99).all()

@@ -301,7 +301,7 @@ def test_alternating_approaches_the_limit_that_knows_the_density(alternated):
         evaluation.align(q, TRUE, over="one-sided").quaternions
         for q in (start, found.refined.quaternions)
     )
-    assert rotations.distance(before, TRUE).mean() > 5 * bound
+    assert rotations.distance(before, TRUE)[LOST:].mean() > 5 * bound
     assert rotations.distance(after, TRUE).mean() < 1.6 * bound
     # Those that started anywhere were found again.
     assert np.median(rotations.distance(before, TRUE)[:LOST]) > 1
@@ -323,11 +323,11 @@ def test_the_alternated_map_is_the_particles(alternated):
 def test_noise_builds_no_structure():
     noise = np.random.default_rng(10).standard_normal((N, BOX, BOX)).astype(np.float32)
     found = refinement.alternate(noise, TRUE, voxel_size_angstrom=VOXEL, rounds=2, seed=9)
-    # Nothing finer than what the halves share, 40 A with a soft edge. What becomes of noise depends
-    # on the order of sums, so that single shells differ from run to run.
+    # Nothing below the resolution at which the halves are joined.
     curve = found.fsc.corrected
+    assert curve.resolution(0.143).angstrom > 25
     assert abs(curve.values[curve.frequencies > 1 / 25].mean()) < 0.06
-    assert abs(found.held_out_correlation - found.chance_correlation) < 0.03
+    assert abs(found.held_out_correlation - found.chance_correlation) < 0.02
 
 
 # --------------------------------------------------------------------------------------
