@@ -47,6 +47,8 @@ _LONGEST = 0.15, 2.0
 _SHORT, _SHORTEST = (2e-3, 2e-2), (1e-4, 1e-3)
 #: So does a step that would gain less than this, in twice the logarithm of the likelihood.
 _LITTLE = 2e-3
+#: Candidates this close to each other have found the same maximum; radians and pixels.
+_SAME = 0.05, 0.5
 #: No particle's contrast falls below this share of the median; at zero an image says nothing.
 _LEAST_CONTRAST = 0.1
 #: Relative accuracy asked of the NUFFT: noiseless images come out 1e-4 rad off.
@@ -260,10 +262,30 @@ class _Stage:
     short: tuple[float, float]
 
 
-def _limits(density: Density, finest: float) -> list[float]:
+def _distinct(gain: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Order each particle's candidates, (m, starts), the best first.
+
+    Those that ended where a better one did come last, lest one maximum crowd out the others.
+    """
+    m, starts = gain.shape
+    order = np.argsort(-gain, axis=1, kind="stable")
+    if starts == 1:
+        return order
+    rows = np.arange(m)[:, None]
+    q, shifts = q[rows, order], shifts[rows, order]
+    apart = np.linalg.norm(shifts[:, :, None] - shifts[:, None], axis=-1) / _SAME[1]
+    turn = np.minimum(1, np.abs(q @ q.transpose(0, 2, 1)))
+    same = (2 * np.arccos(turn) < _SAME[0]) & (apart < 1)
+    twice = np.tril(same, -1).any(axis=2)
+    return np.take_along_axis(order, np.argsort(twice, axis=1, kind="stable"), axis=1)
+
+
+def _limits(density: Density, finest: float, off_rad: float) -> list[float]:
     """Frequency limits of the stages, cycles per box of the density: doubling up to ``finest``.
 
-    The first period is the radius of gyration: an error of 0.3 rad moves the rim by a third of it.
+    The first period follows from how far off the starts are: an error of 0.3 rad moves the rim by
+    a third of the radius of gyration, which then is the period. Where a start is nearer, coarser
+    detail would only say less, and lead the starts together.
     """
     weight = np.maximum(density.values, 0).astype(float)
     n = density.box_px
@@ -271,7 +293,7 @@ def _limits(density: Density, finest: float) -> list[float]:
     total = sum(np.tensordot(square, weight.sum(axis=tuple({0, 1, 2} - {a})), 1) for a in range(3))
     gyration = np.sqrt(total / max(weight.sum(), 1e-30))
     limits = [finest]
-    while gyration > 0 and limits[0] > 1.5 * n / gyration:
+    while limits[0] * gyration * off_rad > 0.3 * 1.5 * n:
         limits.insert(0, limits[0] / 2)
     return limits
 
@@ -329,7 +351,8 @@ def refine(
     starts : int
         How many orientations within ``spread_rad`` of the given one are tried; the likelihood
         chooses. A few mend what single starts miss; below SNR 1/50, where the likelihood has
-        several maxima, take tens, from a wider ball.
+        several maxima, take tens, from a wider ball. The denser they lie, the finer the detail
+        that they begin with.
     spread_rad : float
     coarse_to_fine : bool
         Raise the resolution in stages. False: near the answer, go to the finest at once.
@@ -374,7 +397,9 @@ def refine(
     order = np.argsort(radius, kind="stable")
     order = order[(radius[order] > 0) & (radius[order] <= finest)]
     frequencies, weights = slices.frequencies[order], slices.weights[order]
-    limits = _limits(density, finest) if coarse_to_fine and steps else [finest]
+    # Points of a ball that are as many as the starts are this far apart.
+    off_rad = spread_rad / starts ** (1 / 3)
+    limits = _limits(density, finest, off_rad) if coarse_to_fine and steps else [finest]
     stages, keep = [], starts
     for limit in limits:
         count = int(np.sum(radius[order] <= limit))
@@ -423,7 +448,7 @@ def refine(
             )
             trial_q, trial_shifts, gram = (x.reshape(m, -1, *x.shape[1:]) for x in climbed)
             gain = fit.normal(climbed[2])[0].reshape(m, -1)
-            best = np.argsort(-gain, axis=1, kind="stable")[:, : stage.keep]
+            best = _distinct(gain, trial_q, trial_shifts)[:, : stage.keep]
             trial_q, trial_shifts, gram = (
                 x[np.arange(m)[:, None], best] for x in (trial_q, trial_shifts, gram)
             )
