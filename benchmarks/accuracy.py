@@ -244,6 +244,7 @@ def table(found):
         title = r["particle"] + ("" if r["symmetry"] == "C1" else f" ({r['symmetry']})")
         title += f", {r['train_minutes']:.0f} min of training"
         title += ", for noise alone" if r["model"].endswith("-plain") else ""
+        title += ", for noise and shifts" if r["model"].endswith("-shifts") else ""
         true, here = (r[f"mean_fsc_noiseless_{p}"] for p in ("true", "found"))
         rows.append(
             [
@@ -294,8 +295,11 @@ def main():
         if arguments.map:
             extra["map_sha256"] = files.sha256(arguments.map)
         cells = ALL_CELLS if model.symmetry == "C1" else SHIPPED_CELLS
-        if not model.notes["source"]["max_shift_px"]:  # trained for noise alone
-            cells = [c for c in cells if c[1] in ("plain", "preferred")]
+        trained = model.notes["source"]  # what a model was not trained for is another's to do
+        known = {"plain", "preferred"}
+        known |= {"shifts"} if trained["max_shift_px"] else set()
+        known |= {"ctf"} if trained["defocus_range_angstrom"] else set()
+        cells = [c for c in cells if c[1] in known and c[0] >= trained["snr_range"][0]]
         for snr, condition in cells:
             mine = {
                 "particle": name,

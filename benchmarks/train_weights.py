@@ -30,8 +30,11 @@ PARTICLES = {
     "5j0n": {"symmetry": "C1", "down_px": 48, "crop_px": 36},
     "5a1a": {"symmetry": "D2", "down_px": 72, "crop_px": 36},
 }
-#: The second, shorter training draws other images than the first.
+#: The second, shorter training draws other images than the first,
 POLISH_SEED = 6
+#: and for noise and shifts alone (``--shifts``), these.
+SHIFTS = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25, "max_shift_px": 8.0}
+SHIFTS |= {"shifted_fraction": 0.15}
 
 
 class Log(keras.callbacks.Callback):
@@ -52,6 +55,9 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--precision", default="mixed_bfloat16")
     parser.add_argument("--plain", action="store_true", help="noise only: no shifts, no CTF")
+    parser.add_argument(
+        "--shifts", action="store_true", help="the second training: noise and shifts, no CTF"
+    )
     arguments = parser.parse_args()
     settings = dict(PARTICLES[arguments.name])
     symmetry = settings.pop("symmetry")
@@ -60,7 +66,13 @@ def main():
         frame_px=116, pixel_size_angstrom=volume.voxel_size_angstrom, **settings
     )
     ranges = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
-    source = simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
+    if arguments.shifts and (arguments.plain or not arguments.polish or not arguments.map):
+        parser.error("--shifts goes with --polish and --map, without --plain")
+
+    def images_of(ranges):
+        return simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
+
+    source = images_of(ranges)
     model = estimator.Estimator.create(
         preprocessing,
         symmetry=symmetry,
@@ -80,14 +92,16 @@ def main():
         checkpoint=folder / tag,
         **options,
     )
-    if arguments.polish:  # the same once more, shorter, and the noisiest images count for less
+    if arguments.shifts:
+        tag, source = f"{tag}-shifts", images_of(SHIFTS)
+    if arguments.polish:  # once more, shorter, and the noisiest images count for less
         end = estimator.train(
             model,
             source,
             images=arguments.polish,
             seed=arguments.seed + POLISH_SEED,
             learning_rate=arguments.learning_rate / 3,
-            noise_weight=1.0,
+            noise_weight=0.2 if arguments.shifts else 1.0,
             checkpoint=folder / f"{tag}-polish",
             **options,
         )
@@ -95,6 +109,7 @@ def main():
     command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
     command += f" --polish {arguments.polish}" if arguments.polish else ""
     command += " --plain" if arguments.plain else ""
+    command += " --shifts" if arguments.shifts else ""
     model.notes = {
         "particle": arguments.name,
         "command": command + (f" --map {arguments.map.name}" if arguments.map else ""),

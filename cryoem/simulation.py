@@ -177,9 +177,11 @@ class TrainingImages:
     clean_fraction : float
         The share of images without noise.
     max_shift_px : float
-        Pixels of the full frame. Half of the images are shifted by the triangular law up to this,
-        the others by a little (2 % of the frame at most): these are what a network sees after it
-        has centred an image by its own estimate.
+        Pixels of the full frame. Some images are shifted by the triangular law up to this, the
+        others by a little (2 % of the frame at most): these are what a network sees after it has
+        centred an image by its own estimate.
+    shifted_fraction : float
+        The share of the former, from which only the shift has to be learned.
     defocus_range_angstrom : (low, high), optional
         Draw a defocus for each image and apply the absolute value of its CTF, which is what
         flipping phases leaves of it.
@@ -199,6 +201,7 @@ class TrainingImages:
         snr_range: tuple[float, float] = (1 / 64, 1.0),
         clean_fraction: float = 0.3,
         max_shift_px: float = 0.0,
+        shifted_fraction: float = 0.5,
         defocus_range_angstrom: tuple[float, float] | None = None,
         ctf_fraction: float = 0.5,
         coverage: str = "uniform",
@@ -208,7 +211,11 @@ class TrainingImages:
         low, high = snr_range
         if not 0 < low <= high:
             raise InputError(f"snr_range must be (low, high), both positive, got {snr_range}")
-        for name, share in (("clean_fraction", clean_fraction), ("ctf_fraction", ctf_fraction)):
+        for name, share in (
+            ("clean_fraction", clean_fraction),
+            ("shifted_fraction", shifted_fraction),
+            ("ctf_fraction", ctf_fraction),
+        ):
             if not 0 <= share <= 1:
                 raise InputError(f"{name} must lie in [0, 1], got {share}")
         if density.box_px != p.frame_px:
@@ -221,6 +228,7 @@ class TrainingImages:
         self.snr_range = snr_range
         self.clean_fraction = clean_fraction
         self.max_shift_px = max_shift_px
+        self.shifted_fraction = shifted_fraction
         self.defocus_range_angstrom = defocus_range_angstrom
         self.ctf_fraction = ctf_fraction
         self.coverage = coverage
@@ -241,6 +249,7 @@ class TrainingImages:
             "snr_range": list(snr_range),
             "clean_fraction": clean_fraction,
             "max_shift_px": max_shift_px,
+            "shifted_fraction": shifted_fraction,
             "defocus_range_angstrom": defocus_range_angstrom and list(defocus_range_angstrom),
             "ctf_fraction": ctf_fraction,
             "coverage": coverage,
@@ -284,7 +293,8 @@ class TrainingImages:
         if self.max_shift_px:
             shifts = imaging.triangular_shifts(n, rng, self.max_shift_px)
             little = imaging.triangular_shifts(n, rng, min(self.max_shift_px, LITTLE * p.frame_px))
-            shifts = np.where(rng.random((n, 1)) < 0.5, shifts, little) * p.down_px / p.frame_px
+            far = rng.random((n, 1)) < self.shifted_fraction
+            shifts = np.where(far, shifts, little) * p.down_px / p.frame_px
             images = imaging.shift(images, shifts)
         signal = np.full(n, self.signal_variance)
         if self.defocus_range_angstrom is not None:

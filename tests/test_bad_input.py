@@ -34,6 +34,7 @@ def training(**options):
         (lambda: training(snr_range=(0, 1)), "snr_range"),
         (lambda: training(snr_range=(1, 0.5)), "snr_range"),
         (lambda: training(clean_fraction=2), "clean_fraction"),
+        (lambda: training(shifted_fraction=-0.1), "shifted_fraction"),
         (lambda: training().batch(0, 0, 5, pairs="uniform"), "even"),
         (lambda: imaging.shift(IMAGES, np.full((3, 2), np.nan)), "shifts_px"),
         (lambda: imaging.shift(IMAGES, np.zeros((2, 2))), "shifts_px"),

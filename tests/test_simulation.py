@@ -122,6 +122,12 @@ def test_shifted_training_images_are_shifted_by_what_the_frame_says(phantom, den
     variance = (3**2 + 0.48**2) / 6 / 2
     assert told.std() == pytest.approx(np.sqrt(variance), rel=0.15)
     assert np.abs(told).max() < 3
+    few = simulation.TrainingImages(
+        density, prepare, clean_fraction=1.0, max_shift_px=6.0, shifted_fraction=0.1
+    )
+    told = few.batch(3, 0, 400)[1][:, -2:]
+    variance = 0.1 * 3**2 / 6 + 0.9 * 0.48**2 / 6
+    assert told.std() == pytest.approx(np.sqrt(variance), rel=0.2)
 
 
 def test_a_ctf_leaves_its_absolute_value(phantom, density):
