@@ -26,7 +26,7 @@ TRAINED = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=51_200)
+    parser.add_argument("--images", type=int, default=25_600)
     images = parser.parse_args().images
     volume = structures.load_density(architecture.PARTICLE)
     preprocessing = simulation.Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
