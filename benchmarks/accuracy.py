@@ -50,6 +50,12 @@ ALL_CELLS = [
     (1 / 16, "ctf"),
     (1 / 16, "preferred"),
 ]
+#: What a model was trained for, by the end of its name.
+FOR = {
+    "plain": ", for noise alone",
+    "moderate": ", for noise to 1/32 alone",
+    "shifts": ", for noise to 1/32 and shifts",
+}
 PAPER = {
     ("5j0n", math.inf, "plain"): 0.20,
     ("5j0n", 1 / 16, "plain"): 0.25,
@@ -243,8 +249,7 @@ def table(found):
         noise = "noiseless" if r["snr"] == "inf" else f"SNR 1/{1 / r['snr']:.0f}"
         title = r["particle"] + ("" if r["symmetry"] == "C1" else f" ({r['symmetry']})")
         title += f", {r['train_minutes']:.0f} min of training"
-        title += ", for noise alone" if r["model"].endswith("-plain") else ""
-        title += ", for noise and shifts" if r["model"].endswith("-shifts") else ""
+        title += FOR.get(r["model"].rpartition("-")[2], "")
         true, here = (r[f"mean_fsc_noiseless_{p}"] for p in ("true", "found"))
         rows.append(
             [

@@ -32,9 +32,9 @@ PARTICLES = {
 }
 #: The second, shorter training draws other images than the first,
 POLISH_SEED = 6
-#: and for noise and shifts alone (``--shifts``), these.
-SHIFTS = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25, "max_shift_px": 8.0}
-SHIFTS |= {"shifted_fraction": 0.15}
+#: and where it is for moderate noise (``--moderate``), these; for shifts too (``--shifts``).
+MODERATE = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25}
+SHIFTS = {**MODERATE, "max_shift_px": 8.0, "shifted_fraction": 0.15}
 
 
 class Log(keras.callbacks.Callback):
@@ -56,7 +56,10 @@ def main():
     parser.add_argument("--precision", default="mixed_bfloat16")
     parser.add_argument("--plain", action="store_true", help="noise only: no shifts, no CTF")
     parser.add_argument(
-        "--shifts", action="store_true", help="the second training: noise and shifts, no CTF"
+        "--moderate", action="store_true", help="the second training of --plain: SNR 1/32 and more"
+    )
+    parser.add_argument(
+        "--shifts", action="store_true", help="the second training: so, with shifts, no CTF"
     )
     arguments = parser.parse_args()
     settings = dict(PARTICLES[arguments.name])
@@ -66,8 +69,13 @@ def main():
         frame_px=116, pixel_size_angstrom=volume.voxel_size_angstrom, **settings
     )
     ranges = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
-    if arguments.shifts and (arguments.plain or not arguments.polish or not arguments.map):
-        parser.error("--shifts goes with --polish and --map, without --plain")
+    special = arguments.shifts or arguments.moderate
+    if special and not (
+        arguments.polish
+        and arguments.map
+        and arguments.plain == arguments.moderate != arguments.shifts
+    ):
+        parser.error("--polish and --map go with --plain --moderate, or with --shifts")
 
     def images_of(ranges):
         return simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
@@ -92,8 +100,9 @@ def main():
         checkpoint=folder / tag,
         **options,
     )
-    if arguments.shifts:
-        tag, source = f"{tag}-shifts", images_of(SHIFTS)
+    if special:
+        source = images_of(SHIFTS if arguments.shifts else MODERATE)
+        tag = f"{arguments.name}-{'shifts' if arguments.shifts else 'moderate'}"
     if arguments.polish:  # once more, shorter, and the noisiest images count for less
         end = estimator.train(
             model,
@@ -101,7 +110,7 @@ def main():
             images=arguments.polish,
             seed=arguments.seed + POLISH_SEED,
             learning_rate=arguments.learning_rate / 3,
-            noise_weight=0.2 if arguments.shifts else 1.0,
+            noise_weight=0.2 if special else 1.0,
             checkpoint=folder / f"{tag}-polish",
             **options,
         )
@@ -109,6 +118,7 @@ def main():
     command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
     command += f" --polish {arguments.polish}" if arguments.polish else ""
     command += " --plain" if arguments.plain else ""
+    command += " --moderate" if arguments.moderate else ""
     command += " --shifts" if arguments.shifts else ""
     model.notes = {
         "particle": arguments.name,
