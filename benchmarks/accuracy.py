@@ -51,11 +51,7 @@ ALL_CELLS = [
     (1 / 16, "preferred"),
 ]
 #: What a model was trained for, by the end of its name.
-FOR = {
-    "plain": ", for noise alone",
-    "moderate": ", for noise to 1/32 alone",
-    "shifts": ", for noise to 1/32 and shifts",
-}
+FOR = {"plain": ", for noise alone", "moderate": ", for noise to 1/32 alone"}
 PAPER = {
     ("5j0n", math.inf, "plain"): 0.20,
     ("5j0n", 1 / 16, "plain"): 0.25,

@@ -4,16 +4,23 @@ Models of one SNR each and one of the whole range see the same number of images 
 are judged on 300 unseen images of every SNR by E_OR, the error of the orientations that linear
 algebra finds in their distances (nothing of the truth but O(4)). A model that is in the results
 for as many images is not trained again.
+
+What a model for noise, shifts and defocus owes to each of its conditions is measured by training it
+on for that condition alone (four times as many images), beside as much more of all:
+
+    python benchmarks/mismatch.py --map 5j0n.mrc --weights results/weights/5j0n.npz
 """
 
 import argparse
 import json
 import math
+from pathlib import Path
 
 import architecture
 import records
+import train_weights
 
-from cryoem import estimator, simulation, structures
+from cryoem import estimator, evaluation, files, orient, simulation, structures
 
 SEED, N_IMAGES, TEST_SEED = 1, 300, 70_111
 SNR = {"noiseless": math.inf, "1/4": 1 / 4, "1/16": 1 / 16, "1/64": 1 / 64}
@@ -22,12 +29,85 @@ TRAINED = {
     "noiseless": {"clean_fraction": 1.0},
     "1/64 to 1, and noiseless": {"snr_range": (1 / 64, 1.0), "clean_fraction": 0.25},
 }
+#: How test images of a condition are made, and what is learned from for it alone.
+NOISY = {"snr_range": (1 / 16, 1 / 16), "clean_fraction": 0.0}
+CONDITIONS = {
+    "noiseless": ({}, {"clean_fraction": 1.0}),
+    "1/16": ({"snr": 1 / 16}, NOISY),
+    "1/16, shifts": (
+        {"snr": 1 / 16, "max_shift_px": 8.0},
+        {**NOISY, "max_shift_px": 8.0, **train_weights.FEWER_FAR},
+    ),
+    "1/16, ctf": (
+        {"snr": 1 / 16, "defocus_range_angstrom": (8_000.0, 25_000.0)},
+        {**NOISY, "defocus_range_angstrom": (8_000.0, 25_000.0), "ctf_fraction": 1.0},
+    ),
+}
+
+
+def breadth(weights, source, images):
+    """Train a model on, for all that it knows and for one condition at a time; judge each."""
+    model = estimator.Estimator.load(weights)
+    name = model.notes["particle"]
+    volume = records.volume_of(source or name, model.symmetry)
+    tests = {
+        tested: simulation.particles(volume, 1000, TEST_SEED, **how)
+        for tested, (how, _) in CONDITIONS.items()
+    }
+    path = records.RESULTS / "breadth.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    common = {"particle": name, "weights_sha256": files.sha256(weights), "images_more": images}
+    found = [r for r in found if all(r[k] == v for k, v in common.items())]
+    trained = {
+        "as it is": None,
+        "all of it": {**train_weights.RANGES, **train_weights.FEWER_FAR},
+        **{condition: ranges for condition, (_, ranges) in CONDITIONS.items()},
+    }
+    for title, ranges in trained.items():
+        if any(r["trained_on"] == title for r in found):
+            continue
+        model = estimator.Estimator.load(weights, precision=model.notes["precision"])
+        if ranges:
+            estimator.train(
+                model,
+                simulation.TrainingImages(volume, model.preprocessing, **ranges),
+                images=images,
+                seed=SEED + 2 * train_weights.POLISH_SEED,
+                learning_rate=train_weights.POLISH_RATE,
+                noise_weight=1.0,
+                progress=False,
+            )
+            if "max_shift_px" not in ranges:
+                model.looks = 1  # it may know that images are centred
+        for tested, seen in tests.items():
+            q = orient.orient(model, seen.images, ctf=seen.ctf()).quaternions
+            record = {
+                **common,
+                "trained_on": title,
+                "tested_on": tested,
+                "n": len(q),
+                "seed": SEED,
+                "test_seed": TEST_SEED,
+                "e_or_rad": evaluation.errors(q, seen.quaternions, over="o4").mean_rad,
+            }
+            found.append(record)
+            print(record, flush=True)
+        header = [f"trained on, {images:,} images", *(f"E_OR, {t}, rad" for t in CONDITIONS)]
+        command = "python benchmarks/mismatch.py --weights ..."
+        command += " --map ..." if source else ""
+        records.write("breadth", found, header, table(found, trained, CONDITIONS), command)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=25_600)
-    images = parser.parse_args().images
+    parser.add_argument("--weights", type=Path, help="train this model on, for one at a time")
+    parser.add_argument("--map", type=Path, help="of a particle that does not ship")
+    arguments = parser.parse_args()
+    images = arguments.images
+    if arguments.weights:
+        breadth(arguments.weights, arguments.map, 4 * images)
+        return
     volume = structures.load_density(architecture.PARTICLE)
     preprocessing = simulation.Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
     tests = {
@@ -64,21 +144,21 @@ def main():
             )
             print(found[-1], flush=True)
         header = ["trained on (SNR)", *(f"E_OR at {tested}, rad" for tested in SNR)]
-        records.write("mismatch", found, header, table(found), "make bench-mismatch")
+        records.write("mismatch", found, header, table(found, TRAINED, SNR), "make bench-mismatch")
 
 
-def table(found):
+def table(found, trained, conditions):
     return [
         [
             name,
             *(
                 f"{r['e_or_rad']:.3f}"
-                for tested in SNR
+                for tested in conditions
                 for r in found
                 if r["trained_on"] == name and r["tested_on"] == tested
             ),
         ]
-        for name in TRAINED
+        for name in trained
         if any(r["trained_on"] == name for r in found)
     ]
 

@@ -30,11 +30,13 @@ PARTICLES = {
     "5j0n": {"symmetry": "C1", "down_px": 48, "crop_px": 36},
     "5a1a": {"symmetry": "D2", "down_px": 72, "crop_px": 36},
 }
-#: The second, shorter training draws other images than the first,
-POLISH_SEED = 6
-#: and where it is for moderate noise (``--moderate``), these; for shifts too (``--shifts``).
+#: The peak of the learning rate.
+RATE = 6e-3
+#: The second training draws other images than the first, fewer of them far off their centre,
+POLISH_SEED, POLISH_RATE = 6, 2e-3
+FEWER_FAR = {"shifted_fraction": 0.15}
+#: and where it is for moderate noise (``--moderate``), these.
 MODERATE = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25}
-SHIFTS = {**MODERATE, "max_shift_px": 8.0, "shifted_fraction": 0.15}
 
 
 class Log(keras.callbacks.Callback):
@@ -52,14 +54,10 @@ def main():
     parser.add_argument("--images", type=int, default=640_000)
     parser.add_argument("--polish", type=int, default=0, help="images of a second training")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--precision", default="mixed_bfloat16")
     parser.add_argument("--plain", action="store_true", help="noise only: no shifts, no CTF")
     parser.add_argument(
         "--moderate", action="store_true", help="the second training of --plain: SNR 1/32 and more"
-    )
-    parser.add_argument(
-        "--shifts", action="store_true", help="the second training: so, with shifts, no CTF"
     )
     arguments = parser.parse_args()
     settings = dict(PARTICLES[arguments.name])
@@ -69,13 +67,8 @@ def main():
         frame_px=116, pixel_size_angstrom=volume.voxel_size_angstrom, **settings
     )
     ranges = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
-    special = arguments.shifts or arguments.moderate
-    if special and not (
-        arguments.polish
-        and arguments.map
-        and arguments.plain == arguments.moderate != arguments.shifts
-    ):
-        parser.error("--polish and --map go with --plain --moderate, or with --shifts")
+    if arguments.moderate and not (arguments.plain and arguments.polish):
+        parser.error("--moderate goes with --plain and --polish")
 
     def images_of(ranges):
         return simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
@@ -96,21 +89,25 @@ def main():
         source,
         images=arguments.images,
         seed=arguments.seed,
-        learning_rate=arguments.learning_rate,
+        learning_rate=RATE,
         checkpoint=folder / tag,
         **options,
     )
-    if special:
-        source = images_of(SHIFTS if arguments.shifts else MODERATE)
-        tag = f"{arguments.name}-{'shifts' if arguments.shifts else 'moderate'}"
-    if arguments.polish:  # once more, shorter, and the noisiest images count for less
+    if arguments.moderate:
+        tag = f"{arguments.name}-moderate"
+    if arguments.polish:  # once more, and the noisiest images count for less
+        if arguments.moderate:
+            ranges = MODERATE
+        elif not arguments.plain:
+            ranges = {**RANGES, **FEWER_FAR}
+        source = images_of(ranges)
         end = estimator.train(
             model,
             source,
             images=arguments.polish,
             seed=arguments.seed + POLISH_SEED,
-            learning_rate=arguments.learning_rate / 3,
-            noise_weight=0.2 if special else 1.0,
+            learning_rate=POLISH_RATE,
+            noise_weight=0.2 if arguments.moderate else 1.0,
             checkpoint=folder / f"{tag}-polish",
             **options,
         )
@@ -119,13 +116,12 @@ def main():
     command += f" --polish {arguments.polish}" if arguments.polish else ""
     command += " --plain" if arguments.plain else ""
     command += " --moderate" if arguments.moderate else ""
-    command += " --shifts" if arguments.shifts else ""
     model.notes = {
         "particle": arguments.name,
         "command": command + (f" --map {arguments.map.name}" if arguments.map else ""),
         "seed": arguments.seed,
         "images": arguments.images + arguments.polish,
-        "learning_rate": arguments.learning_rate,
+        "learning_rate": RATE,
         "precision": arguments.precision,
         "train_minutes": round(sum(history["seconds"]) / 60, 1),
         "source": source.settings,
