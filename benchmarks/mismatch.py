@@ -48,6 +48,8 @@ CONDITIONS = {
 def breadth(weights, source, images):
     """Train a model on, for all that it knows and for one condition at a time; judge each."""
     model = estimator.Estimator.load(weights)
+    if model.symmetry != "C1":
+        raise SystemExit(f"{weights}: wanted a particle without symmetry, got {model.symmetry}")
     name = model.notes["particle"]
     volume = records.volume_of(source or name, model.symmetry)
     tests = {
@@ -57,14 +59,16 @@ def breadth(weights, source, images):
     path = records.RESULTS / "breadth.json"
     found = json.loads(path.read_text()) if path.exists() else []
     common = {"particle": name, "weights_sha256": files.sha256(weights), "images_more": images}
-    found = [r for r in found if all(r[k] == v for k, v in common.items())]
+    if source:
+        common["map_sha256"] = files.sha256(source)
+    found = [r for r in found if r["particle"] != name or all(r[k] == v for k, v in common.items())]
     trained = {
         "as it is": None,
         "all of it": {**train_weights.RANGES, **train_weights.FEWER_FAR},
         **{condition: ranges for condition, (_, ranges) in CONDITIONS.items()},
     }
     for title, ranges in trained.items():
-        if any(r["trained_on"] == title for r in found):
+        if any(r["trained_on"] == title and r["particle"] == name for r in found):
             continue
         model = estimator.Estimator.load(weights, precision=model.notes["precision"])
         if ranges:
@@ -92,10 +96,15 @@ def breadth(weights, source, images):
             }
             found.append(record)
             print(record, flush=True)
-        header = [f"trained on, {images:,} images", *(f"E_OR, {t}, rad" for t in CONDITIONS)]
-        command = "python benchmarks/mismatch.py --weights ..."
-        command += " --map ..." if source else ""
-        records.write("breadth", found, header, table(found, trained, CONDITIONS), command)
+        header = ["particle", "trained on", *(f"E_OR at {tested}, rad" for tested in CONDITIONS)]
+        rows = [
+            [particle, *row]
+            for particle in dict.fromkeys(r["particle"] for r in found)
+            for row in table([r for r in found if r["particle"] == particle], trained, CONDITIONS)
+        ]
+        command = f"python benchmarks/mismatch.py --weights {weights}"
+        command += f" --map {source.name}" if source else ""
+        records.write("breadth", found, header, rows, command)
 
 
 def main():
