@@ -16,6 +16,7 @@ import json
 import math
 from pathlib import Path
 
+import accuracy
 import architecture
 import records
 import train_weights
@@ -31,17 +32,15 @@ TRAINED = {
 }
 #: How test images of a condition are made, and what is learned from for it alone.
 NOISY = {"snr_range": (1 / 16, 1 / 16), "clean_fraction": 0.0}
+SHIFTS, CTF = (accuracy.CONDITIONS[name] for name in ("shifts", "ctf"))
 CONDITIONS = {
     "noiseless": ({}, {"clean_fraction": 1.0}),
     "1/16": ({"snr": 1 / 16}, NOISY),
     "1/16, shifts": (
-        {"snr": 1 / 16, "max_shift_px": 8.0},
-        {**NOISY, "max_shift_px": 8.0, **train_weights.FEWER_FAR},
+        {"snr": 1 / 16, **SHIFTS},
+        {**NOISY, **SHIFTS, **train_weights.FEWER_FAR},
     ),
-    "1/16, ctf": (
-        {"snr": 1 / 16, "defocus_range_angstrom": (8_000.0, 25_000.0)},
-        {**NOISY, "defocus_range_angstrom": (8_000.0, 25_000.0), "ctf_fraction": 1.0},
-    ),
+    "1/16, ctf": ({"snr": 1 / 16, **CTF}, {**NOISY, **CTF, "ctf_fraction": 1.0}),
 }
 
 
@@ -61,7 +60,9 @@ def breadth(weights, source, images):
     common = {"particle": name, "weights_sha256": files.sha256(weights), "images_more": images}
     if source:
         common["map_sha256"] = files.sha256(source)
-    found = [r for r in found if r["particle"] != name or all(r[k] == v for k, v in common.items())]
+    found = [
+        r for r in found if r["particle"] != name or all(r.get(k) == v for k, v in common.items())
+    ]
     trained = {
         "as it is": None,
         "all of it": {**train_weights.RANGES, **train_weights.FEWER_FAR},
