@@ -4,7 +4,7 @@ Every case is trained on the same fresh noiseless images for the same processor 
 each: a few steps tell how many images that is, and the learning rate falls to zero at the last.
 Judged on 300 unseen images by the error of the distances and by E_OR, the error of the orientations
 that linear algebra finds in them (nothing of the truth but O(4)). ``--minutes`` sets the processor
-time (the whole takes thirty-five times as long); a case that is in the results for the same minutes
+time (the whole takes some thirty times as long); a case that is in the results for the same minutes
 is not run again.
 """
 

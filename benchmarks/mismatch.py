@@ -49,7 +49,7 @@ def breadth(weights, source, images):
     model = estimator.Estimator.load(weights)
     if model.symmetry != "C1":
         raise SystemExit(f"{weights}: wanted a particle without symmetry, got {model.symmetry}")
-    name = model.notes["particle"]
+    name, seed = model.notes["particle"], SEED + 2 * train_weights.POLISH_SEED  # images of its own
     volume = records.volume_of(source or name, model.symmetry)
     tests = {
         tested: simulation.particles(volume, 1000, TEST_SEED, **how)
@@ -77,7 +77,7 @@ def breadth(weights, source, images):
                 model,
                 simulation.TrainingImages(volume, model.preprocessing, **ranges),
                 images=images,
-                seed=SEED + 2 * train_weights.POLISH_SEED,
+                seed=seed,
                 learning_rate=train_weights.POLISH_RATE,
                 noise_weight=1.0,
                 progress=False,
@@ -91,7 +91,7 @@ def breadth(weights, source, images):
                 "trained_on": title,
                 "tested_on": tested,
                 "n": len(q),
-                "seed": SEED,
+                "seed": seed,
                 "test_seed": TEST_SEED,
                 "e_or_rad": evaluation.errors(q, seen.quaternions, over="o4").mean_rad,
             }
