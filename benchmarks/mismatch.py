@@ -6,12 +6,15 @@ algebra finds in their distances (nothing of the truth but O(4)). A model that i
 for as many images is not trained again.
 
 What a model for noise, shifts and defocus owes to each of its conditions is measured by training it
-on for that condition alone (four times as many images), beside as much more of all:
+on for that condition alone (four times as many images). Where a condition has no shifts, the model
+for it alone knows that; so the model for all is also judged when it is told which images are
+centred, as ``cryoem orient --centred`` tells it:
 
     python benchmarks/mismatch.py --map 5j0n.mrc --weights results/weights/5j0n.npz
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -33,6 +36,7 @@ TRAINED = {
 #: How test images of a condition are made, and what is learned from for it alone.
 NOISY = {"snr_range": (1 / 16, 1 / 16), "clean_fraction": 0.0}
 SHIFTS, CTF = (accuracy.CONDITIONS[name] for name in ("shifts", "ctf"))
+TOLD = "as it is, told what is centred"
 CONDITIONS = {
     "noiseless": ({}, {"clean_fraction": 1.0}),
     "1/16": ({"snr": 1 / 16}, NOISY),
@@ -45,11 +49,11 @@ CONDITIONS = {
 
 
 def breadth(weights, source, images):
-    """Train a model on, for all that it knows and for one condition at a time; judge each."""
+    """Train a model on, for one condition at a time; judge each and the model itself."""
     model = estimator.Estimator.load(weights)
     if model.symmetry != "C1":
         raise SystemExit(f"{weights}: wanted a particle without symmetry, got {model.symmetry}")
-    name, seed = model.notes["particle"], SEED + 2 * train_weights.POLISH_SEED  # images of its own
+    name, seed = model.notes["particle"], SEED + 9 * train_weights.POLISH_SEED  # images of its own
     volume = records.volume_of(source or name, model.symmetry)
     tests = {
         tested: simulation.particles(volume, 1000, TEST_SEED, **how)
@@ -63,15 +67,14 @@ def breadth(weights, source, images):
     found = [
         r for r in found if r["particle"] != name or all(r.get(k) == v for k, v in common.items())
     ]
-    trained = {
-        "as it is": None,
-        "all of it": {**train_weights.RANGES, **train_weights.FEWER_FAR},
-        **{condition: ranges for condition, (_, ranges) in CONDITIONS.items()},
-    }
+    trained = {"as it is": None, TOLD: None} | {c: how for c, (_, how) in CONDITIONS.items()}
     for title, ranges in trained.items():
         if any(r["trained_on"] == title and r["particle"] == name for r in found):
             continue
         model = estimator.Estimator.load(weights, precision=model.notes["precision"])
+        shifted = ranges is not None and "max_shift_px" in ranges
+        if shifted and model.finder is not None:  # the network that knows shifted images
+            model.encoder, model.finder, model.looks = model.finder, None, model.looks - 1
         if ranges:
             estimator.train(
                 model,
@@ -82,10 +85,10 @@ def breadth(weights, source, images):
                 noise_weight=1.0,
                 progress=False,
             )
-            if "max_shift_px" not in ranges:
-                model.looks = 1  # it may know that images are centred
         for tested, seen in tests.items():
-            q = orient.orient(model, seen.images, ctf=seen.ctf()).quaternions
+            centred = not shifted if ranges else title == TOLD and not seen.shifts_px.any()
+            looking = dataclasses.replace(model, looks=1) if centred else model
+            q = orient.orient(looking, seen.images, ctf=seen.ctf()).quaternions
             record = {
                 **common,
                 "trained_on": title,

@@ -37,6 +37,13 @@ POLISH_SEED, POLISH_RATE = 6, 2e-3
 FEWER_FAR = {"shifted_fraction": 0.15}
 #: and where it is for moderate noise (``--moderate``), these.
 MODERATE = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25}
+#: A second network (``--read``) learns from centred images: first from noisy ones, which it keeps
+#: when it goes on to clean ones.
+CENTRED = {"max_shift_px": 0.0}
+READ = {
+    "noisy": {"snr_range": (1 / 100, 1 / 4), "clean_fraction": 0.0, "ctf_fraction": 0.5},
+    "clean": {"clean_fraction": 1.0},
+}
 
 
 class Log(keras.callbacks.Callback):
@@ -53,6 +60,9 @@ def main():
     parser.add_argument("--map", type=Path, help="of a particle that does not ship: MRC or atoms")
     parser.add_argument("--images", type=int, default=640_000)
     parser.add_argument("--polish", type=int, default=0, help="images of a second training")
+    parser.add_argument(
+        "--read", type=int, default=0, help="images of a second network, for centred images"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--precision", default="mixed_bfloat16")
     parser.add_argument("--plain", action="store_true", help="noise only: no shifts, no CTF")
@@ -69,6 +79,8 @@ def main():
     ranges = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
     if arguments.moderate and not (arguments.plain and arguments.polish):
         parser.error("--moderate goes with --plain and --polish")
+    if arguments.read and arguments.plain:
+        parser.error("--read parts the finding of shifts from reading; --plain knows none")
 
     def images_of(ranges):
         return simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
@@ -112,15 +124,34 @@ def main():
             **options,
         )
         history = {key: values + end[key] for key, values in history.items()}
+    for stage, (name, seen) in enumerate(READ.items(), start=2) if arguments.read else ():
+        if model.finder is None:
+            model.divide()
+        share = {"noisy": 0.75, "clean": 0.25}[name]
+        end = estimator.train(
+            model,
+            images_of({**RANGES, **CENTRED, **seen}),
+            images=int(share * arguments.read),
+            seed=arguments.seed + stage * POLISH_SEED,
+            learning_rate=POLISH_RATE,
+            noise_weight=1.0,
+            checkpoint=folder / f"{tag}-read-{name}",
+            **options,
+        )
+        history = {key: values + end[key] for key, values in history.items()}
+    if arguments.read:  # how far off it is on images that it centred itself
+        source = images_of(RANGES)
+        estimator.calibrate(model, source, seed=arguments.seed)
     command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
     command += f" --polish {arguments.polish}" if arguments.polish else ""
+    command += f" --read {arguments.read}" if arguments.read else ""
     command += " --plain" if arguments.plain else ""
     command += " --moderate" if arguments.moderate else ""
     model.notes = {
         "particle": arguments.name,
         "command": command + (f" --map {arguments.map.name}" if arguments.map else ""),
         "seed": arguments.seed,
-        "images": arguments.images + arguments.polish,
+        "images": arguments.images + arguments.polish + arguments.read,
         "learning_rate": RATE,
         "precision": arguments.precision,
         "train_minutes": round(sum(history["seconds"]) / 60, 1),

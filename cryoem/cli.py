@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -276,6 +277,12 @@ def orient(
     other_hand: Annotated[
         bool, typer.Option("--other-hand", help="The mirror image, which explains them as well.")
     ] = False,
+    centred: Annotated[
+        bool,
+        typer.Option(
+            "--centred", help="The particles are centred in their images: look for no shifts."
+        ),
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -303,6 +310,8 @@ def orient(
             f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
             f"A; {particles_file} has {particles.box_px} px of {pixel:g} A; see train --like"
         )
+    if centred:
+        network = dataclasses.replace(network, looks=1)
     known = None if reference is None else densities.read_mrc(reference)
     folder = output.with_suffix(".work") if work is None else work
     placed = stream.orient(
@@ -323,6 +332,8 @@ def orient(
         )
     q = rotations.other_hand(placed.quaternions) if other_hand else placed.quaternions
     shifts = placed.shifts_px if network.says_shifts else None
+    if centred:
+        shifts = np.zeros((len(particles), 2))
     particles.write(output, quaternions=q, shifts_px=shifts, columns=placed.columns)
     typer.echo(
         f"{output}: {len(particles):,} orientations, expected error "

@@ -40,8 +40,8 @@ __all__ = [
     "train",
 ]
 
-#: Written into every file; a file of another version is refused.
-FORMAT_VERSION = 2
+#: Written into every file. Files of version 2 (float16, no finder) are read too, others refused.
+FORMAT_VERSION = 3
 
 
 def pair_distances(features: Any, head: str) -> Any:
@@ -183,11 +183,14 @@ class Estimator:
         The particle's point group.
     looks : int
         How often an image is looked at: after each look but the last it is centred by the shift
-        that the network saw.
+        that was seen.
     precision : str
         See :func:`cryoem.networks.build`.
     notes : dict
         What made the weights: particle, seed, images seen, and so on.
+    finder : keras.Model or None
+        A network of its own for all looks but the last (:meth:`divide`): it finds the shift, so
+        that the encoder need only know centred images. None: the encoder looks every time.
     """
 
     encoder: keras.Model
@@ -199,6 +202,7 @@ class Estimator:
     looks: int = 1
     precision: str = "float32"
     notes: dict[str, Any] = field(default_factory=dict)
+    finder: keras.Model | None = None
 
     @classmethod
     def create(
@@ -234,6 +238,36 @@ class Estimator:
             encoder, head, preprocessing, architecture, feature_dim, symmetry, looks, precision
         )
 
+    def divide(self) -> None:
+        """Part finding from reading: a copy of the encoder becomes the finder, in place.
+
+        The encoder can then be trained on, with centred images alone. It reads them once the
+        finder has looked as often as the encoder had to.
+        """
+        if self.finder is not None or not self.says_shifts:
+            raise InputError("wanted an estimator that finds shifts (looks > 1) and is undivided")
+        self.finder = self._another()
+        self.finder.set_weights(self.encoder.get_weights())
+        self.looks += 1
+
+    def _another(self) -> keras.Model:
+        """A network like the encoder, untrained."""
+        network, _ = networks.build(
+            self.architecture,
+            self.preprocessing.crop_px,
+            self.feature_dim,
+            normalise=self.head != "euclidean",
+            symmetry=self.symmetry,
+            precision=self.precision,
+        )
+        return network
+
+    @property
+    def _networks(self) -> dict[str, keras.Model]:
+        """All that has weights, by its name in the file."""
+        found = {"weight": self.encoder}
+        return found if self.finder is None else {**found, "finder": self.finder}
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle settings and weights, for the workers of a cluster, and not Keras' own objects."""
         settings = {
@@ -242,7 +276,8 @@ class Estimator:
                 "architecture", "head", "feature_dim", "symmetry", "looks", "precision",
             )
         }  # fmt: skip
-        return _rebuilt, (self.preprocessing, settings, self.encoder.get_weights(), self.notes)
+        weights = {name: network.get_weights() for name, network in self._networks.items()}
+        return _rebuilt, (self.preprocessing, settings, weights, self.notes)
 
     def embed(
         self,
@@ -287,11 +322,11 @@ class Estimator:
             if not prepared:
                 small = p.reduce(small, ctf=None if ctf is None else ctf[batch])
             shifts = np.zeros((len(small), 2))
-            for look in range(1 if prepared else self.looks):
-                read = small if prepared else p.cut(small, shifts_px=shifts if look else None)
-                out = ops.convert_to_numpy(self.encoder(read, training=False))
-                if out.shape[1] > f:
-                    shifts = shifts + out[:, f : f + 2]
+            if not prepared:
+                shifts, small = self.centre(small)
+            out = ops.convert_to_numpy(self.encoder(small, training=False))
+            if out.shape[1] > f:
+                shifts = shifts + out[:, f : f + 2]
             parts.append(out)
             moved.append(shifts)
         if not parts:
@@ -306,6 +341,29 @@ class Estimator:
         error = 2 * np.sqrt(2 / np.pi) * np.exp(np.clip(out[:, f + 2], -16, 3) / 2)
         return Look(out[:, :f], shifts * p.frame_px / p.down_px, error)
 
+    def centre(self, small: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the shifts of reduced images, in all looks but the last, and undo them.
+
+        Parameters
+        ----------
+        small : (n, down_px, down_px) array
+            See :meth:`Preprocessing.reduce <cryoem.simulation.Preprocessing.reduce>`.
+
+        Returns
+        -------
+        shifts : (n, 2) array
+            (x, y), pixels of ``small``.
+        images : (n, crop_px, crop_px) array
+            What is left to read.
+        """
+        p, f = self.preprocessing, self.feature_dim
+        finder = self.encoder if self.finder is None else self.finder
+        shifts, images = np.zeros((len(small), 2)), p.cut(small)
+        for _ in range(self.looks - 1 if self.says_shifts else 0):
+            shifts = shifts + ops.convert_to_numpy(finder(images, training=False))[:, f : f + 2]
+            images = p.cut(small, shifts_px=shifts)
+        return shifts, images
+
     def distances(self, features: ArrayLike, others: ArrayLike) -> np.ndarray:
         """Distances between two sets of features, (n, m), radians."""
         return distances.from_features(features, others, self.head)
@@ -313,7 +371,7 @@ class Estimator:
     @property
     def says_shifts(self) -> bool:
         """Whether the network says shifts and was asked to: it looks again after centring."""
-        return self.looks > 1
+        return self.looks > 1 and self.encoder.output_shape[1] > self.feature_dim
 
     @property
     def fingerprint(self) -> str:
@@ -327,17 +385,19 @@ class Estimator:
             asdict(self.preprocessing),
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for weight in self.encoder.get_weights():
-            digest.update(weight.tobytes())
+        for network in self._networks.values():
+            for weight in network.get_weights():
+                digest.update(weight.tobytes())
         return digest.hexdigest()
 
     # ----------------------------------------------------------------------------------
     # The file
 
     def save(self, path: PathLike) -> None:
-        """Write weights (float16) and settings to one ``.npz`` file, atomically.
+        """Write weights and settings to one ``.npz`` file, atomically.
 
-        It holds arrays and a JSON text, nothing that could be executed on loading.
+        It holds arrays and a JSON text, nothing that could be executed on loading. Matrices are
+        kept as 8-bit integers with a scale a column, all else as float16.
         """
         settings = {
             "format_version": FORMAT_VERSION,
@@ -346,12 +406,15 @@ class Estimator:
             "feature_dim": self.feature_dim,
             "symmetry": self.symmetry,
             "looks": self.looks,
+            "finder": self.finder is not None,
             "preprocessing": asdict(self.preprocessing),
             "notes": self.notes,
         }
-        weights = {
-            f"weight_{i:03d}": ops.convert_to_numpy(w.value).astype(np.float16)
-            for i, w in enumerate(self.encoder.weights)
+        weights: dict[str, Any] = {
+            f"{name}_{i:03d}{part}": values
+            for name, network in self._networks.items()
+            for i, weight in enumerate(network.get_weights())
+            for part, values in _packed(weight).items()
         }
         with files.atomic(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, settings=np.array(json.dumps(settings)), **weights)
@@ -369,13 +432,13 @@ class Estimator:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 settings = json.loads(str(archive["settings"]))
-                weights = [archive[k] for k in sorted(archive.files) if k.startswith("weight_")]
+                arrays = {name: archive[name] for name in sorted(archive.files)}
         except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path}: not an estimator's file ({error})") from error
-        if settings.get("format_version") != FORMAT_VERSION:
+        if settings.get("format_version") not in (2, FORMAT_VERSION):
             raise InputError(
                 f"{path}: written in format {settings.get('format_version')}, "
-                f"this version of cryoem reads {FORMAT_VERSION}"
+                f"this version of cryoem reads 2 and {FORMAT_VERSION}"
             )
         try:
             estimator = cls.create(
@@ -391,23 +454,42 @@ class Estimator:
             estimator.notes = dict(settings["notes"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: incomplete settings ({error})") from error
-        wanted = [w.shape for w in estimator.encoder.weights]
-        if wanted != [w.shape for w in weights]:
-            raise InputError(
-                f"{path}: the weights do not fit its {settings['architecture']} network"
-            )
-        estimator.encoder.set_weights([w.astype(np.float32) for w in weights])
+        if settings.get("finder"):
+            estimator.finder = estimator._another()
+        for prefix, network in estimator._networks.items():
+            try:
+                weights = [
+                    values.astype(np.float32) * arrays.get(f"{name}_scale", np.float32(1))
+                    for name, values in arrays.items()
+                    if name.startswith(f"{prefix}_") and not name.endswith("_scale")
+                ]
+                network.set_weights(weights)
+            except ValueError as error:
+                raise InputError(
+                    f"{path}: the weights do not fit its {settings['architecture']} network"
+                ) from error
         return estimator
+
+
+def _packed(weight: np.ndarray) -> dict[str, np.ndarray]:
+    """What a file keeps of an array of weights, by the end of its name."""
+    if weight.ndim < 3 or weight.shape[-2] == 1:
+        return {"": weight.astype(np.float16)}
+    scale = np.maximum(np.abs(weight).max(axis=-2, keepdims=True) / 127, 1e-12)
+    return {"": np.round(weight / scale).astype(np.int8), "_scale": scale.astype(np.float32)}
 
 
 def _rebuilt(
     preprocessing: Preprocessing,
     settings: dict[str, Any],
-    weights: list[np.ndarray],
+    weights: dict[str, list[np.ndarray]],
     notes: dict[str, Any],
 ) -> Estimator:
     estimator = Estimator.create(preprocessing, seed=None, **settings)
-    estimator.encoder.set_weights(weights)
+    if "finder" in weights:
+        estimator.finder = estimator._another()
+    for name, network in estimator._networks.items():
+        network.set_weights(weights[name])
     estimator.notes = notes
     return estimator
 
@@ -608,6 +690,7 @@ def calibrate(
     ----------
     estimator : Estimator
     source : TrainingImages
+        Shifted images are centred by the finder where there is one.
     images : int
     seed : int
         Other images than those of training with the same seed.
@@ -616,12 +699,15 @@ def calibrate(
     if encoder.output_shape[1] == f:
         return
     orbits = group(estimator.symmetry)
-    source = copy.copy(source)  # images are centred before their last look
-    source.max_shift_px = min(
-        source.max_shift_px, simulation.LITTLE * source.preprocessing.frame_px
-    )
+    source = copy.copy(source)
+    if estimator.finder is None:  # as if images were centred: they are, before their last look
+        source.max_shift_px = min(
+            source.max_shift_px, simulation.LITTLE * source.preprocessing.frame_px
+        )
     beyond = 2**31  # steps that no training reaches
     batches = [source.batch(seed, beyond + i, 512) for i in range(math.ceil(images / 512))]
+    if estimator.finder is not None and source.max_shift_px:
+        batches = [(estimator.centre(seen)[1], targets) for seen, targets in batches]
     seen, targets = (np.concatenate(part) for part in zip(*batches, strict=True))
     hidden, last = encoder.get_layer("variance_hidden"), encoder.get_layer("variance")
     reader = keras.Model(encoder.inputs, [encoder.outputs[0], hidden.input])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -99,6 +100,26 @@ def test_from_particles_to_orientations(folder, trained, tmp_path):
     assert rotations.distance(other.quaternions, turned).max() < 1e-6
     second = json.loads(run(*judge, tmp_path / "oriented.star").stdout)
     assert second["one_sided_mean_rad"] == pytest.approx(first["one_sided_mean_rad"], rel=1e-3)
+
+
+def test_no_shift_is_looked_for_in_centred_particles(folder, trained, tmp_path):
+    dataclasses.replace(trained[0], looks=2).save(tmp_path / "twice.npz")
+    trained[0].save(tmp_path / "once.npz")
+    found = {}
+    for name, model, *flags in (
+        ("moved", "twice"),
+        ("centred", "twice", "--centred"),
+        ("once", "once"),
+    ):
+        out = tmp_path / f"{name}.star"
+        run("orient", folder / "particles.star", "--model", tmp_path / f"{model}.npz", "-q", *flags,
+            "-o", out)  # fmt: skip
+        found[name] = star.read_particles(out)
+    assert np.abs(found["moved"].shifts_px).max() > 0
+    assert not found["centred"].shifts_px.any()
+    q = found["once"].quaternions
+    np.testing.assert_array_equal(found["centred"].quaternions, q)
+    assert rotations.distance(found["moved"].quaternions, q).max() > 1e-3
 
 
 def test_images_that_the_estimator_does_not_know_are_not_oriented(folder, trained, tmp_path):

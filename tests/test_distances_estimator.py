@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import pickle
 
 import keras
 import numpy as np
@@ -477,7 +479,107 @@ def test_an_estimator_round_trips(trained, tmp_path):
     assert (back.head, back.architecture, back.feature_dim) == ("exact", "steerable", 18)
     assert back.notes == {"particle": "phantom"}
     images = RNG.standard_normal((4, 32, 32))
-    # Weights are kept in float16: three digits.
+    # Weights are kept in eight bits.
+    np.testing.assert_allclose(back.embed(images), network.embed(images), atol=1e-2)
+
+
+@pytest.fixture
+def divided(trained):
+    """An estimator whose encoder went its own way after it was divided; and the undivided one."""
+    network, _ = trained
+    whole = dataclasses.replace(network, looks=2)
+    parted = pickle.loads(pickle.dumps(whole))
+    parted.divide()
+    parted.encoder.set_weights([0.9 * w for w in parted.encoder.get_weights()])
+    return parted, whole
+
+
+def test_a_divided_estimator_finds_with_one_network_and_reads_with_the_other(divided):
+    parted, whole = divided
+    images = RNG.standard_normal((4, 32, 32))
+    small = whole.preprocessing.reduce(images)
+    # The finder looks as often as the whole did; what it says of shifts is the whole's.
+    shifts, centred = parted.centre(small)
+    np.testing.assert_allclose(
+        shifts, whole.look(images).shifts_px * 16 / 32, atol=1e-5 * np.abs(shifts).max()
+    )
+    read = ops.convert_to_numpy(parted.encoder(centred))
+    np.testing.assert_array_equal(parted.embed(images), read[:, : parted.feature_dim])
+    assert not np.allclose(parted.embed(images), whole.embed(images), atol=1e-2)
+
+
+def test_dividing_changes_nothing_by_itself(divided):
+    _, whole = divided
+    parted = pickle.loads(pickle.dumps(whole))
+    parted.divide()
+    images = RNG.standard_normal((4, 32, 32))
+    thrice = dataclasses.replace(whole, looks=3)
+    np.testing.assert_array_equal(parted.embed(images), thrice.embed(images))
+
+
+def test_an_estimator_without_shifts_and_a_divided_one_are_not_divided(divided, preprocessing):
+    parted, _ = divided
+    for other in (parted, Estimator.create(preprocessing), small(preprocessing)):
+        with pytest.raises(InputError, match="finds shifts"):
+            other.divide()
+
+
+def test_a_divided_estimator_is_calibrated_on_what_its_finder_leaves(divided, phantom):
+    parted, _ = divided
+    source = simulation.TrainingImages(
+        phantom.density(32, 7.0), parted.preprocessing, clean_fraction=1.0, max_shift_px=3.0
+    )
+    centred = []
+    parted.centre = lambda small: centred.append(len(small)) or Estimator.centre(parted, small)
+    estimator.calibrate(parted, source, images=1024)
+    assert centred == [512, 512]
+
+
+@pytest.mark.parametrize("way", ["file", "pickle"])
+def test_a_divided_estimator_round_trips(divided, tmp_path, way):
+    parted, whole = divided
+    if way == "file":
+        parted.save(tmp_path / "weights.npz")
+        back = Estimator.load(tmp_path / "weights.npz")
+    else:
+        back = pickle.loads(pickle.dumps(parted))
+        assert back.fingerprint == parted.fingerprint
+    assert back.looks == 3
+    images = RNG.standard_normal((4, 32, 32))
+    seen, before = back.look(images), parted.look(images)
+    np.testing.assert_allclose(seen.features, before.features, atol=1e-2)
+    np.testing.assert_allclose(seen.shifts_px, before.shifts_px, atol=2e-2)
+    other = pickle.loads(pickle.dumps(parted))
+    other.finder.set_weights([*whole.encoder.get_weights()[:-1], np.ones(1, np.float32)])
+    assert other.fingerprint != parted.fingerprint
+
+
+def test_a_divided_estimators_file_needs_its_finder(divided, tmp_path):
+    parted, _ = divided
+    path = tmp_path / "weights.npz"
+    parted.save(path)
+    rewritten(path, lambda s, a: [a.pop(k) for k in list(a) if k.startswith("finder_")])
+    with pytest.raises(InputError, match="do not fit"):
+        Estimator.load(path)
+
+
+def test_files_of_format_2_are_read(trained, tmp_path):
+    network, _ = trained
+    path = tmp_path / "weights.npz"
+    network.save(path)
+
+    def older(settings, arrays):
+        settings["format_version"] = 2
+        del settings["finder"]
+        for name in [k for k in arrays if k.startswith("weight_")]:
+            del arrays[name]
+        for i, weight in enumerate(network.encoder.get_weights()):
+            arrays[f"weight_{i:03d}"] = weight.astype(np.float16)
+
+    rewritten(path, older)
+    images = RNG.standard_normal((4, 32, 32))
+    back = Estimator.load(path)
+    assert back.finder is None
     np.testing.assert_allclose(back.embed(images), network.embed(images), atol=1e-2)
 
 
@@ -541,8 +643,6 @@ class Trap:
 
 @pytest.mark.parametrize("kind", ["pickle", "npz", "npy", "text", "empty"])
 def test_nothing_is_unpickled_and_other_files_are_refused(tmp_path, monkeypatch, kind):
-    import pickle
-
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.npz"
     with open(path, "wb") as file:
