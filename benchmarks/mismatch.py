@@ -5,10 +5,10 @@ are judged on 300 unseen images of every SNR by E_OR, the error of the orientati
 algebra finds in their distances (nothing of the truth but O(4)). A model that is in the results
 for as many images is not trained again.
 
-What a model for noise, shifts and defocus owes to each of its conditions is measured by training it
-on for that condition alone (four times as many images). Where a condition has no shifts, the model
-for it alone knows that; so the model for all is also judged when it is told which images are
-centred, as ``cryoem orient --centred`` tells it:
+What a model for noise, shifts and defocus (one that has a finder) owes to each of its conditions is
+measured by training its reader on for that condition alone, with four times as many images, beside
+as many more of all. For one condition alone it may also know whether images are centred; so the
+model for all is told too, as ``cryoem orient --centred`` tells it, but for the row "as it is":
 
     python benchmarks/mismatch.py --map 5j0n.mrc --weights results/weights/5j0n.npz
 """
@@ -33,31 +33,40 @@ TRAINED = {
     "noiseless": {"clean_fraction": 1.0},
     "1/64 to 1, and noiseless": {"snr_range": (1 / 64, 1.0), "clean_fraction": 0.25},
 }
-#: How test images of a condition are made, and what is learned from for it alone.
+#: How test images of a condition are made, and what is learned from for it alone. For shifted
+#: images that is a reader of centred ones behind the same finder.
 NOISY = {"snr_range": (1 / 16, 1 / 16), "clean_fraction": 0.0}
 SHIFTS, CTF = (accuracy.CONDITIONS[name] for name in ("shifts", "ctf"))
-TOLD = "as it is, told what is centred"
 CONDITIONS = {
-    "noiseless": ({}, {"clean_fraction": 1.0}),
-    "1/16": ({"snr": 1 / 16}, NOISY),
-    "1/16, shifts": (
-        {"snr": 1 / 16, **SHIFTS},
-        {**NOISY, **SHIFTS, **train_weights.FEWER_FAR},
-    ),
-    "1/16, ctf": ({"snr": 1 / 16, **CTF}, {**NOISY, **CTF, "ctf_fraction": 1.0}),
+    "noiseless": {},
+    "1/16": {"snr": 1 / 16},
+    "1/16, shifts": {"snr": 1 / 16, **SHIFTS},
+    "1/16, ctf": {"snr": 1 / 16, **CTF},
+}
+AS_IT_IS, TOLD, MORE = "as it is", "as it is, told what is centred", "as much more of all"
+READERS = {
+    AS_IT_IS: [],
+    TOLD: [],
+    MORE: [
+        (share, {**train_weights.RANGES, "max_shift_px": 0.0, **seen})
+        for share, seen in (train_weights.READ[name] for name in ("middle", "clean"))
+    ],
+    "noiseless": [(1, {"clean_fraction": 1.0})],
+    "1/16": [(1, NOISY)],
+    "1/16, ctf": [(1, {**NOISY, **CTF, "ctf_fraction": 1.0})],
 }
 
 
 def breadth(weights, source, images):
     """Train a model on, for one condition at a time; judge each and the model itself."""
     model = estimator.Estimator.load(weights)
-    if model.symmetry != "C1":
-        raise SystemExit(f"{weights}: wanted a particle without symmetry, got {model.symmetry}")
+    if model.symmetry != "C1" or model.finder is None:
+        raise SystemExit(f"{weights}: wanted a particle without symmetry, and train_weights --read")
     name, seed = model.notes["particle"], SEED + 9 * train_weights.POLISH_SEED  # images of its own
     volume = records.volume_of(source or name, model.symmetry)
     tests = {
         tested: simulation.particles(volume, 1000, TEST_SEED, **how)
-        for tested, (how, _) in CONDITIONS.items()
+        for tested, how in CONDITIONS.items()
     }
     path = records.RESULTS / "breadth.json"
     found = json.loads(path.read_text()) if path.exists() else []
@@ -67,27 +76,23 @@ def breadth(weights, source, images):
     found = [
         r for r in found if r["particle"] != name or all(r.get(k) == v for k, v in common.items())
     ]
-    trained = {"as it is": None, TOLD: None} | {c: how for c, (_, how) in CONDITIONS.items()}
-    for title, ranges in trained.items():
+    for title, stages in READERS.items():
         if any(r["trained_on"] == title and r["particle"] == name for r in found):
             continue
         model = estimator.Estimator.load(weights, precision=model.notes["precision"])
-        shifted = ranges is not None and "max_shift_px" in ranges
-        if shifted and model.finder is not None:  # the network that knows shifted images
-            model.encoder, model.finder, model.looks = model.finder, None, model.looks - 1
-        if ranges:
+        for stage, (share, seen) in enumerate(stages):
             estimator.train(
                 model,
-                simulation.TrainingImages(volume, model.preprocessing, **ranges),
-                images=images,
-                seed=seed,
+                simulation.TrainingImages(volume, model.preprocessing, **seen),
+                images=images * share // sum(share for share, _ in stages),
+                seed=seed + stage,
                 learning_rate=train_weights.POLISH_RATE,
                 noise_weight=1.0,
                 progress=False,
             )
         for tested, seen in tests.items():
-            centred = not shifted if ranges else title == TOLD and not seen.shifts_px.any()
-            looking = dataclasses.replace(model, looks=1) if centred else model
+            known = title != AS_IT_IS and not seen.shifts_px.any()
+            looking = dataclasses.replace(model, looks=1) if known else model
             q = orient.orient(looking, seen.images, ctf=seen.ctf()).quaternions
             record = {
                 **common,
@@ -104,7 +109,7 @@ def breadth(weights, source, images):
         rows = [
             [particle, *row]
             for particle in dict.fromkeys(r["particle"] for r in found)
-            for row in table([r for r in found if r["particle"] == particle], trained, CONDITIONS)
+            for row in table([r for r in found if r["particle"] == particle], READERS, CONDITIONS)
         ]
         command = f"python benchmarks/mismatch.py --weights {weights}"
         command += f" --map {source.name}" if source else ""

@@ -37,12 +37,13 @@ POLISH_SEED, POLISH_RATE = 6, 2e-3
 FEWER_FAR = {"shifted_fraction": 0.15}
 #: and where it is for moderate noise (``--moderate``), these.
 MODERATE = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25}
-#: A second network (``--read``) learns from centred images: first from noisy ones, which it keeps
-#: when it goes on to clean ones.
-CENTRED = {"max_shift_px": 0.0}
+#: A second network (``--read``) learns from centred images: from noisy ones, then from those of a
+#: middle noise, which teach most, then from clean ones; what it knows of noise it keeps. Each with
+#: its share.
 READ = {
-    "noisy": {"snr_range": (1 / 100, 1 / 4), "clean_fraction": 0.0, "ctf_fraction": 0.5},
-    "clean": {"clean_fraction": 1.0},
+    "noisy": (9, {"snr_range": (1 / 100, 1 / 4), "clean_fraction": 0.0, "ctf_fraction": 0.5}),
+    "middle": (2, {"snr_range": (1 / 25, 1 / 10), "clean_fraction": 0.0, "ctf_fraction": 0.65}),
+    "clean": (3, {"clean_fraction": 1.0, "ctf_fraction": 0.25}),
 }
 
 
@@ -124,14 +125,13 @@ def main():
             **options,
         )
         history = {key: values + end[key] for key, values in history.items()}
-    for stage, (name, seen) in enumerate(READ.items(), start=2) if arguments.read else ():
+    for stage, (name, (share, seen)) in enumerate(READ.items(), start=2) if arguments.read else ():
         if model.finder is None:
             model.divide()
-        share = {"noisy": 0.75, "clean": 0.25}[name]
         end = estimator.train(
             model,
-            images_of({**RANGES, **CENTRED, **seen}),
-            images=int(share * arguments.read),
+            images_of({**RANGES, "max_shift_px": 0.0, **seen}),
+            images=arguments.read * share // sum(share for share, _ in READ.values()),
             seed=arguments.seed + stage * POLISH_SEED,
             learning_rate=POLISH_RATE,
             noise_weight=1.0,

@@ -226,17 +226,10 @@ class Estimator:
             raise InputError(f"head must be one of {', '.join(distances.HEADS)}, got {head!r}")
         if seed is not None:
             keras.utils.set_random_seed(seed)
-        encoder, feature_dim = networks.build(
-            architecture,
-            preprocessing.crop_px,
-            feature_dim,
-            normalise=head != "euclidean",
-            symmetry=symmetry,
-            precision=precision,
-        )
-        return cls(
-            encoder, head, preprocessing, architecture, feature_dim, symmetry, looks, precision
-        )
+        settings = (head, preprocessing, architecture, feature_dim, symmetry, looks, precision)
+        estimator = cls(None, *settings)
+        estimator.encoder, estimator.feature_dim = estimator._network()
+        return estimator
 
     def divide(self) -> None:
         """Part finding from reading: a copy of the encoder becomes the finder, in place.
@@ -246,13 +239,13 @@ class Estimator:
         """
         if self.finder is not None or not self.says_shifts:
             raise InputError("wanted an estimator that finds shifts (looks > 1) and is undivided")
-        self.finder = self._another()
+        self.finder, _ = self._network()
         self.finder.set_weights(self.encoder.get_weights())
         self.looks += 1
 
-    def _another(self) -> keras.Model:
-        """A network like the encoder, untrained."""
-        network, _ = networks.build(
+    def _network(self) -> tuple[keras.Model, int]:
+        """An untrained network of these settings, and how many features it gives."""
+        return networks.build(
             self.architecture,
             self.preprocessing.crop_px,
             self.feature_dim,
@@ -260,7 +253,6 @@ class Estimator:
             symmetry=self.symmetry,
             precision=self.precision,
         )
-        return network
 
     @property
     def _networks(self) -> dict[str, keras.Model]:
@@ -318,11 +310,9 @@ class Estimator:
         parts, moved = [], []
         for i in range(0, len(images), batch_size):
             batch = slice(i, i + batch_size)
-            small = images[batch]
+            small, shifts = images[batch], np.zeros((len(images[batch]), 2))
             if not prepared:
                 small = p.reduce(small, ctf=None if ctf is None else ctf[batch])
-            shifts = np.zeros((len(small), 2))
-            if not prepared:
                 shifts, small = self.centre(small)
             out = ops.convert_to_numpy(self.encoder(small, training=False))
             if out.shape[1] > f:
@@ -455,16 +445,16 @@ class Estimator:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: incomplete settings ({error})") from error
         if settings.get("finder"):
-            estimator.finder = estimator._another()
+            estimator.finder, _ = estimator._network()
         for prefix, network in estimator._networks.items():
             try:
                 weights = [
-                    values.astype(np.float32) * arrays.get(f"{name}_scale", np.float32(1))
+                    values * arrays[f"{name}_scale"] if values.dtype == np.int8 else values
                     for name, values in arrays.items()
                     if name.startswith(f"{prefix}_") and not name.endswith("_scale")
                 ]
-                network.set_weights(weights)
-            except ValueError as error:
+                network.set_weights([w.astype(np.float32) for w in weights])
+            except (KeyError, ValueError) as error:
                 raise InputError(
                     f"{path}: the weights do not fit its {settings['architecture']} network"
                 ) from error
@@ -487,7 +477,7 @@ def _rebuilt(
 ) -> Estimator:
     estimator = Estimator.create(preprocessing, seed=None, **settings)
     if "finder" in weights:
-        estimator.finder = estimator._another()
+        estimator.finder, _ = estimator._network()
     for name, network in estimator._networks.items():
         network.set_weights(weights[name])
     estimator.notes = notes
