@@ -5,6 +5,9 @@ there, and only then brought to what the network reads (:class:`Preprocessing`).
 projected at the network's sampling directly, which is an order of magnitude cheaper.
 """
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -256,6 +259,13 @@ class TrainingImages:
             "symmetry": self.group.name,
             "signal_variance": float(f"{self.signal_variance:.5g}"),
         }
+
+    def centred(self) -> TrainingImages:
+        """The same, with every particle in the middle of its image."""
+        other = copy.copy(self)
+        other.max_shift_px = 0.0
+        other.settings = {**self.settings, "max_shift_px": 0.0}
+        return other
 
     def batch(
         self, seed: int, step: int, n: int, *, pairs: Literal["all", "uniform"] = "all"

@@ -432,6 +432,44 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     np.testing.assert_array_equal(finished.encoder.get_weights()[0], whole.encoder.get_weights()[0])
 
 
+@pytest.fixture
+def shifted(phantom, preprocessing):
+    return simulation.TrainingImages(
+        phantom.density(32, 7.0), preprocessing, snr_range=(1 / 2, 2), max_shift_px=4.0
+    )
+
+
+def test_learning_ends_with_a_reader_of_centred_images(preprocessing, shifted, tmp_path):
+    def fresh(seed=2):
+        return Estimator.create(preprocessing, looks=2, seed=seed)
+
+    class Plug(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            if (tmp_path / "checkpoint.npz").exists():  # of the first training
+                raise KeyboardInterrupt
+
+    options = {"images": 640, "seed": 3, "progress": False}
+    whole = fresh()
+    expected = estimator.learn(whole, shifted, **options)
+    assert whole.looks == 3 and len(expected["loss"]) == 2
+
+    with pytest.raises(KeyboardInterrupt):
+        estimator.learn(fresh(), shifted, checkpoint=tmp_path, callbacks=[Plug()], **options)
+    resumed = fresh(seed=9)
+    history = estimator.learn(resumed, shifted, checkpoint=tmp_path, **options)
+    assert untimed(history) == untimed(expected)
+    assert resumed.fingerprint == whole.fingerprint
+    with np.load(tmp_path / "second" / "checkpoint.npz") as kept:
+        second = json.loads(str(kept["state"]))["settings"]
+    assert (second["images"], second["source"]["max_shift_px"]) == (256, 0)
+
+
+def test_what_is_not_shifted_needs_one_network(preprocessing, source):
+    network = Estimator.create(preprocessing)
+    history = estimator.learn(network, source, images=256, progress=False)
+    assert network.finder is None and len(history["loss"]) == 2
+
+
 def test_a_checkpoint_of_other_settings_is_refused(preprocessing, source, tmp_path):
     estimator.train(small(preprocessing), source, checkpoint=tmp_path, **SHORT)
     for other in ({"seed": 3}, {"learning_rate": 1e-4}, {"pairs": "uniform"}):
@@ -529,10 +567,16 @@ def test_a_divided_estimator_is_calibrated_on_what_its_finder_leaves(divided, ph
     source = simulation.TrainingImages(
         phantom.density(32, 7.0), parted.preprocessing, clean_fraction=1.0, max_shift_px=3.0
     )
-    centred = []
-    parted.centre = lambda small: centred.append(len(small)) or Estimator.centre(parted, small)
-    estimator.calibrate(parted, source, images=1024)
-    assert centred == [512, 512]
+    seen, _ = source.batch(1, 0, 200)
+    found = []
+    for turn in (0, 1):  # what the finder leaves is the particle's image, or another one's
+        parted.centre = lambda small, turn=turn: (
+            np.zeros((len(small), 2)),
+            np.roll(Estimator.centre(parted, small)[1], turn, axis=0),
+        )
+        estimator.calibrate(parted, source, images=4096)
+        found.append(parted.look(seen, prepared=True).expected_error_rad.mean())
+    assert found[0] < 1 and found[1] > 1.5
 
 
 def test_a_divided_estimators_file_keeps_eight_bits(divided, tmp_path):

@@ -100,6 +100,17 @@ def test_clean_training_images_are_prepared_test_images(phantom, density, sizes)
     assert relative_error(images, prepare(exact)) < 3e-2
 
 
+def test_centred_training_images_are_not_shifted(density):
+    prepare = simulation.Preprocessing(48, 24, 20, density.voxel_size_angstrom)
+    shifted = simulation.TrainingImages(density, prepare, clean_fraction=1.0, max_shift_px=6.0)
+    centred = shifted.centred()
+    assert shifted.max_shift_px == 6 and shifted.settings["max_shift_px"] == 6
+    direct = simulation.TrainingImages(density, prepare, clean_fraction=1.0)
+    assert centred.settings == direct.settings
+    for found, expected in zip(centred.batch(1, 2, 8), direct.batch(1, 2, 8), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_shifted_training_images_are_shifted_by_what_the_frame_says(phantom, density):
     prepare = simulation.Preprocessing(48, 24, 24, density.voxel_size_angstrom)
     source = simulation.TrainingImages(density, prepare, clean_fraction=1.0, max_shift_px=6.0)
