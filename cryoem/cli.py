@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -214,8 +213,9 @@ def train(
     """Train an estimator of distances on projections of a density.
 
     With --like, the noise is measured outside the particles' circle, shifts and defocus are the
-    file's. The bar shows the time to expect. Some 100,000 images give a first idea, a million a
-    model worth keeping.
+    file's. Where there are shifts, one network learns to find them, from three fifths of the
+    images, and a second one to read what is centred: a bar for each. The bar shows the time to
+    expect. Some 100,000 images give a first idea, a million a model worth keeping.
     """
     from . import density as densities
     from . import simulation, survey
@@ -243,7 +243,7 @@ def train(
         seed=seed,
         precision=precision,
     )
-    history = estimator.train(
+    history = estimator.learn(
         model, source, images=images, seed=seed, checkpoint=checkpoint, progress=not quiet
     )
     model.notes = {"map": map_file.name, "images": images, "seed": seed, **source.settings}
@@ -280,7 +280,7 @@ def orient(
     centred: Annotated[
         bool,
         typer.Option(
-            "--centred", help="The particles are centred in their images: look for no shifts."
+            "--centred", help="Look for no shifts: the file's origins, if it has any, are right."
         ),
     ] = False,
     seed: Seed = 0,
@@ -310,8 +310,6 @@ def orient(
             f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
             f"A; {particles_file} has {particles.box_px} px of {pixel:g} A; see train --like"
         )
-    if centred:
-        network = dataclasses.replace(network, looks=1)
     known = None if reference is None else densities.read_mrc(reference)
     folder = output.with_suffix(".work") if work is None else work
     placed = stream.orient(
@@ -319,6 +317,7 @@ def orient(
         particles_file,
         folder,
         reference=known and known.sampled_as(particles.box_px, pixel),
+        centred=centred,
         seed=seed,
         scheduler=scheduler,
         progress=not quiet,
@@ -331,9 +330,7 @@ def orient(
             f"file is written; what was computed is in {folder}"
         )
     q = rotations.other_hand(placed.quaternions) if other_hand else placed.quaternions
-    shifts = placed.shifts_px if network.says_shifts else None
-    if centred:
-        shifts = np.zeros((len(particles), 2))
+    shifts = placed.shifts_px if network.says_shifts and not centred else None
     particles.write(output, quaternions=q, shifts_px=shifts, columns=placed.columns)
     typer.echo(
         f"{output}: {len(particles):,} orientations, expected error "

@@ -21,7 +21,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import __version__, files, recovery, rotations, star
+from . import __version__, files, imaging, recovery, rotations, star
 from .errors import InputError, MissingToolError
 from .files import PathLike
 from .frame import Frame
@@ -65,6 +65,7 @@ def orient(
     reference: Density | None = None,
     landmarks: int = 256,
     copies: int = 200,
+    centred: bool = False,
     seed: int = 0,
     chunk: int = 1024,
     scheduler: str | Client | None = None,
@@ -91,6 +92,8 @@ def orient(
         How many particles are recovered jointly, at most all.
     copies : int
         How many landmarks are copied to fix the frame, at most all.
+    centred : bool
+        Look for no shifts: those that a particle file has are undone, what has none is centred.
     seed : int
         Of the landmarks' choice and recovery.
     chunk : int
@@ -116,7 +119,9 @@ def orient(
     """
     if chunk < 1:
         raise InputError(f"chunk must be positive, got {chunk}")
-    source = _Source(particles)
+    source = _Source(particles, centred)
+    if centred:
+        estimator = replace(estimator, looks=1)
     n = source.n
     if n < 2 * recovery.ENOUGH:
         raise InputError(f"wanted at least {2 * recovery.ENOUGH} images to orient, got {n}")
@@ -176,8 +181,8 @@ def _bar(n: int, done: int, progress: bool) -> Any:
 class _Source:
     """Particles, by path or as they are; a path is opened where it is read first."""
 
-    def __init__(self, particles: PathLike | Stack) -> None:
-        self.given = particles
+    def __init__(self, particles: PathLike | Stack, centred: bool) -> None:
+        self.given, self.centred = particles, centred
         if isinstance(particles, str | os.PathLike):
             self.given = Path(particles).resolve()
         shape = self.stack.shape
@@ -204,16 +209,21 @@ class _Source:
         return isinstance(self.given, np.ndarray)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"given": None if self.in_memory else self.given, "n": self.n}
+        given = None if self.in_memory else self.given
+        return {"given": given, "centred": self.centred, "n": self.n}
 
     def ctf(self, rows: slice | np.ndarray) -> np.ndarray | None:
         """The CTF that a particle file tells of, if any."""
-        if not isinstance(self.given, Path) or self.given.suffix == ".npy":
-            return None
-        return self._file.ctf(rows)
+        return self._file.ctf(rows) if self._has_table else None
+
+    @property
+    def _has_table(self) -> bool:
+        return isinstance(self.given, Path) and self.given.suffix != ".npy"
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return np.asarray(self.stack[start:stop], dtype=np.float32)
+        images = np.asarray(self.stack[start:stop], dtype=np.float32)
+        shifts = self._file.shifts_px[start:stop] if self.centred and self._has_table else None
+        return images if shifts is None or not shifts.any() else imaging.shift(images, -shifts)
 
 
 @dataclass(frozen=True)

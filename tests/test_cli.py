@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cryoem import cli, density, rotations, star
+from cryoem import cli, density, imaging, rotations, star
 
 COMMANDS = ("density", "simulate", "train", "orient", "reconstruct", "refine", "evaluate", "info")
 
@@ -102,24 +102,28 @@ def test_from_particles_to_orientations(folder, trained, tmp_path):
     assert second["one_sided_mean_rad"] == pytest.approx(first["one_sided_mean_rad"], rel=1e-3)
 
 
-def test_no_shift_is_looked_for_in_centred_particles(folder, trained, tmp_path):
-    dataclasses.replace(trained[0], looks=2).save(tmp_path / "twice.npz")
-    trained[0].save(tmp_path / "once.npz")
+def test_no_shift_is_looked_for_where_origins_are_known(folder, trained, tmp_path):
+    dataclasses.replace(trained[0], looks=2).save(tmp_path / "model.npz")
+    true = star.read_particles(folder / "particles.star")
+    middle = imaging.shift(true.images[:], -true.shifts_px)
+    star.write_particles(
+        tmp_path / "middle.star", middle, true.quaternions, pixel_size_angstrom=7.0
+    )
     found = {}
-    for name, model, *flags in (
-        ("moved", "twice"),
-        ("centred", "twice", "--centred"),
-        ("once", "once"),
+    for name, particles, *flags in (
+        ("moved", folder / "particles.star"),
+        ("known", folder / "particles.star", "--centred"),
+        ("middle", tmp_path / "middle.star", "--centred"),
     ):
-        out = tmp_path / f"{name}.star"
-        run("orient", folder / "particles.star", "--model", tmp_path / f"{model}.npz", "-q", *flags,
-            "-o", out)  # fmt: skip
+        out = tmp_path / f"{name}_oriented.star"
+        run("orient", particles, "--model", tmp_path / "model.npz", "-q", *flags, "-o", out)
         found[name] = star.read_particles(out)
-    assert np.abs(found["moved"].shifts_px).max() > 0
-    assert not found["centred"].shifts_px.any()
-    q = found["once"].quaternions
-    np.testing.assert_array_equal(found["centred"].quaternions, q)
-    assert rotations.distance(found["moved"].quaternions, q).max() > 1e-3
+    np.testing.assert_allclose(found["known"].shifts_px, true.shifts_px, atol=1e-4)
+    assert not found["middle"].shifts_px.any()
+    q = found["middle"].quaternions
+    assert rotations.distance(found["known"].quaternions, q).max() < 1e-3
+    assert np.abs(found["moved"].shifts_px - true.shifts_px).max() > 0.1
+    assert rotations.distance(found["moved"].quaternions, q).max() > 1e-2
 
 
 def test_images_that_the_estimator_does_not_know_are_not_oriented(folder, trained, tmp_path):
