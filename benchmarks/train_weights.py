@@ -41,9 +41,9 @@ MODERATE = {"snr_range": (1 / 32, 1.0), "clean_fraction": 0.25}
 #: middle noise, which teach most, then from clean ones; what it knows of noise it keeps. Each with
 #: its share.
 READ = {
-    "noisy": (9, {"snr_range": (1 / 100, 1 / 4), "clean_fraction": 0.0, "ctf_fraction": 0.5}),
-    "middle": (2, {"snr_range": (1 / 25, 1 / 10), "clean_fraction": 0.0, "ctf_fraction": 0.65}),
-    "clean": (3, {"clean_fraction": 1.0, "ctf_fraction": 0.25}),
+    "noisy": (5, {"snr_range": (1 / 100, 1 / 4), "clean_fraction": 0.0, "ctf_fraction": 0.5}),
+    "middle": (8, {"snr_range": (1 / 25, 1 / 10), "clean_fraction": 0.0, "ctf_fraction": 0.7}),
+    "clean": (7, {"clean_fraction": 1.0, "ctf_fraction": 0.2}),
 }
 
 
@@ -53,6 +53,30 @@ class Log(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Print it."""
         print(f"{time.strftime('%H:%M:%S')} epoch {epoch + 1} {logs}", flush=True)
+
+
+def stages(arguments):
+    """What is learned from, one after the other: (name, images, ranges, options of train)."""
+    first = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
+    again = first if arguments.plain else {**RANGES, **FEWER_FAR}
+    end = {"learning_rate": POLISH_RATE, "noise_weight": 1.0}
+    polish = ("polish", arguments.polish, again, end)
+    if arguments.moderate:
+        polish = ("polish", arguments.polish, MODERATE, {**end, "noise_weight": 0.2})
+    whole = sum(share for share, _ in READ.values())
+    return [
+        ("", arguments.images, first, {"learning_rate": RATE}),
+        polish,
+        *(
+            (
+                f"read-{name}",
+                arguments.read * share // whole,
+                {**RANGES, "max_shift_px": 0.0, **seen},
+                end,
+            )
+            for name, (share, seen) in READ.items()
+        ),
+    ]
 
 
 def main():
@@ -77,16 +101,10 @@ def main():
     preprocessing = simulation.Preprocessing(
         frame_px=116, pixel_size_angstrom=volume.voxel_size_angstrom, **settings
     )
-    ranges = {k: RANGES[k] for k in ("snr_range", "clean_fraction")} if arguments.plain else RANGES
     if arguments.moderate and not (arguments.plain and arguments.polish):
         parser.error("--moderate goes with --plain and --polish")
     if arguments.read and arguments.plain:
         parser.error("--read parts the finding of shifts from reading; --plain knows none")
-
-    def images_of(ranges):
-        return simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
-
-    source = images_of(ranges)
     model = estimator.Estimator.create(
         preprocessing,
         symmetry=symmetry,
@@ -96,51 +114,28 @@ def main():
     )
     tag = arguments.name + ("-plain" if arguments.plain else "")
     folder = Path("results/weights")
-    options = {"callbacks": [Log()], "progress": False}
-    history = estimator.train(
-        model,
-        source,
-        images=arguments.images,
-        seed=arguments.seed,
-        learning_rate=RATE,
-        checkpoint=folder / tag,
-        **options,
-    )
-    if arguments.moderate:
-        tag = f"{arguments.name}-moderate"
-    if arguments.polish:  # once more, and the noisiest images count for less
-        if arguments.moderate:
-            ranges = MODERATE
-        elif not arguments.plain:
-            ranges = {**RANGES, **FEWER_FAR}
-        source = images_of(ranges)
-        end = estimator.train(
+    history = {}
+    for number, (name, images, ranges, options) in enumerate(stages(arguments)):
+        if not images:
+            continue
+        if name.startswith("read") and model.finder is None:
+            model.divide()
+        if arguments.moderate and name == "polish":
+            tag = f"{arguments.name}-moderate"
+        source = simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **ranges)
+        run = estimator.train(
             model,
             source,
-            images=arguments.polish,
-            seed=arguments.seed + POLISH_SEED,
-            learning_rate=POLISH_RATE,
-            noise_weight=0.2 if arguments.moderate else 1.0,
-            checkpoint=folder / f"{tag}-polish",
+            images=images,
+            seed=arguments.seed + number * POLISH_SEED,
+            checkpoint=folder / (f"{tag}-{name}" if number else tag),
+            callbacks=[Log()],
+            progress=False,
             **options,
         )
-        history = {key: values + end[key] for key, values in history.items()}
-    for stage, (name, (share, seen)) in enumerate(READ.items(), start=2) if arguments.read else ():
-        if model.finder is None:
-            model.divide()
-        end = estimator.train(
-            model,
-            images_of({**RANGES, "max_shift_px": 0.0, **seen}),
-            images=arguments.read * share // sum(share for share, _ in READ.values()),
-            seed=arguments.seed + stage * POLISH_SEED,
-            learning_rate=POLISH_RATE,
-            noise_weight=1.0,
-            checkpoint=folder / f"{tag}-read-{name}",
-            **options,
-        )
-        history = {key: values + end[key] for key, values in history.items()}
-    if arguments.read:  # how far off it is on images that it centred itself
-        source = images_of(RANGES)
+        history = {key: history.get(key, []) + values for key, values in run.items()}
+    if model.finder is not None:  # how far off it is on images that it centred itself
+        source = simulation.TrainingImages(volume, preprocessing, symmetry=symmetry, **RANGES)
         estimator.calibrate(model, source, seed=arguments.seed)
     command = f"python benchmarks/train_weights.py {arguments.name} --images {arguments.images}"
     command += f" --polish {arguments.polish}" if arguments.polish else ""
