@@ -50,12 +50,8 @@ READERS = {
     AS_IT_IS: [],
     TOLD: [],
     MORE: [
-        (
-            1,
-            LOWER,
-            {**train_weights.RANGES, "max_shift_px": 0.0, **train_weights.READ["middle"][1]},
-        ),
-        (1, LOW, {**train_weights.RANGES, "max_shift_px": 0.0, **train_weights.READ["clean"][1]}),
+        (1, LOWER, train_weights.READ["middle"][1]),
+        (1, LOW, train_weights.READ["clean"][1]),
     ],
     "noiseless": [(1, RATE, {"clean_fraction": 1.0})],
     "1/16": [(1, RATE, NOISY)],

@@ -215,7 +215,7 @@ def train(
     With --like, the noise is measured outside the particles' circle, shifts and defocus are the
     file's. Where there are shifts, one network learns to find them, from three fifths of the
     images, and a second one to read what is centred: a bar for each. The bar shows the time to
-    expect. Some 100,000 images give a first idea, a million a model worth keeping.
+    expect. Some 25,000 images give a first idea, the default a model worth keeping.
     """
     from . import density as densities
     from . import simulation, survey
