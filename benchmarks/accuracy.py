@@ -19,19 +19,19 @@ import records
 from scipy import stats
 
 from cryoem import (
+    cross_check,
     distances,
-    estimator,
     evaluation,
-    files,
     imaging,
+    load_estimator,
     maps,
-    matching,
+    match,
     orient,
-    reconstruction,
-    refinement,
-    simulation,
+    reconstruct,
+    simulate,
     structures,
 )
+from cryoem.io import files
 from cryoem.symmetry import group
 
 TEST_SEED, N_IMAGES = 90_210, 1650
@@ -71,16 +71,15 @@ def timed(function, *args, **kwargs):
 def cell(mine, volume, model, snr, condition):
     """Measure one cell: a list of records, one a stage."""
     options = CONDITIONS[condition]
-    seen = simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr, **options)
-    clean = simulation.particles(
-        volume, N_IMAGES, TEST_SEED, coverage=options.get("coverage", "uniform")
-    )
-    truth, ctf, symmetry = seen.quaternions, seen.ctf(), group(model.symmetry)
+    seen = simulate(volume, N_IMAGES, TEST_SEED, snr=snr, **options)
+    clean = simulate(volume, N_IMAGES, TEST_SEED, coverage=options.get("coverage", "uniform"))
+    truth, symmetry = seen.quaternions, group(model.symmetry)
+    unknown = seen.without_poses()
     bound = 0.0
-    if seen.noise_variance:
+    if seen.noise is not None:
         some = slice(0, 100)
         covariance = evaluation.cramer_rao(
-            volume, truth[some], seen.noise_variance, ctf=None if ctf is None else ctf[some]
+            volume, truth[some], seen.noise.variance, ctf=seen.ctf(some)
         )
         bound = float(evaluation.mean_error_of(covariance).mean())
     common = {
@@ -97,17 +96,17 @@ def cell(mine, volume, model, snr, condition):
         "train_minutes": model.notes.get("train_minutes"),
         "paper_rad": PAPER.get((mine["particle"], snr, condition)),
     }
-    look, looking = timed(model.look, seen.images, ctf=ctf)
+    predicted, predicting = timed(model.predict, seen.images, ctf=seen.ctf())
     pairs = distances.all_pairs(N_IMAGES)
-    estimated = model.distances(look.features, look.features)[pairs[:, 0], pairs[:, 1]]
+    estimated = model.distances(predicted.features, predicted.features)[pairs[:, 0], pairs[:, 1]]
     features = symmetry.features(truth)
     true = distances.from_features(features, features)[pairs[:, 0], pairs[:, 1]]
     learned = distances.compare(estimated, true)
     if symmetry.order == 1:
-        found, seconds = timed(orient.orient, model, seen.images, ctf=ctf)
+        found, seconds = timed(orient, model, unknown)
         stage = "estimator and recovery, frame from copies"
     else:
-        found, seconds = timed(orient.orient_by_references, model, seen.images, volume, ctf=ctf)
+        found, seconds = timed(orient, model, unknown, reference=volume)
         stage = "estimator and recovery, frame from references"
     yield {
         **common,
@@ -118,12 +117,12 @@ def cell(mine, volume, model, snr, condition):
         "distance_mae_small_rad": learned.mae_small_rad,
         "distance_mae_middle_rad": learned.mae_middle_rad,
         "distance_mae_large_rad": learned.mae_large_rad,
-        "embedding_cpu_seconds": looking,
+        "embedding_cpu_seconds": predicting,
         "cpu_seconds": seconds,
         **certainty(found, seen, model),
-        **resolutions(volume, seen, clean.images, found, ctf, symmetry),
+        **resolutions(volume, seen, clean, found, symmetry),
     }
-    matched, seconds = timed(matching.match, seen.images, volume, model.preprocessing, ctf=ctf)
+    matched, seconds = timed(match, unknown, volume, model.preprocessing)
     yield {
         **common,
         "stage": "projection matching, 21,600 references, no training",
@@ -133,7 +132,7 @@ def cell(mine, volume, model, snr, condition):
 
 
 def scores(q, truth, symmetry):
-    one = evaluation.errors(q, truth, symmetry=symmetry)
+    one = evaluation.orientation_errors(q, truth, symmetry=symmetry)
     off = {
         "one_sided_error_rad": one.mean_rad,
         "median_rad": one.median_rad,
@@ -143,7 +142,7 @@ def scores(q, truth, symmetry):
         "far_fraction": one.far_fraction,
     }
     if symmetry == "C1":
-        off["e_or_rad"] = evaluation.errors(q, truth, over="o4").mean_rad
+        off["e_or_rad"] = evaluation.orientation_errors(q, truth, over="o4").mean_rad
     return off
 
 
@@ -158,17 +157,13 @@ def certainty(found, seen, model):
     ).quaternions
     off = group(model.symmetry).distance(laid, truth)
     said = {"": found.expected_error_rad}
-    if seen.noise_variance and model.symmetry == "C1":
+    if seen.noise is not None and model.symmetry == "C1":
         # Centred where the network saw it and cut to what the network reads: the same, sooner.
         box = p.crop_px * p.frame_px // p.down_px
-        ctf = seen.defocus_angstrom
-        said["checked_"], seconds = timed(
-            refinement.cross_check,
-            imaging.crop(imaging.shift(seen.images, -found.shifts_px), box),
-            found.quaternions,
-            voxel_size_angstrom=seen.pixel_size_angstrom,
-            ctf=None if ctf is None else imaging.ctf(box, seen.pixel_size_angstrom, ctf),
-        )
+        centred = imaging.crop(imaging.shift(seen.images, -found.shifts_px), box)
+        small = found.with_images(centred).replace(shifts_px=None)
+        checked, seconds = timed(cross_check, small)
+        said["checked_"] = checked.expected_error_rad
     out = {}
     for name, expected in said.items():
         order = np.argsort(expected)
@@ -187,27 +182,19 @@ def certainty(found, seen, model):
     return out
 
 
-def resolutions(volume, seen, clean, found, ctf, symmetry):
+def resolutions(volume, seen, clean, found, symmetry):
     """FSC against the density of maps from clean and from noisy images, true and found poses."""
-    voxel = volume.voxel_size_angstrom
     out = {}
-    shifts = found.shifts_px if np.abs(seen.shifts_px).any() else None
-    for images, stack in (("noiseless", clean), ("noisy", seen.images)):
-        if images == "noisy" and not seen.noise_variance:
+    shifts = found.shifts_px if seen.shifts_px.any() else None
+    for images, stack in (("noiseless", clean), ("noisy", seen)):
+        if images == "noisy" and seen.noise is None:
             continue
         for poses, q in (("true", seen.quaternions), ("found", found.quaternions)):
-            moved = None
-            if images == "noisy":
-                moved = seen.shifts_px if poses == "true" else shifts
-            v = reconstruction.reconstruct(
-                stack,
-                q,
-                voxel_size_angstrom=voxel,
-                shifts_px=moved,
-                ctf=ctf if images == "noisy" else None,
-                symmetry=symmetry.name,
-                ridge=1e-4 if images == "noiseless" else max(1e-4, seen.noise_variance * 1e-4),
-            )
+            posed = stack.with_poses(q)
+            if images == "noisy" and poses == "found":
+                posed = posed.replace(shifts_px=shifts)
+            ridge = 1e-4 if images == "noiseless" else max(1e-4, seen.noise.variance * 1e-4)
+            v = reconstruct(posed, symmetry=symmetry.name, ridge=ridge)
             if poses == "found":
                 v = maps.register(v, volume).density
             curve = maps.fsc(v, volume)
@@ -290,7 +277,7 @@ def main():
     found = json.loads(path.read_text()) if path.exists() else []
     for name in [arguments.name] if arguments.name else list(structures.SHIPPED):
         weights = arguments.weights or structures.shipped_file(f"{name}.npz")
-        model = estimator.Estimator.load(weights)
+        model = load_estimator(weights)
         volume = records.volume_of(arguments.map or name, model.symmetry)
         extra = {"weights_sha256": files.sha256(weights)}
         if arguments.map:

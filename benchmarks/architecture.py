@@ -12,19 +12,22 @@ import argparse
 import json
 import time
 
-import keras
 import numpy as np
 import records
 
 from cryoem import (
+    Estimator,
+    Preprocessing,
+    TrainingImages,
     distances,
-    estimator,
-    evaluation,
-    recovery,
+    load_density,
+    orientation_errors,
+    recover,
     rotations,
-    simulation,
-    structures,
+    simulate,
 )
+from cryoem.backend import keras
+from cryoem.estimator import fit
 
 PARTICLE, TEST_SEED, N_IMAGES, SEEDS = "4jsv", 70_110, 300, (1, 2, 3)
 #: name: (architecture, head, feature dimension, learning rate, optimizer, pairs)
@@ -61,7 +64,7 @@ def run(case, seed, minutes, source, test):
     architecture, head, feature_dim, rate, optimizer, pairs = CASES[case]
 
     def trained(images, count):
-        model = estimator.Estimator.create(
+        model = Estimator.create(
             source.preprocessing,
             architecture=architecture,
             head=head,
@@ -70,7 +73,7 @@ def run(case, seed, minutes, source, test):
             precision="mixed_bfloat16",
         )
         clock = Clock()
-        estimator.train(
+        fit(
             model,
             source,
             images=images,
@@ -108,8 +111,8 @@ def judge(model, seen, seed):
     every = distances.all_pairs(len(features))
     estimated = model.distances(features, features)[tuple(every.T)]
     true = rotations.pair_distances(seen.quaternions, every)
-    found = recovery.recover(every, estimated, len(features), seed=seed)
-    error = evaluation.errors(found.quaternions, seen.quaternions, over="o4")
+    found = recover(every, estimated, len(features), seed=seed)
+    error = orientation_errors(found.quaternions, seen.quaternions, over="o4")
     return {"mae_rad": distances.compare(estimated, true).mae_rad, "e_or_rad": error.mean_rad}
 
 
@@ -141,10 +144,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="of processor time a training")
     minutes = parser.parse_args().minutes
-    volume = structures.load_density(PARTICLE)
-    preprocessing = simulation.Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
-    source = simulation.TrainingImages(volume, preprocessing, clean_fraction=1.0)
-    test = simulation.particles(volume, N_IMAGES, TEST_SEED)
+    volume = load_density(PARTICLE)
+    preprocessing = Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
+    source = TrainingImages(volume, preprocessing, clean_fraction=1.0)
+    test = simulate(volume, N_IMAGES, TEST_SEED)
     path = records.RESULTS / "architecture.json"
     found = json.loads(path.read_text()) if path.exists() else []
     found = [r for r in found if r["case"] in CASES and r["minutes"] == minutes]

@@ -5,26 +5,36 @@ are judged on 300 unseen images of every SNR by E_OR, the error of the orientati
 algebra finds in their distances (nothing of the truth but O(4)). A model that is in the results
 for as many images is not trained again.
 
-What a model for noise, shifts and defocus (one that has a finder) owes to each of its conditions is
-measured by training its reader on for that condition alone, beside as many more images of all. For
-one condition alone it may also know whether images are centred; so the model for all is told too,
-as ``cryoem orient --centred`` tells it, but for the row "as it is":
+What a model for noise, shifts and defocus (one that has a shift network) owes to each of its
+conditions is measured by training its encoder on for that condition alone, beside as many more
+images of all. For one condition alone it may also know whether images are centred; so the model for
+all is told too, as ``cryoem orient --centred`` tells it, but for the row "as it is":
 
     python benchmarks/mismatch.py --map 5j0n.mrc --weights results/weights/5j0n.npz
 """
 
 import argparse
-import dataclasses
 import json
 import math
 from pathlib import Path
 
 import accuracy
 import architecture
+import longer_training
 import records
-import train_weights
 
-from cryoem import estimator, evaluation, files, orient, simulation, structures
+from cryoem import (
+    Estimator,
+    Preprocessing,
+    TrainingImages,
+    load_density,
+    load_estimator,
+    orient,
+    orientation_errors,
+    simulate,
+)
+from cryoem.estimator import fit
+from cryoem.io import files
 
 SEED, N_IMAGES, TEST_SEED = 1, 300, 70_111
 SNR = {"noiseless": math.inf, "1/4": 1 / 4, "1/16": 1 / 16, "1/64": 1 / 64}
@@ -34,7 +44,7 @@ TRAINED = {
     "1/64 to 1, and noiseless": {"snr_range": (1 / 64, 1.0), "clean_fraction": 0.25},
 }
 #: How test images of a condition are made, and what is learned from for it alone. For shifted
-#: images that is a reader of centred ones behind the same finder.
+#: images that is an encoder of centred ones behind the same shift network.
 NOISY = {"snr_range": (1 / 16, 1 / 16), "clean_fraction": 0.0}
 SHIFTS, CTF = (accuracy.CONDITIONS[name] for name in ("shifts", "ctf"))
 CONDITIONS = {
@@ -44,14 +54,14 @@ CONDITIONS = {
     "1/16, ctf": {"snr": 1 / 16, **CTF},
 }
 #: What is trained on for one condition goes far from where it is, what is for all does not.
-RATE, LOW, LOWER = train_weights.POLISH_RATE, 1e-3, 7e-4
+RATE, LOW, LOWER = longer_training.LOW_RATE, 1e-3, 7e-4
 AS_IT_IS, TOLD, MORE = "as it is", "as it is, told what is centred", "as much more of all"
-READERS = {
+ENCODERS = {
     AS_IT_IS: [],
     TOLD: [],
     MORE: [
-        (1, LOWER, train_weights.READ["middle"][1]),
-        (1, LOW, train_weights.READ["clean"][1]),
+        (1, LOWER, longer_training.CENTRED_STAGES["middle"][1]),
+        (1, LOW, longer_training.CENTRED_STAGES["clean"][1]),
     ],
     "noiseless": [(1, RATE, {"clean_fraction": 1.0})],
     "1/16": [(1, RATE, NOISY)],
@@ -61,15 +71,12 @@ READERS = {
 
 def breadth(weights, source, images):
     """Train a model on, for one condition at a time; judge each and the model itself."""
-    model = estimator.Estimator.load(weights)
-    if model.symmetry != "C1" or model.finder is None:
-        raise SystemExit(f"{weights}: wanted a particle without symmetry, and train_weights --read")
-    name, seed = model.notes["particle"], SEED + 9 * train_weights.POLISH_SEED  # images of its own
+    model = load_estimator(weights)
+    if model.symmetry != "C1" or model.shift_network is None:
+        raise SystemExit(f"{weights}: wanted a particle without symmetry, and a shift network")
+    name, seed = model.notes["particle"], SEED + 9 * longer_training.SEED_STEP  # images of its own
     volume = records.volume_of(source or name, model.symmetry)
-    tests = {
-        tested: simulation.particles(volume, 1000, TEST_SEED, **how)
-        for tested, how in CONDITIONS.items()
-    }
+    tests = {tested: simulate(volume, 1000, TEST_SEED, **how) for tested, how in CONDITIONS.items()}
     path = records.RESULTS / "breadth.json"
     found = json.loads(path.read_text()) if path.exists() else []
     common = {"particle": name, "weights_sha256": files.sha256(weights), "images_more": images}
@@ -78,14 +85,14 @@ def breadth(weights, source, images):
     found = [
         r for r in found if r["particle"] != name or all(r.get(k) == v for k, v in common.items())
     ]
-    for title, stages in READERS.items():
+    for title, stages in ENCODERS.items():
         if any(r["trained_on"] == title and r["particle"] == name for r in found):
             continue
-        model = estimator.Estimator.load(weights, precision=model.notes["precision"])
+        model = load_estimator(weights, precision=model.notes["precision"])
         for stage, (share, rate, seen) in enumerate(stages):
-            estimator.train(
+            fit(
                 model,
-                simulation.TrainingImages(volume, model.preprocessing, **seen),
+                TrainingImages(volume, model.preprocessing, **seen),
                 images=images * share // sum(share for share, _, _ in stages),
                 seed=seed + stage,
                 learning_rate=rate,
@@ -94,8 +101,7 @@ def breadth(weights, source, images):
             )
         for tested, seen in tests.items():
             known = title != AS_IT_IS and not seen.shifts_px.any()
-            looking = dataclasses.replace(model, looks=1) if known else model
-            q = orient.orient(looking, seen.images, ctf=seen.ctf()).quaternions
+            q = orient(model, seen.without_poses(), centred=known).quaternions
             record = {
                 **common,
                 "trained_on": title,
@@ -103,7 +109,7 @@ def breadth(weights, source, images):
                 "n": len(q),
                 "seed": seed,
                 "test_seed": TEST_SEED,
-                "e_or_rad": evaluation.errors(q, seen.quaternions, over="o4").mean_rad,
+                "e_or_rad": orientation_errors(q, seen.quaternions, over="o4").mean_rad,
             }
             found.append(record)
             print(record, flush=True)
@@ -111,7 +117,7 @@ def breadth(weights, source, images):
         rows = [
             [particle, *row]
             for particle in dict.fromkeys(r["particle"] for r in found)
-            for row in table([r for r in found if r["particle"] == particle], READERS, CONDITIONS)
+            for row in table([r for r in found if r["particle"] == particle], ENCODERS, CONDITIONS)
         ]
         command = f"python benchmarks/mismatch.py --weights {weights}"
         command += f" --map {source.name}" if source else ""
@@ -130,22 +136,19 @@ def main():
         breadth(arguments.weights, arguments.map, arguments.images or 102_400)
         return
     images = arguments.images or 25_600
-    volume = structures.load_density(architecture.PARTICLE)
-    preprocessing = simulation.Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
-    tests = {
-        name: simulation.particles(volume, N_IMAGES, TEST_SEED, snr=snr)
-        for name, snr in SNR.items()
-    }
+    volume = load_density(architecture.PARTICLE)
+    preprocessing = Preprocessing(116, 58, 30, volume.voxel_size_angstrom)
+    tests = {name: simulate(volume, N_IMAGES, TEST_SEED, snr=snr) for name, snr in SNR.items()}
     path = records.RESULTS / "mismatch.json"
     found = json.loads(path.read_text()) if path.exists() else []
     found = [r for r in found if r["trained_on"] in TRAINED and r["images_seen"] == images]
     for name, ranges in TRAINED.items():
         if any(r["trained_on"] == name for r in found):
             continue
-        model = estimator.Estimator.create(preprocessing, seed=SEED, precision="mixed_bfloat16")
-        estimator.train(
+        model = Estimator.create(preprocessing, seed=SEED, precision="mixed_bfloat16")
+        fit(
             model,
-            simulation.TrainingImages(volume, preprocessing, **ranges),
+            TrainingImages(volume, preprocessing, **ranges),
             images=images,
             seed=SEED,
             learning_rate=6e-3,

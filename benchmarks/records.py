@@ -1,27 +1,33 @@
-"""How every benchmark leaves its figures: records, and the table in the README."""
+"""How every benchmark leaves its figures: records, and the tables that are made of them.
+
+The tables stand in README.md beside this file, six rows in the project's README;
+``python benchmarks/records.py`` writes the six rows anew.
+"""
 
 import json
 import time
 from pathlib import Path
 
-from cryoem import density, files, report, structures
+from cryoem import load_density, read_density, report
+from cryoem.io import files
 
 RESULTS = Path(__file__).parent / "results"
+TABLES = Path(__file__).parent / "README.md"
 README = Path(__file__).parent.parent / "README.md"
 
 
 def volume_of(source, symmetry="C1", box_px=116):
     """The density of a shipped particle, of an atomic model, or of a map, in one box."""
     if str(source).endswith((".mrc", ".map", ".mrc.gz", ".map.gz")):
-        return density.read_mrc(source).in_box(box_px)
-    return structures.load_density(str(source), symmetry=symmetry, box_px=box_px)
+        return read_density(source).in_box(box_px)
+    return load_density(str(source), symmetry=symmetry, box_px=box_px)
 
 
 def write(name, records, header, rows, command):
     """Write ``results/NAME.json`` (a list of records) and ``results/NAME.md`` (the table).
 
-    Where the README has the markers ``<!-- NAME -->`` and ``<!-- /NAME -->``, the table replaces
-    what stands between them.
+    In ``benchmarks/README.md`` the table replaces what stands between the markers
+    ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
     Parameters
     ----------
@@ -42,8 +48,77 @@ def write(name, records, header, rows, command):
         path.write_text(json.dumps([{**common, **r} for r in records], indent=1) + "\n")
     with files.atomic(RESULTS / f"{name}.md") as path:
         path.write_text("\n".join(lines) + "\n")
-    before, start, rest = README.read_text().partition(f"<!-- {name} -->\n")
+    _put(TABLES, name, lines)
+    summarise()
+
+
+def _put(path, name, lines):
+    """Replace what stands between the markers of ``name``."""
+    before, start, rest = path.read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     if start and end:
-        with files.atomic(README) as path:
-            path.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+        with files.atomic(path) as temporary:
+            temporary.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+
+
+#: The six rows of the project's README: what, the benchmark, which record of it, and what it says.
+SUMMARY = [
+    (
+        "orientations of unseen images of 4JSV, noiseless",
+        "accuracy",
+        {"particle": "4jsv", "model": "4jsv", "snr": "inf", "condition": "plain"},
+        "{one_sided_error_rad:.3f} rad",
+        "a rotation and the hand fitted; the network was trained on projections of 4JSV",
+    ),
+    (
+        "the same at SNR 1/16, with CTF",
+        "accuracy",
+        {"particle": "4jsv", "model": "4jsv", "snr": 1 / 16, "condition": "ctf"},
+        "{one_sided_error_rad:.3f} rad",
+        "the physical limit is {bound_mean_rad:.3f} rad; random orientations are "
+        "{random_one_sided_error_rad:.1f} rad off",
+    ),
+    (
+        "the paper's 5j0n at SNR 1/16",
+        "accuracy",
+        {"particle": "5j0n", "model": "5j0n", "snr": 1 / 16, "condition": "plain"},
+        "{one_sided_error_rad:.3f} rad",
+        "the paper has {paper_rad:.2f} rad, its whole O(4) fitted",
+    ),
+    (
+        "refined against the density, 4JSV at SNR 1/16",
+        "refinement",
+        {"particle": "4jsv", "case": "known density", "snr": "SNR 1/16"},
+        "{error_rad:.3f} rad",
+        "from {start_error_rad:.1f} rad off; the limit is {bound_rad:.3f} rad",
+    ),
+    (
+        "refined half against half, no density",
+        "refinement",
+        {"particle": "4jsv", "case": "density reconstructed"},
+        "{error_rad:.3f} rad",
+        "half-maps agree to {half_map_resolution_angstrom:.1f} A",
+    ),
+    (
+        "a million particles placed, from features",
+        "recovery",
+        {"case": "many", "n": 1_000_000},
+        "{seconds:.0f} s",
+        "after embedding, which takes a quarter of an hour",
+    ),
+]
+
+
+def summarise():
+    """Write the six rows of the project's README."""
+    lines = ["| what | measured | beside it |", "| --- | --- | --- |"]
+    for what, name, wanted, measured, beside in SUMMARY:
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        record = next((r for r in found if all(r.get(k) == v for k, v in wanted.items())), None)
+        if record is not None:
+            lines.append(f"| {what} | {measured.format(**record)} | {beside.format(**record)} |")
+    _put(README, "measured", lines)
+
+
+if __name__ == "__main__":
+    summarise()

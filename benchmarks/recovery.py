@@ -23,13 +23,13 @@ import records
 from cryoem import (
     distances,
     evaluation,
-    files,
-    frame,
     imaging,
     recovery,
     rotations,
     structures,
 )
+from cryoem.io import files
+from cryoem.recovery import frame
 
 PARTICLE, SEED, N = "4jsv", 90_310, 1650
 #: Features are kept by the weights that made them.
@@ -60,7 +60,7 @@ def timed(function, *args, **options):
 
 
 def e_or(found, true):
-    return evaluation.errors(found, true, over="o4").mean_rad
+    return evaluation.orientation_errors(found, true, over="o4").mean_rad
 
 
 def summary(case, runs, limit_rad, **more):
@@ -159,15 +159,15 @@ def features_at(snr, seed, n=1000, copies=200):
     """Features of ``n`` images and of turned and mirrored copies; kept for the next run."""
     path = FOLDER / f"snr_{snr.replace('/', '_')}_{seed}_{n}.npz"
     if not path.exists():
-        from cryoem import estimator, simulation
+        from cryoem import load_density, load_estimator, simulate
 
-        density, model = structures.load_density(PARTICLE), estimator.shipped(PARTICLE)
-        seen = simulation.particles(density, n, seed, snr=SNRS[snr])
+        density, model = load_density(PARTICLE), load_estimator(PARTICLE)
+        seen = simulate(density, n, seed, snr=SNRS[snr])
         more = {}
         if snr == "1/16":
-            alien = structures.load_density("1i10")
-            alien = simulation.particles(alien, n // 9, seed + 1, snr=SNRS[snr])
-            rng = rotations.stream(seed, "pure noise")
+            alien = load_density("1i10")
+            alien = simulate(alien, n // 9, seed + 1, snr=SNRS[snr])
+            rng = rotations.generator(seed, "pure noise")
             noise = rng.standard_normal(alien.images.shape, dtype=np.float32)
             more = {"alien": model.embed(alien.images), "noise": model.embed(noise)}
         with files.atomic(path) as temporary:
@@ -206,7 +206,9 @@ def learned():
             made.append(
                 {
                     "e_or_rad": e_or(q[:n], true),
-                    "one_sided_error_rad": evaluation.errors(fixed.apply(q[:n]), true).mean_rad,
+                    "one_sided_error_rad": evaluation.orientation_errors(
+                        fixed.apply(q[:n]), true
+                    ).mean_rad,
                     "all_pairs_e_or_rad": e_or(every.quaternions, true),
                     "wild_e_or_rad": e_or(spoilt.quaternions, true),
                     "frame_certain": float(fixed.certain),
@@ -280,11 +282,11 @@ def embed(n):
     wanted = [FOLDER / f"chunk_{c:03d}.npz" for c in range(n // CHUNK)]
     missing = [c for c, path in enumerate(wanted) if not path.exists()]
     if missing:
-        from cryoem import estimator, simulation
+        from cryoem import TrainingImages, load_density, load_estimator
 
-        model = estimator.shipped(PARTICLE, precision="mixed_bfloat16")
-        density = structures.load_density(PARTICLE)
-        source = simulation.TrainingImages(
+        model = load_estimator(PARTICLE, precision="mixed_bfloat16")
+        density = load_density(PARTICLE)
+        source = TrainingImages(
             density, model.preprocessing, snr_range=(1 / 16, 1 / 16), clean_fraction=0.0
         )
         for c in missing:
@@ -292,7 +294,7 @@ def embed(n):
             for b in range(CHUNK // BATCH):
                 images, true = source.batch(SEED, c * (CHUNK // BATCH) + b, BATCH)
                 f.append(model.embed(images, prepared=True))
-                q.append(source.group.decode(true[:, :-2]))
+                q.append(source.group.decode(true[:, : len(source.group.harmonics)]))
                 if c == b == 0:
                     for name, change in (
                         ("turned", imaging.quarter_turn),
@@ -341,7 +343,7 @@ def _many(paths, n):
         "successes": int(used["seconds"] < 60),
         "embedding_seconds": float(sum(chunk["seconds"] for chunk in chunks)),
         "e_or_rad": e_or(q, true[some]),
-        "one_sided_error_rad": evaluation.errors(fixed.apply(q), true[some]).mean_rad,
+        "one_sided_error_rad": evaluation.orientation_errors(fixed.apply(q), true[some]).mean_rad,
         "frame_certain": float(fixed.certain),
         **used,
     }
@@ -356,7 +358,7 @@ def paper_descent(pairs, d, start, seconds, *, batch_pairs=256, learning_rate=0.
     import keras
     import tensorflow as tf
 
-    from cryoem import descent
+    from cryoem.recovery import descent
 
     variables = [tf.Variable(q[None], dtype=tf.float32) for q in start]
     optimizer = keras.optimizers.Adam(learning_rate)
@@ -379,7 +381,7 @@ def paper_descent(pairs, d, start, seconds, *, batch_pairs=256, learning_rate=0.
 
 def against_the_paper():
     """Side by side: the paper's loop, the same descent vectorised, and ours, on exact distances."""
-    from cryoem import descent
+    from cryoem.recovery import descent
 
     rng = np.random.default_rng([SEED, 1])
     true, pairs = rotations.uniform(N, rng), distances.all_pairs(N)

@@ -17,16 +17,22 @@ import numpy as np
 import records
 
 from cryoem import (
-    density,
+    Density,
+    ParticleStack,
+    Search,
     evaluation,
-    files,
     imaging,
+    load_density,
     maps,
-    projection,
-    refinement,
+    project,
+    read_density,
+    refine,
+    refine_against,
+    refine_halves,
     rotations,
     structures,
 )
+from cryoem.io import files
 
 SEED = 90_311
 FRAME, VOXEL = 116, 3.67
@@ -40,13 +46,13 @@ class Particle:
     def __init__(self, name, path=None, weights=None):
         self.name, self.weights = name, weights
         if path is None:
-            fine = structures.load_density(name, voxel_size_angstrom=VOXEL / 2, box_px=2 * FRAME)
+            fine = load_density(name, voxel_size_angstrom=VOXEL / 2, box_px=2 * FRAME)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                fine = density.read_mrc(path).in_box(FRAME).resampled(2 * FRAME)
+                fine = read_density(path).in_box(FRAME).resampled(2 * FRAME)
         # Projections are counted in voxels: half of them make the images those of the coarse one.
-        self.fine = density.Density(fine.values / 2, fine.voxel_size_angstrom)
+        self.fine = Density(fine.values / 2, fine.voxel_size_angstrom)
         self.known = fine.resampled(FRAME)
         reach = np.argwhere(self.known.values > 0.02 * self.known.values.max()) - FRAME // 2
         radius = np.linalg.norm(reach, axis=1).max()
@@ -55,13 +61,13 @@ class Particle:
 
     def images(self, n, snr, seed, max_shift_px):
         """Images of the whole frame's SNR, cut to the box; orientations, shifts and variance."""
-        q = rotations.uniform(n, rotations.stream(seed, "views"))
-        clean = projection.project(self.fine, q, box_px=FRAME)
-        shifts = imaging.triangular_shifts(n, rotations.stream(seed, "shifts"), max_shift_px)
+        q = rotations.uniform(n, rotations.generator(seed, "views"))
+        clean = project(self.fine, q, box_px=FRAME)
+        shifts = imaging.triangular_shifts(n, rotations.generator(seed, "shifts"), max_shift_px)
         clean = imaging.shift(clean, shifts)
         variance = 0.0 if math.isinf(snr) else float(clean.var()) / snr
         if variance:
-            clean = imaging.add_noise(clean, rotations.stream(seed, "noise"), variance=variance)
+            clean = imaging.add_noise(clean, rotations.generator(seed, "noise"), variance=variance)
         return clean, q, shifts, variance
 
     def bound(self, q, variance):
@@ -73,7 +79,7 @@ class Particle:
 
 
 def off(q, angle, seed):
-    w = rotations.stream(seed, "start").standard_normal((len(q), 3))
+    w = rotations.generator(seed, "start").standard_normal((len(q), 3))
     return rotations.perturb(q, angle * w / np.linalg.norm(w, axis=1, keepdims=True))
 
 
@@ -97,16 +103,9 @@ def known(particle, snr, n=N_KNOWN):
     cut = particle.known.in_box(particle.box)
     start = off(q, 0.3, SEED)
     # Where the likelihood has several maxima: many starts, from a wider ball.
-    starts, spread = (64, 0.45) if snr < 1 / 50 else (4, 0.3)
-    found, seconds = timed(
-        refinement.refine,
-        images,
-        cut,
-        start,
-        resolution_angstrom=2 * VOXEL,
-        starts=starts,
-        spread_rad=spread,
-    )
+    search = Search(starts=64, spread_rad=0.45) if snr < 1 / 50 else Search()
+    stack = ParticleStack(images, VOXEL, quaternions=start)
+    found, seconds = timed(refine, stack, cut, resolution_angstrom=2 * VOXEL, search=search)
     error = rotations.distance(found.quaternions, q)
     bound, shift_bound = particle.bound(q, variance) if variance else (0.0, 0.0)
     record = {
@@ -115,8 +114,8 @@ def known(particle, snr, n=N_KNOWN):
         "snr": ratio(snr),
         "n": n,
         "box_px": particle.box,
-        "starts": starts,
-        "spread_rad": spread,
+        "starts": search.starts,
+        "spread_rad": search.spread_rad,
         "start_error_rad": 0.3,
         "error_rad": float(error.mean()),
         "bound_rad": bound,
@@ -132,8 +131,11 @@ def known(particle, snr, n=N_KNOWN):
         record["normalised_square"] = float(square.mean())
         record["normalised_square_median"] = float(np.median(square))  # 2.37 of three
     if snr < 1 / 50:
-        best = refinement.refine(
-            images, cut, q, shifts_px=shifts, resolution_angstrom=2 * VOXEL, starts=2 * starts
+        best = refine(
+            stack.with_poses(q, shifts),
+            cut,
+            resolution_angstrom=2 * VOXEL,
+            search=Search(starts=2 * search.starts),
         )
         likelier = np.where(best.gain > found.gain, 1, 0)[:, None]
         likeliest = np.where(likelier, best.quaternions, found.quaternions)
@@ -148,13 +150,8 @@ def speed(particle, n=N_TIMED, box=64):
     images, q, _, _ = particle.images(n // 10, 1 / 16, SEED + 1, 2.0)
     images = np.tile(imaging.crop(images, box), (10, 1, 1))
     q = np.tile(q, (10, 1))
-    found, seconds = timed(
-        refinement.refine,
-        images,
-        particle.known.in_box(box),
-        off(q, 0.15, SEED + 1),
-        resolution_angstrom=2 * VOXEL,
-    )
+    stack = ParticleStack(images, VOXEL, quaternions=off(q, 0.15, SEED + 1))
+    found, seconds = timed(refine, stack, particle.known.in_box(box), resolution_angstrom=2 * VOXEL)
     error = rotations.distance(found.quaternions, q)
     yield {
         "case": "speed",
@@ -173,16 +170,15 @@ def unknown(particle, snr=1 / 16, n=N_UNKNOWN):
     images, q, _, variance = particle.images(n, snr, SEED + 2, 0.0)
     if particle.weights is None:
         return
-    from cryoem import estimator, orient
+    from cryoem import load_estimator, orient
 
-    start = orient.orient(estimator.Estimator.load(particle.weights), images).quaternions
-    images = imaging.crop(images, particle.box)
-    found, seconds = timed(
-        refinement.alternate, images, start, voxel_size_angstrom=VOXEL, seed=SEED
-    )
-    after = evaluation.errors(found.refined.quaternions, q)
+    start = orient(load_estimator(particle.weights), ParticleStack(images, VOXEL)).quaternions
+    stack = ParticleStack(imaging.crop(images, particle.box), VOXEL, quaternions=start)
+    found, seconds = timed(refine_halves, stack, seed=SEED)
+    refined = found.particles.quaternions
+    after = evaluation.orientation_errors(refined, q)
     bound, _ = particle.bound(q, variance)
-    aligned = evaluation.align(found.refined.quaternions, q, over="one-sided").quaternions
+    aligned = evaluation.align(refined, q, over="one-sided").quaternions
     laid = maps.register(found.density, particle.known.in_box(particle.box))
     against = maps.fsc(laid.density, particle.known.in_box(particle.box), mask=None)
     yield {
@@ -193,7 +189,7 @@ def unknown(particle, snr=1 / 16, n=N_UNKNOWN):
         "box_px": particle.box,
         "start": "the estimator, frame from copies",
         "weights_sha256": files.sha256(particle.weights),
-        "start_error_rad": evaluation.errors(start, q).mean_rad,
+        "start_error_rad": evaluation.orientation_errors(start, q).mean_rad,
         "error_rad": after.mean_rad,
         "median_error_rad": after.median_rad,
         "bound_rad": bound,
@@ -217,14 +213,14 @@ def bias(particle, n=500):
         for seed in range(SEED, SEED + 2):
             images, q, _, _ = particle.images(n, 1 / 16, seed, 0.0)
             if what == "noise":
-                rng = rotations.stream(seed, "pure noise")
+                rng = rotations.generator(seed, "pure noise")
                 images = rng.standard_normal(images.shape, dtype=np.float32)
             with warnings.catch_warnings(record=True) as notes:
                 warnings.simplefilter("always")
-                found, seconds = timed(
-                    refinement.from_reference,
-                    imaging.crop(images, particle.box), cut, off(q, 0.15, seed), seed=seed,
-                )  # fmt: skip
+                stack = ParticleStack(
+                    imaging.crop(images, particle.box), VOXEL, quaternions=off(q, 0.15, seed)
+                )
+                found, seconds = timed(refine_against, stack, cut, seed=seed)
             yield {
                 "case": "reference bias",
                 "particle": particle.name,
@@ -234,7 +230,9 @@ def bias(particle, n=500):
                 "n": n,
                 "box_px": particle.box,
                 "start_error_rad": 0.15,
-                "error_rad": evaluation.errors(found.refined.quaternions, q, over="none").mean_rad,
+                "error_rad": evaluation.orientation_errors(
+                    found.particles.quaternions, q, over="none"
+                ).mean_rad,
                 "correlation_beyond": found.test.correlation,
                 "z_beyond": found.test.z,
                 "warned": any("reference alone" in str(note.message) for note in notes),

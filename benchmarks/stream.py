@@ -16,7 +16,12 @@ from pathlib import Path
 import numpy as np
 import records
 
-from cryoem import estimator, evaluation, report, simulation, stream, structures
+from cryoem import evaluation, load_density, load_estimator, orient, report
+from cryoem import simulate as simulated
+from cryoem.estimator import Estimator
+from cryoem.io.particles import read_particles
+from cryoem.recovery import orienting
+from cryoem.recovery.chunks import Job
 
 PARTICLE, TEST_SEED, SNR = "4jsv", 90_212, 1 / 16
 SIZES = (1_000, 10_000)
@@ -26,24 +31,14 @@ TARGET = 10_000_000
 
 def simulate(folder, n, part=1000):
     """Write ``images.npy`` and ``true.npy``, simulated in parts."""
-    density = structures.load_density(PARTICLE)
+    density = load_density(PARTICLE)
     shape = (n, density.box_px, density.box_px)
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.float32, shape)
     true = np.empty((n, 4))
     for start in range(0, n, part):
-        seen = simulation.particles(density, part, [TEST_SEED, start], snr=SNR)
+        seen = simulated(density, part, [TEST_SEED, start], snr=SNR)
         images[start : start + part], true[start : start + part] = seen.images, seen.quaternions
     np.save(folder / "true.npy", true)
-
-
-class Part:
-    """The first n images of a file, mapped anew for each slice."""
-
-    def __init__(self, path, n):
-        self.path, self.shape = path, (n, *np.load(path, mmap_mode="r").shape[1:])
-
-    def __getitem__(self, index):
-        return np.load(self.path, mmap_mode="r")[index]
 
 
 def clocked(owner, name):
@@ -63,19 +58,21 @@ def clocked(owner, name):
 
 def measure(folder, n):
     """Orient the first n images."""
-    network = estimator.shipped(PARTICLE)
+    network = load_estimator(PARTICLE)
     edge = network.preprocessing.frame_px
     network.embed(np.zeros((256, edge, edge)))  # TensorFlow's start-up is not the curve's
     resting = report.peak_memory_gb()
-    embedding, landmarks = clocked(network, "look"), clocked(stream, "anchor")
-    placing = clocked(stream._Job, "place")
+    embedding = clocked(Estimator, "predict")
+    landmarks = clocked(orienting, "landmarks_from_copies")
+    placing = clocked(Job, "place")
+    stack = read_particles(folder / "images.npy").select(slice(n))
     with tempfile.TemporaryDirectory() as work:
         start, cpu = time.perf_counter(), time.process_time()
-        found = stream.orient(network, Part(folder / "images.npy", n), work, progress=False)
+        found = orient(network, stack, work=work)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         peak = report.peak_memory_gb()
         true = np.load(folder / "true.npy")[:n]
-        error = evaluation.errors(np.array(found.quaternions), true, over="one-sided")
+        error = evaluation.orientation_errors(np.array(found.quaternions), true, over="one-sided")
     chunks = sum(embedding[3:])  # the first three are the landmarks and their copies
     return {
         "case": "stream",

@@ -16,25 +16,88 @@ The convention, written here once and used everywhere:
 * SNR is (variance of the clean images) / (variance of the noise), over the whole frame, at the
   sampling at which the noise is added.
 
-The rooms, in the order of the method:
+Public names come from this package itself, ``from cryoem import read_particles``, and are loaded
+when they are first used; :data:`PUBLIC` lists them with a line each. The modules, from the lowest
+to the highest, each of which imports from those before it:
 
-* what is seen: :mod:`~cryoem.structures` (atomic models), :mod:`~cryoem.density`;
-* how it is seen: :mod:`~cryoem.rotations`, :mod:`~cryoem.symmetry`, :mod:`~cryoem.projection`,
-  :mod:`~cryoem.imaging`, and :mod:`~cryoem.simulation`, which puts them together;
-* the first step, distances: :mod:`~cryoem.distances`, :mod:`~cryoem.networks`,
-  :mod:`~cryoem.estimator`;
-* the second, orientations: :mod:`~cryoem.recovery`, :mod:`~cryoem.descent` (the paper's), and
-  :mod:`~cryoem.frame`; :mod:`~cryoem.orient` goes from images to orientations, and
-  :mod:`~cryoem.stream` does so for sets larger than memory or one machine;
-* the map: :mod:`~cryoem.reconstruction`, :mod:`~cryoem.refinement`, which brings the orientations
-  to the limit and alternates with it, and :mod:`~cryoem.maps`, which judges it;
-* how good it all is: :mod:`~cryoem.evaluation`, :mod:`~cryoem.matching` (the baseline);
-* real particles: :mod:`~cryoem.star` and :mod:`~cryoem.stacks` (their files),
-  :mod:`~cryoem.survey` (how they were imaged), :mod:`~cryoem.cli` (the command line);
-* :mod:`~cryoem.plots`, :mod:`~cryoem.demo`, :mod:`~cryoem.report`; below them all
-  :mod:`~cryoem.fourier`, :mod:`~cryoem.files`, :mod:`~cryoem.errors`.
+* :mod:`~cryoem.errors`, :mod:`~cryoem.threads`, :mod:`~cryoem.fourier`;
+* how particles are seen: :mod:`~cryoem.rotations`, :mod:`~cryoem.symmetry`,
+  :mod:`~cryoem.distances`, :mod:`~cryoem.imaging`;
+* :mod:`~cryoem.particles`, the particle stack that every step takes and returns, and
+  :mod:`~cryoem.io`, its files;
+* what is seen: :mod:`~cryoem.density`, :mod:`~cryoem.structures` (atomic models),
+  :mod:`~cryoem.projection`, :mod:`~cryoem.preprocessing`, :mod:`~cryoem.simulation`, and
+  :mod:`~cryoem.surveying`, how a stack was imaged;
+* :mod:`~cryoem.evaluation`, how good orientations are, and the physical limit;
+* the first step, distances: :mod:`~cryoem.estimator`;
+* the second, orientations: :mod:`~cryoem.recovery`;
+* :mod:`~cryoem.matching`, the baseline, and :mod:`~cryoem.reconstruction`, the map;
+* :mod:`~cryoem.maps`, which judges maps, and :mod:`~cryoem.refinement`, which brings poses to the
+  limit;
+* :mod:`~cryoem.plots`, :mod:`~cryoem.report`, :mod:`~cryoem.demo`, and :mod:`~cryoem.cli`.
 
-Only :mod:`~cryoem.networks`, :mod:`~cryoem.estimator` and :mod:`~cryoem.descent` import TensorFlow.
+Only :mod:`~cryoem.estimator` and :mod:`cryoem.recovery.descent` import TensorFlow, by
+:mod:`~cryoem.backend`.
 """
 
-__version__ = "0.1.0"
+import importlib
+from typing import Any
+
+from .version import __version__
+
+#: The public names: where each is defined, and what it is.
+PUBLIC = {
+    # particles and their files
+    "ParticleStack": ("particles", "images with all that is known of each"),
+    "read_particles": ("io.particles", "a stack from RELION's STAR or cryoSPARC's .cs"),
+    "write_particles": ("io.particles", "a stack as RELION 3.1 STAR"),
+    "survey": ("surveying", "contrast, noise, shifts and defocus of a stack"),
+    # densities
+    "Density": ("density", "a density on a grid"),
+    "read_density": ("density", "a density from an MRC map"),
+    "write_density": ("density", "a density as an MRC map"),
+    "load_density": ("structures", "the density of an atomic model, by name, file or PDB id"),
+    # imaging
+    "project": ("projection", "projections of a density at many orientations"),
+    "simulate": ("simulation", "a stack of simulated particles, with the truth"),
+    # step 1: distances
+    "Preprocessing": ("preprocessing", "what is done to an image before a network reads it"),
+    "TrainingImages": ("simulation", "an endless source of fresh training images"),
+    "Estimator": ("estimator", "the Siamese network with all that its use needs"),
+    "train": ("estimator", "train an estimator"),
+    "load_estimator": ("estimator", "an estimator that ships, or from a file"),
+    # step 2: orientations
+    "recover": ("recovery", "orientations from pairwise distances"),
+    "descend": ("recovery.descent", "the same by the paper's gradient descent"),
+    "orient": ("recovery", "a stack's orientations, by an estimator"),
+    "match": ("matching", "a stack's orientations, by projection matching"),
+    # the map, and poses to the limit
+    "reconstruct": ("reconstruction", "the density of an oriented stack"),
+    "Search": ("refinement", "how orientations are sought about given ones"),
+    "refine": ("refinement", "poses refined against a density"),
+    "refine_halves": ("refinement", "poses refined half against half, no density needed"),
+    "refine_against": ("refinement", "poses refined against a reference, tested for its bias"),
+    "cross_check": ("refinement", "expected errors from the images' own half-maps"),
+    # how good it is
+    "orientation_errors": ("evaluation", "errors of orientations, after alignment"),
+    "cramer_rao": ("evaluation", "the physical limit of orientation errors"),
+    "fsc": ("maps", "Fourier shell correlation"),
+    "register": ("maps", "a map laid onto a reference"),
+}
+
+__all__ = ["PUBLIC", "__version__", *PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name][0]}"), name)
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

@@ -10,24 +10,31 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from .report import environment, peak_memory_gb
+import numpy as np
+
+from . import distances, evaluation, imaging, maps, report, rotations
+from .density import Density, write_density
+from .io import files
+from .io.files import PathLike
+from .io.particles import write_particles
+from .maps import Fsc
+from .matching import MatchedStack, match
+from .particles import ParticleStack
+from .reconstruction import reconstruct
+from .recovery import OrientedStack, orient
+from .refinement import HalvesRefinement, refine_halves
+from .report import peak_memory_gb
+from .simulation import simulate
+from .structures import SHIPPED, load_density
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from .density import Density
-    from .files import PathLike
-    from .maps import Fsc
-    from .simulation import Particles
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from .estimator import Estimator
 
 __all__ = ["main", "run"]
 
@@ -91,147 +98,184 @@ def run(
     stages = Stages()
     output = Path(output)
     with stages("importing TensorFlow"):
-        from . import estimator as estimators
-    from . import (
-        density,
-        distances,
-        evaluation,
-        files,
-        imaging,
-        maps,
-        matching,
-        orient,
-        reconstruction,
-        refinement,
-        report,
-        rotations,
-        simulation,
-        star,
-        structures,
-    )
-
-    with stages(f"density of {particle.upper()}, {structures.SHIPPED[particle].title}"):
-        reference = structures.load_density(particle)
-    voxel = reference.voxel_size_angstrom
+        from . import estimator as _  # noqa: F401
+    with stages(f"density of {particle.upper()}, {SHIPPED[particle].title}"):
+        reference = load_density(particle)
     with stages(f"{n_images} unseen images at SNR {_ratio(snr)}"):
-        seen = simulation.particles(reference, n_images, [seed, 2021], snr=snr)
-    truth = seen.quaternions
-    pairs = distances.sample_pairs(n_images, 100_000, seed)
-    true_distances = rotations.pair_distances(truth, pairs)
+        seen = simulate(reference, n_images, [seed, 2021], snr=snr)
+    found = _oriented(stages, particle, seen, reference, seed)
+    final = _final_map(stages, seen, found, reference)
+    summary = {
+        "particle": particle,
+        "n_images": n_images,
+        "snr": snr if math.isfinite(snr) else "inf",
+        "box_px": reference.box_px,
+        "voxel_size_angstrom": reference.voxel_size_angstrom,
+        **_figures(stages, particle, found, seen, reference, seed),
+        **_map_figures(final),
+        "stages": stages.rows,
+        "seed": seed,
+        **report.environment(),
+    }
+    with stages("writing the results"):
+        _write(output, summary, found, final, seen, reference)
+    summary["seconds_total"] = round(stages.seconds(), 1)
+    summary["peak_memory_gb"] = round(peak_memory_gb(), 2)
+    with files.atomic(output / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
 
+
+@dataclass(frozen=True)
+class _Found:
+    """Orientations, the way they were found, and the distances behind them."""
+
+    estimator: Estimator
+    distances: np.ndarray
+    true_distances: np.ndarray
+    free: OrientedStack
+    refined: HalvesRefinement
+    placed: OrientedStack
+    matched: MatchedStack
+    matching_seconds: float
+
+
+@dataclass(frozen=True)
+class _Map:
+    """The map at the refined poses, laid onto the density, and how well the two agree."""
+
+    particles: ParticleStack
+    recovered: Density
+    registered: Density
+    curves: dict[str, Fsc]
+
+
+def _oriented(
+    stages: Stages, particle: str, seen: ParticleStack, reference: Density, seed: int
+) -> _Found:
+    """Orientations of the images: free, refined, against references, and by the baseline."""
+    from .estimator import load_estimator
+
+    unknown = seen.without_poses()
+    pairs = distances.sample_pairs(len(seen), 100_000, seed)
     with stages("distances of all images, by the shipped network"):
-        model = estimators.shipped(particle)
-        features = model.embed(seen.images)
-        found = model.distances(features, features)[pairs[:, 0], pairs[:, 1]]
-        errors = distances.compare(found, true_distances)
+        estimator = load_estimator(particle)
+        features = estimator.embed(seen.images[:])
+        estimated = estimator.distances(features, features)[pairs[:, 0], pairs[:, 1]]
     with stages("orientations from the distances, frame from copies (no truth, no density)"):
-        free = orient.orient(model, seen.images, seed=seed)
+        free = orient(estimator, unknown, seed=seed)
     assert free.frame is not None  # the copies fixed it
     with stages("refinement and reconstruction in turns (no truth, no density)"):
-        refined = refinement.alternate(
-            imaging.crop(seen.images, REFINED_PX),
-            free.quaternions,
-            voxel_size_angstrom=voxel,
-            shifts_px=free.shifts_px,
-            rounds=3,
-            seed=seed,
-            progress=True,
-        )
+        small = free.with_images(imaging.crop(seen.images[:], REFINED_PX))
+        refined = refine_halves(small, rounds=3, seed=seed, progress=True)
     with stages("orientations against references (the density's own frame)"):
-        placed = orient.orient_by_references(model, seen.images, reference)
+        placed = orient(estimator, unknown, reference=reference, seed=seed)
     with stages("baseline: projection matching, 21,600 references"):
-        matched = matching.match(seen.images, reference, model.preprocessing, progress=True)
-    baseline_seconds = stages.rows[-1]["seconds"]
-    with stages("physical limit (Cramer-Rao) of the first 200 images"):
-        bound = 0.0
-        if seen.noise_variance:
-            covariance = evaluation.cramer_rao(reference, truth[:200], seen.noise_variance)
-            bound = float(evaluation.mean_error_of(covariance).mean())
+        matched = match(unknown, reference, estimator.preprocessing, progress=True)
+    true = rotations.pair_distances(seen.oriented(), pairs)
+    seconds = stages.rows[-1]["seconds"]
+    return _Found(estimator, estimated, true, free, refined, placed, matched, seconds)
+
+
+def _final_map(stages: Stages, seen: ParticleStack, found: _Found, reference: Density) -> _Map:
     # The references say how the free orientations lie in the density's frame, and which hand.
-    laid = evaluation.align(refined.refined.quaternions, placed.quaternions, over="one-sided")
-    final = laid.quaternions
+    refined = found.refined.particles
+    laid = evaluation.align(refined.quaternions, found.placed.quaternions, over="one-sided")
+    final = refined.with_images(seen.images[:]).with_poses(laid.quaternions)
     with stages("map at the refined orientations"):
-        recovered = reconstruction.reconstruct(
-            seen.images,
-            final,
-            voxel_size_angstrom=voxel,
-            shifts_px=refined.refined.shifts_px,
-            progress=True,
-        )
+        recovered = reconstruct(final.replace(contrast=None), progress=True)
     with stages("map at the true orientations, for comparison"):
-        ideal = reconstruction.reconstruct(
-            seen.images, truth, voxel_size_angstrom=voxel, progress=True
-        )
+        ideal = reconstruct(seen, progress=True)
     with stages("registration and Fourier shell correlation"):
         registered = maps.register(recovered, reference, allow_mirror=False)
         curves = {
             "true orientations": maps.fsc(ideal, reference),
             "refined orientations": maps.fsc(registered.density, reference),
         }
-    at = {name: one.resolution(0.5) for name, one in curves.items()}
-    one_sided = evaluation.errors(free.quaternions, truth)
-    summary = {
-        "particle": particle,
-        "n_images": n_images,
-        "snr": snr if math.isfinite(snr) else "inf",
-        "box_px": reference.box_px,
-        "voxel_size_angstrom": voxel,
-        "weights": {"file": f"data/{particle}.npz", "images_seen": model.notes["images"]},
-        "distance_mae_rad": errors.mae_rad,
-        "e_or_rad": evaluation.errors(free.quaternions, truth, over="o4").mean_rad,
+    return _Map(final, recovered, registered.density, curves)
+
+
+def _figures(
+    stages: Stages,
+    particle: str,
+    found: _Found,
+    seen: ParticleStack,
+    reference: Density,
+    seed: int,
+) -> dict[str, Any]:
+    """Figures of distances and orientations, against the truth and the physical limit."""
+    truth, estimator = seen.oriented(), found.estimator
+    refined, frame = found.refined.particles, found.free.frame
+    assert frame is not None
+    with stages("physical limit (Cramer-Rao) of the first 200 images"):
+        bound = 0.0
+        if seen.noise is not None:
+            covariance = evaluation.cramer_rao(reference, truth[:200], seen.noise.variance)
+            bound = float(evaluation.mean_error_of(covariance).mean())
+
+    def error(stack: ParticleStack, over: Literal["o4", "one-sided", "none"]) -> float:
+        return evaluation.orientation_errors(stack.oriented(), truth, over=over).mean_rad
+
+    one_sided = evaluation.orientation_errors(found.free.quaternions, truth)
+    return {
+        "weights": {
+            "file": f"data/{particle}.npz",
+            "images_seen": estimator.notes["images"],
+        },
+        "distance_mae_rad": distances.compare(found.distances, found.true_distances).mae_rad,
+        "e_or_rad": error(found.free, "o4"),
         "one_sided_error_rad": one_sided.mean_rad,
         "one_sided": asdict(one_sided),
-        "refined_error_rad": evaluation.errors(refined.refined.quaternions, truth).mean_rad,
-        "expected_error_rad": float(refined.refined.expected_error_rad.mean()),
-        "half_map_resolution_fsc0143_angstrom": refined.fsc.corrected.resolution(0.143).angstrom,
-        "unaligned_error_rad": evaluation.errors(placed.quaternions, truth, over="none").mean_rad,
+        "refined_error_rad": error(refined, "one-sided"),
+        "expected_error_rad": float(refined.expected_error_rad.mean()),
+        "half_map_resolution_fsc0143_angstrom": found.refined.fsc.corrected.resolution(
+            0.143
+        ).angstrom,
+        "unaligned_error_rad": error(found.placed, "none"),
         "random_one_sided_error_rad": evaluation.random_error(truth, seed),
-        "projection_matching_error_rad": evaluation.errors(
-            matched.quaternions, truth, over="none"
-        ).mean_rad,
-        "projection_matching_seconds": baseline_seconds,
+        "projection_matching_error_rad": error(found.matched, "none"),
+        "projection_matching_seconds": found.matching_seconds,
         "bound_mean_rad": bound,
-        "frame_certain": bool(free.frame.certain),
-        "frame_spread_rad": free.frame.spread_rad,
-        "resolution_fsc05_angstrom": at["refined orientations"].angstrom,
-        "resolution_fsc05_nyquist_limited": at["refined orientations"].nyquist_limited,
-        "resolution_fsc05_true_orientations_angstrom": at["true orientations"].angstrom,
-        "mean_fsc": curves["refined orientations"].mean,
-        "mean_fsc_true_orientations": curves["true orientations"].mean,
-        "stages": stages.rows,
-        "seed": seed,
-        **environment(),
+        "frame_certain": bool(frame.certain),
+        "frame_spread_rad": frame.spread_rad,
     }
-    with stages("writing the results"):
-        density.write_mrc(output / "map.mrc", recovered)
-        finest = summary["resolution_fsc05_angstrom"]
-        density.write_mrc(output / "map_filtered.mrc", recovered.low_passed(finest))
-        star.write_particles(
-            output / "oriented.star",
-            seen.images,
-            final,
-            pixel_size_angstrom=voxel,
-            shifts_px=refined.refined.shifts_px,
-            columns={
-                **free.columns,
-                "cryoemExpectedErrorRad": refined.refined.expected_error_rad,
-                "rlnRandomSubset": refined.subset,
-            },
+
+
+def _map_figures(final: _Map) -> dict[str, Any]:
+    here, ideal = (final.curves[f"{name} orientations"] for name in ("refined", "true"))
+    at = here.resolution(0.5)
+    return {
+        "resolution_fsc05_angstrom": at.angstrom,
+        "resolution_fsc05_nyquist_limited": at.nyquist_limited,
+        "resolution_fsc05_true_orientations_angstrom": ideal.resolution(0.5).angstrom,
+        "mean_fsc": here.mean,
+        "mean_fsc_true_orientations": ideal.mean,
+    }
+
+
+def _write(
+    output: Path,
+    summary: dict[str, Any],
+    found: _Found,
+    final: _Map,
+    seen: ParticleStack,
+    reference: Density,
+) -> None:
+    """Maps, particles and the report."""
+    write_density(output / "map.mrc", final.recovered)
+    finest = summary["resolution_fsc05_angstrom"]
+    write_density(output / "map_filtered.mrc", final.recovered.low_passed(finest))
+    write_particles(output / "oriented.star", final.particles)
+    truth = seen.oriented()
+    angles = [
+        rotations.distance(
+            evaluation.align(stack.quaternions, truth, over="one-sided").quaternions, truth
         )
-        angles = [
-            rotations.distance(evaluation.align(q, truth, over="one-sided").quaternions, truth)
-            for q in (free.quaternions, refined.refined.quaternions)
-        ]
-        sections = _sections(
-            summary, seen, reference, registered.density, found, true_distances, angles, curves
-        )
-        title = f"{particle.upper()} at SNR {_ratio(snr)}: orientations from the images"
-        report.write(output / "report.html", title, sections)
-    summary["seconds_total"] = round(stages.seconds(), 1)
-    summary["peak_memory_gb"] = round(peak_memory_gb(), 2)
-    with files.atomic(output / "summary.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+        for stack in (found.free, found.refined.particles)
+    ]
+    sections = _sections(summary, seen, reference, final, found, angles)
+    title = f"{summary['particle'].upper()} at SNR {_ratio(float(summary['snr']))}"
+    report.write(output / "report.html", f"{title}: orientations from the images", sections)
 
 
 def _ratio(snr: float) -> str:
@@ -274,13 +318,11 @@ def _stage_rows(summary: dict[str, Any]) -> list[list[Any]]:
 
 def _sections(
     summary: dict[str, Any],
-    seen: Particles,
+    seen: ParticleStack,
     reference: Density,
-    registered: Density,
-    found: np.ndarray,
-    true: np.ndarray,
+    final: _Map,
+    found: _Found,
     angles: list[np.ndarray],
-    curves: dict[str, Fsc],
 ) -> list[tuple[str, list[Any]]]:
     import matplotlib
 
@@ -290,19 +332,19 @@ def _sections(
     from . import plots
 
     voxel = reference.voxel_size_angstrom
-    learned = plots.predicted_against_true(found, true).figure
+    learned = plots.predicted_against_true(found.distances, found.true_distances).figure
     quality, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     plots.error_histogram(angles[0], ax=left)
     plots.error_histogram(angles[1], ax=middle)
-    plots.fsc(curves, ax=right)
+    plots.fsc(final.curves, ax=right)
     crop = reference.box_px // 2
     both, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4.6), layout="constrained")
     plots.slices(reference.in_box(crop), title="density of the atomic model", ax=top)
     finest = summary["resolution_fsc05_angstrom"]
-    shown = registered.low_passed(finest).in_box(crop)
+    shown = final.registered.low_passed(finest).in_box(crop)
     plots.slices(shown, title=f"map, low-passed to {finest:.0f} Å, registered", ax=bottom)
     some = plots.images(seen.images[:6], pixel_size_angstrom=voxel).figure
-    where = plots.coverage(seen.quaternions, title="true viewing directions").figure
+    where = plots.coverage(seen.oriented(), title="true viewing directions").figure
     return [
         (
             "Result",

@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import files, fourier, stacks
+from . import fourier
 from .errors import InputError
-from .files import PathLike
+from .io import files, stacks
+from .io.files import PathLike
 from .rotations import Seed
 
 if TYPE_CHECKING:
     import gemmi
 
-__all__ = ["Density", "Phantom", "from_atoms", "read_mrc", "read_structure", "write_mrc"]
+__all__ = [
+    "Density",
+    "Phantom",
+    "from_atoms",
+    "read_density",
+    "read_structure",
+    "write_density",
+]
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Density:
     voxel_size_angstrom : float
     """
 
-    values: np.ndarray
+    values: Float[np.ndarray, "z y x"]
     voxel_size_angstrom: float
 
     def __post_init__(self) -> None:
@@ -235,7 +244,7 @@ def from_atoms(
 # MRC maps
 
 
-def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Density:
+def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Density:
     """Read an MRC map.
 
     Parameters
@@ -294,13 +303,19 @@ def read_mrc(path: PathLike, *, voxel_size_angstrom: float | None = None) -> Den
             raise InputError(
                 f"{path}: voxels must be cubes, got {sizes} A; pass voxel_size_angstrom"
             )
-        voxel_size_angstrom = float(sizes.mean())
+        voxel_size_angstrom = _shortest(float(sizes.mean()), cell, samples)
     if int(header.ispg) == 0:
         warnings.warn(f"{path}: the header says a stack (ispg 0); read as one map", stacklevel=2)
     try:
         return Density(values, voxel_size_angstrom)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _shortest(size: float, cell: np.ndarray, samples: np.ndarray) -> float:
+    """The voxel size with the fewest digits that gives the header's cell, of single precision."""
+    tries = (float(f"{size:.{digits}g}") for digits in range(1, 10))
+    return next((t for t in tries if (np.float32(t * samples) == np.float32(cell)).all()), size)
 
 
 def _check_header(path: Path) -> None:
@@ -315,7 +330,7 @@ def _check_header(path: Path) -> None:
         stacks.layout(path)
 
 
-def write_mrc(path: PathLike, density: Density) -> None:
+def write_density(path: PathLike, density: Density) -> None:
     """Write a density as an MRC map (mode 2, ispg 1), atomically."""
     import mrcfile
 
@@ -341,9 +356,9 @@ class Phantom:
         Peak value of each blob.
     """
 
-    centres_angstrom: np.ndarray
-    sigmas_angstrom: np.ndarray
-    weights: np.ndarray
+    centres_angstrom: Float[np.ndarray, "m 3"]
+    sigmas_angstrom: Float[np.ndarray, " m"]
+    weights: Float[np.ndarray, " m"]
 
     @classmethod
     def random(

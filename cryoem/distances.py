@@ -12,6 +12,7 @@ Three ways from unit features ``f`` to a distance in [0, pi]:
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from .errors import InputError
@@ -30,7 +31,9 @@ __all__ = [
 HEADS = ("exact", "cosine", "euclidean")
 
 
-def from_features(features: ArrayLike, others: ArrayLike, head: str = "exact") -> np.ndarray:
+def from_features(
+    features: ArrayLike, others: ArrayLike, head: str = "exact"
+) -> Float[np.ndarray, "n m"]:
     """Distances between two sets of features.
 
     Parameters
@@ -55,12 +58,12 @@ def from_features(features: ArrayLike, others: ArrayLike, head: str = "exact") -
     return np.arccos(np.clip(2 * product - 1, -1, 1))
 
 
-def all_pairs(n: int) -> np.ndarray:
+def all_pairs(n: int) -> Int[np.ndarray, "m 2"]:
     """Every pair i < j: an (n (n - 1) / 2, 2) int array."""
     return np.stack(np.triu_indices(n, 1), axis=1)
 
 
-def sample_pairs(n: int, m: int, seed: Seed) -> np.ndarray:
+def sample_pairs(n: int, m: int, seed: Seed) -> Int[np.ndarray, "m 2"]:
     """``m`` random pairs (i, j), i != j, of ``n`` items, with replacement: an (m, 2) int array."""
     if n < 2:
         raise InputError(f"pairs need at least two items, got {n}")
@@ -70,7 +73,7 @@ def sample_pairs(n: int, m: int, seed: Seed) -> np.ndarray:
     return np.stack([i, j], axis=1)
 
 
-def image_distance(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def image_distance(images: np.ndarray, pairs: np.ndarray) -> Float[np.ndarray, " m"]:
     """Euclidean distance between images, the paper's baseline: (m,) array, no unit.
 
     Parameters

@@ -9,15 +9,25 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from . import rotations
+from . import imaging, rotations
 from .density import Density
 from .errors import InputError
+from .projection import Projector
 from .rotations import Seed
 from .symmetry import Group, group
 
-__all__ = ["Alignment", "Errors", "align", "cramer_rao", "errors", "mean_error_of", "random_error"]
+__all__ = [
+    "Alignment",
+    "OrientationErrors",
+    "align",
+    "cramer_rao",
+    "mean_error_of",
+    "orientation_errors",
+    "random_error",
+]
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,9 @@ class Alignment:
         Whether the inverse was taken first.
     """
 
-    quaternions: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
+    quaternions: Float[np.ndarray, "n 4"]
+    left: Float[np.ndarray, " 4"]
+    right: Float[np.ndarray, " 4"]
     inverted: bool
 
 
@@ -166,7 +176,7 @@ def align(
 
 
 @dataclass(frozen=True)
-class Errors:
+class OrientationErrors:
     """Orientation errors after an alignment, radians.
 
     Attributes
@@ -195,13 +205,13 @@ class Errors:
         }
 
 
-def errors(
+def orientation_errors(
     estimated: ArrayLike,
     true: ArrayLike,
     *,
     over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
     symmetry: str = "C1",
-) -> Errors:
+) -> OrientationErrors:
     """Errors of estimated orientations, after :func:`align` over the same freedom.
 
     Parameters
@@ -212,7 +222,7 @@ def errors(
 
     Returns
     -------
-    Errors
+    OrientationErrors
     """
     aligned = align(estimated, true, over=over, symmetry=symmetry).quaternions
     p = rotations.check(true)
@@ -221,7 +231,7 @@ def errors(
     x, y, z, w = np.abs(rotations.multiply(rotations.inverse(p), aligned)).T
     view = 2 * np.arctan2(np.hypot(x, y), np.hypot(z, w))
     in_plane = 2 * np.arctan2(z, w)
-    return Errors(
+    return OrientationErrors(
         mean_rad=float(angle.mean()),
         median_rad=float(np.median(angle)),
         p95_rad=float(np.percentile(angle, 95)),
@@ -232,15 +242,15 @@ def errors(
 
 
 def random_error(
-    true: np.ndarray,
+    true: Float[np.ndarray, "n 4"],
     seed: Seed,
     *,
     over: Literal["o4", "rotations", "one-sided", "none"] = "one-sided",
     symmetry: str = "C1",
 ) -> float:
     """Mean error of random orientations against these true ones: the zero of the scale, radians."""
-    return errors(
-        rotations.uniform(len(true), rotations.stream(seed, "random")),
+    return orientation_errors(
+        rotations.uniform(len(true), rotations.generator(seed, "random")),
         true,
         over=over,
         symmetry=symmetry,
@@ -251,7 +261,7 @@ def random_error(
 # The physical limit
 
 
-def mean_error_of(covariances: np.ndarray) -> np.ndarray:
+def mean_error_of(covariances: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, " n"]:
     """Mean length of Gaussian rotation vectors with these covariances.
 
     Parameters
@@ -262,6 +272,11 @@ def mean_error_of(covariances: np.ndarray) -> np.ndarray:
     -------
     (n,) array, radians
     """
+    parts = np.array_split(covariances, max(1, len(covariances) // 1000))
+    return np.concatenate([_mean_lengths(part) for part in parts])
+
+
+def _mean_lengths(covariances: np.ndarray) -> np.ndarray:
     variances = np.maximum(np.linalg.eigvalsh(covariances), 0)
     scale = variances.sum(axis=1, keepdims=True)
     # E|x| = 1 / (2 sqrt(pi)) * integral of (1 - prod (1 + 2 v t)^(-1/2)) t^(-3/2) dt, with
@@ -283,7 +298,7 @@ def cramer_rao(
     ctf: ArrayLike | None = None,
     shifts: bool = False,
     step: float = 1e-2,
-) -> np.ndarray:
+) -> Float[np.ndarray, "n a a"]:
     """Cramer-Rao bound: the smallest error covariance of orientations from noisy images.
 
     With white noise of variance ``s2`` the Fisher information of an image about its rotation
@@ -315,9 +330,6 @@ def cramer_rao(
     ----------
     Any text on estimation, for instance Kay, "Fundamentals of Statistical Signal Processing", I.3.
     """
-    from . import imaging
-    from .projection import Projector
-
     if not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     q = rotations.check(quaternions)

@@ -4,22 +4,23 @@ Real arrays have their origin at index ``n // 2`` of every axis. Frequencies are
 per box: an axis of ``n`` samples carries the integers from ``-(n // 2)``.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.fft
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from . import threads
 from .errors import InputError
 
 __all__ = ["crop_or_pad", "frequencies", "low_pass", "radius", "resize", "shift"]
 
 #: Threads of every transform.
-WORKERS = os.cpu_count() or 1
+WORKERS = threads.count()
 
 
-def frequencies(n: int) -> np.ndarray:
+def frequencies(n: int) -> Float[np.ndarray, " n"]:
     """Integer frequencies of an axis, in the order of ``fft``: (n,) array, cycles per box."""
     return np.fft.fftfreq(n, 1 / n)
 
@@ -121,7 +122,7 @@ def resize(array: ArrayLike, size: int, ndim: int) -> np.ndarray:
     return np.ascontiguousarray(scipy.fft.fftshift(real, axes=axes), dtype=array.dtype)
 
 
-def shift(images: ArrayLike, shifts_px: ArrayLike) -> np.ndarray:
+def shift(images: ArrayLike, shifts_px: ArrayLike) -> Float[np.ndarray, "n y x"]:
     """Move each image by a sub-pixel amount, as a phase ramp (periodic at the borders).
 
     Parameters

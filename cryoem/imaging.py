@@ -5,6 +5,7 @@ Each is a function of arrays and a generator. Images are (n, size, size), ``[y, 
 
 import numpy as np
 import scipy.fft
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from . import fourier
@@ -14,6 +15,7 @@ from .rotations import Seed
 __all__ = [
     "add_noise",
     "apply_ctf",
+    "check_images",
     "crop",
     "ctf",
     "downsample",
@@ -29,9 +31,20 @@ __all__ = [
 shift = fourier.shift
 
 
+def check_images(images: ArrayLike, name: str = "images") -> Float[np.ndarray, "n y x"]:
+    """Return images as an (n, size, size) float32 array, or say what is wrong with them."""
+    images = np.asarray(images, dtype=np.float32)
+    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise InputError(f"{name} must have shape (n, size, size), got {images.shape}")
+    bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2))))
+    if len(bad):
+        raise InputError(f"{name} must be finite: image {bad[0]} is not ({len(bad)} are not)")
+    return images
+
+
 def add_noise(
     images: ArrayLike, seed: Seed, *, snr: float | None = None, variance: float | None = None
-) -> np.ndarray:
+) -> Float[np.ndarray, "n y x"]:
     """Add white Gaussian noise.
 
     Parameters
@@ -61,7 +74,7 @@ def add_noise(
     return np.asarray(images, np.float32) + np.float32(np.sqrt(variance)) * noise
 
 
-def triangular_shifts(n: int, seed: Seed, max_px: float) -> np.ndarray:
+def triangular_shifts(n: int, seed: Seed, max_px: float) -> Float[np.ndarray, "n 2"]:
     """Draw (n, 2) shifts in pixels from the paper's triangular law, nothing beyond ``max_px``."""
     if not max_px >= 0:
         raise InputError(f"the largest shift must not be negative, got {max_px}")
@@ -70,17 +83,17 @@ def triangular_shifts(n: int, seed: Seed, max_px: float) -> np.ndarray:
     return np.random.default_rng(seed).triangular(-max_px, 0, max_px, (n, 2))
 
 
-def downsample(images: ArrayLike, box_px: int) -> np.ndarray:
+def downsample(images: ArrayLike, box_px: int) -> Float[np.ndarray, "n y x"]:
     """Fourier-crop images to ``box_px`` pixels over the same extent, free of aliasing."""
     return fourier.resize(images, box_px, 2)
 
 
-def crop(images: ArrayLike, box_px: int) -> np.ndarray:
+def crop(images: ArrayLike, box_px: int) -> Float[np.ndarray, "n y x"]:
     """Cut the central ``box_px`` pixels out (or pad with zeros); the origin stays the origin."""
     return fourier.crop_or_pad(images, (box_px, box_px))
 
 
-def normalise(images: ArrayLike, *, radius_px: float | None = None) -> np.ndarray:
+def normalise(images: ArrayLike, *, radius_px: float | None = None) -> Float[np.ndarray, "n y x"]:
     """Bring each image to mean 0 and standard deviation 1.
 
     Parameters
@@ -104,7 +117,7 @@ def normalise(images: ArrayLike, *, radius_px: float | None = None) -> np.ndarra
     return (images - mean) / np.where(deviation > 0, deviation, 1)
 
 
-def flip_contrast(images: ArrayLike) -> np.ndarray:
+def flip_contrast(images: ArrayLike) -> Float[np.ndarray, "n y x"]:
     """Turn black particles on white into white on black, or back."""
     return -np.asarray(images)
 
@@ -113,7 +126,7 @@ def _indexed(images: ArrayLike, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.asarray(images)[:, y, x]
 
 
-def quarter_turn(images: ArrayLike) -> np.ndarray:
+def quarter_turn(images: ArrayLike) -> Float[np.ndarray, "n y x"]:
     """Turn images by +90 degrees in their plane about pixel ``n // 2``: orientation ``R Rz(pi/2)``.
 
     Exact: pixels are moved, not interpolated (at even boxes the outermost line wraps round).
@@ -124,7 +137,7 @@ def quarter_turn(images: ArrayLike) -> np.ndarray:
     return _indexed(images, (i[None, :] + size // 2) % size, (-i[:, None] + size // 2) % size)
 
 
-def mirror(images: ArrayLike) -> np.ndarray:
+def mirror(images: ArrayLike) -> Float[np.ndarray, "n y x"]:
     """Mirror images in x about pixel ``n // 2``, ``P(-x, y)``: orientation ``R Ry(pi)``."""
     size = np.shape(images)[-1]
     i = np.arange(size) - size // 2
@@ -135,7 +148,7 @@ def mirror(images: ArrayLike) -> np.ndarray:
 # Contrast transfer function
 
 
-def wavelength_angstrom(voltage_kv: ArrayLike) -> np.ndarray:
+def wavelength_angstrom(voltage_kv: ArrayLike) -> Float[np.ndarray, "*n"]:
     """Electron wavelength in angstrom, relativistic."""
     volts = 1e3 * np.asarray(voltage_kv, dtype=np.float64)
     return 12.2643 / np.sqrt(volts + 0.97845e-6 * volts**2)
@@ -153,7 +166,7 @@ def ctf(
     amplitude_contrast: ArrayLike = 0.1,
     phase_shift_degrees: ArrayLike = 0.0,
     b_factor_angstrom2: ArrayLike = 0.0,
-) -> np.ndarray:
+) -> Float[np.ndarray, "n y half"]:
     """Contrast transfer function with RELION's signs, on the half grid of ``rfft2``.
 
     Parameters
@@ -204,7 +217,7 @@ def ctf(
     return (-np.sin(phase) * np.exp(-per_image(b_factor_angstrom2) * k2 / 4)).astype(np.float32)
 
 
-def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> np.ndarray:
+def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> Float[np.ndarray, "n y x"]:
     """Multiply each image's transform by its CTF; (n, size, size // 2 + 1) or one for all."""
     images = np.asarray(images, np.float32)
     size = images.shape[-1]
@@ -217,6 +230,6 @@ def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> np.ndarray:
     return scipy.fft.irfft2(spectra, s=(size, size), workers=fourier.WORKERS)
 
 
-def flip_phases(images: ArrayLike, ctf_values: ArrayLike) -> np.ndarray:
+def flip_phases(images: ArrayLike, ctf_values: ArrayLike) -> Float[np.ndarray, "n y x"]:
     """Undo the sign of the CTF; what is left of it is its absolute value. See :func:`apply_ctf`."""
     return apply_ctf(images, np.where(np.asarray(ctf_values) < 0, -1, 1))

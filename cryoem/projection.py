@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 import scipy.fft
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import fourier, rotations
+from . import fourier, rotations, threads
 from .density import Density
 from .errors import InputError, MissingToolError
+from .imaging import check_images
 
 __all__ = ["Projector", "backproject", "project"]
 
@@ -52,7 +54,7 @@ class Slices:
         k *= 2 * np.pi / density_box_px
         return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
 
-    def to_images(self, coefficients: np.ndarray) -> np.ndarray:
+    def to_images(self, coefficients: np.ndarray) -> Float[np.ndarray, "n y x"]:
         """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
         m = self.box_px
         spectra = np.zeros((len(coefficients), m, m // 2 + 1), np.complex64)
@@ -67,6 +69,48 @@ class Slices:
         spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=fourier.WORKERS)
         ky, kx = self.index
         return spectra[:, ky, kx]
+
+    def backproject(
+        self,
+        coefficients: ArrayLike,
+        quaternions: ArrayLike,
+        density_box_px: int,
+        *,
+        modes: int | None = None,
+    ) -> Float[np.ndarray, "z y x"]:
+        """Adjoint of slicing a density: type-1 NUFFT of (n, k) slice coefficients.
+
+        Parameters
+        ----------
+        coefficients : (n, k) array
+        quaternions : (n, 4) array, unit, xyzw
+        density_box_px : int
+        modes : int, optional
+            The number of voxels that come out on an edge; default: the density's box.
+
+        Returns
+        -------
+        (modes, modes, modes) float32 array
+        """
+        import finufft
+
+        modes = density_box_px if modes is None else modes
+        z, y, x = self.points(quaternions, density_box_px)
+        strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
+        # The finer of finufft's two internal grids would take gigabytes at twice the box.
+        upsampling = 1.25 if modes > density_box_px else 2.0
+        return finufft.nufft3d1(
+            z,
+            y,
+            x,
+            strengths,
+            (modes,) * 3,
+            eps=ACCURACY,
+            isign=+1,
+            upsampfac=upsampling,
+            nthreads=threads.count(),
+            showwarn=0,
+        ).real
 
     def chunks(self, n: int) -> list[slice]:
         """Ranges of images whose slices fit into memory together."""
@@ -98,7 +142,7 @@ class Projector:
         self._volume = np.ascontiguousarray(density.resampled(grid).values, dtype=np.complex64)
         self._scale = np.float32(full * box_px**2 / grid**3)
 
-    def project(self, quaternions: ArrayLike) -> np.ndarray:
+    def project(self, quaternions: ArrayLike) -> Float[np.ndarray, "n y x"]:
         """Project at each orientation.
 
         Parameters
@@ -114,7 +158,15 @@ class Projector:
 
         q = rotations.check(quaternions)
         images = np.empty((len(q), self.box_px, self.box_px), np.float32)
-        plan = finufft.Plan(2, self._volume.shape, eps=ACCURACY, isign=-1, dtype="complex64")
+        plan = finufft.Plan(
+            2,
+            self._volume.shape,
+            eps=ACCURACY,
+            isign=-1,
+            dtype="complex64",
+            nthreads=threads.count(),
+            showwarn=0,
+        )
         for part in self.slices.chunks(len(q)):
             plan.setpts(*self.slices.points(q[part], self._volume.shape[0]))
             coefficients = plan.execute(self._volume).reshape(-1, len(self.slices.weights))
@@ -128,7 +180,7 @@ def project(
     *,
     box_px: int | None = None,
     backend: Literal["nufft", "astra"] = "nufft",
-) -> np.ndarray:
+) -> Float[np.ndarray, "n y x"]:
     """Project a density at many orientations: ``P(x, y) = integral of V(R (x, y, z)) dz``.
 
     Parameters
@@ -167,7 +219,7 @@ def backproject(
     backend: Literal["nufft", "astra"] = "nufft",
     voxel_size_angstrom: float = 1.0,
 ) -> Density:
-    """Smear images back into a density: the adjoint of :func:`project` at equal boxes.
+    """Back-project images into a density: the adjoint of :func:`project` at equal boxes.
 
     Parameters
     ----------
@@ -193,43 +245,8 @@ def backproject(
     total = np.zeros((size,) * 3, np.float32)
     for part in slices.chunks(len(q)):
         coefficients = slices.from_images(images[part]) * (slices.weights / size**2)
-        total += smear(slices, coefficients, q[part], size)
+        total += slices.backproject(coefficients, q[part], size)
     return Density(total, voxel_size_angstrom)
-
-
-def smear(
-    slices: Slices,
-    coefficients: ArrayLike,
-    quaternions: ArrayLike,
-    density_box_px: int,
-    *,
-    modes: int | None = None,
-) -> np.ndarray:
-    """Type-1 NUFFT of (n, k) slice coefficients: a real (modes, modes, modes) float32 array.
-
-    ``modes`` is the number of voxels that come out on an edge, by default the density's box.
-    """
-    import finufft
-
-    modes = density_box_px if modes is None else modes
-    z, y, x = slices.points(quaternions, density_box_px)
-    strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
-    # The finer of finufft's two internal grids would take gigabytes at twice the box.
-    upsampling = 1.25 if modes > density_box_px else 2.0
-    return finufft.nufft3d1(
-        z, y, x, strengths, (modes,) * 3, eps=ACCURACY, isign=+1, upsampfac=upsampling
-    ).real
-
-
-def check_images(images: ArrayLike, name: str = "images") -> np.ndarray:
-    """Return images as an (n, size, size) float32 array, or say what is wrong with them."""
-    images = np.asarray(images, dtype=np.float32)
-    if images.ndim != 3 or images.shape[1] != images.shape[2]:
-        raise InputError(f"{name} must have shape (n, size, size), got {images.shape}")
-    bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2))))
-    if len(bad):
-        raise InputError(f"{name} must be finite: image {bad[0]} is not ({len(bad)} are not)")
-    return images
 
 
 # --------------------------------------------------------------------------------------
@@ -251,7 +268,7 @@ def _astra() -> ModuleType:
     return astra
 
 
-def astra_vectors(quaternions: ArrayLike, box_px: int) -> np.ndarray:
+def astra_vectors(quaternions: ArrayLike, box_px: int) -> Float[np.ndarray, "n 12"]:
     """ASTRA's ``parallel3d_vec`` geometry of this package's convention: an (n, 12) array.
 
     Rows are the ray direction, the detector's centre and the steps to the next column and the next
@@ -289,7 +306,9 @@ def _astra_backproject(images: np.ndarray, q: np.ndarray) -> np.ndarray:
     return values
 
 
-def astra_cgls(images: np.ndarray, quaternions: ArrayLike, iterations: int) -> np.ndarray:
+def astra_cgls(
+    images: np.ndarray, quaternions: ArrayLike, iterations: int
+) -> Float[np.ndarray, "z y x"]:
     """ASTRA's CGLS: a (size, size, size) array; see :mod:`cryoem.reconstruction`."""
     astra = _astra()
     projections, volume = _astra_geometries(astra, quaternions, images.shape[1])

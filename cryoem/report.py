@@ -6,20 +6,20 @@ import base64
 import html
 import importlib.metadata
 import io
-import os
 import platform
 import resource
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import files
-from .files import PathLike
+from . import threads
+from .io import files
+from .io.files import PathLike
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from .maps import Beyond, HalfMapFsc, HalfMaps
+    from .maps import HalfMapFsc, HalfMaps, ReferenceBias
 
 __all__ = ["environment", "map_summary", "peak_memory_gb", "write", "write_map"]
 
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
     installed = {d.name.lower().replace("_", "-") for d in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        "cores": threads.count(),
         "machine": platform.machine(),
         "system": platform.system(),
         "versions": {name: importlib.metadata.version(name) for name in names if name in installed},
@@ -118,7 +118,7 @@ def map_summary(
     mask: np.ndarray,
     quaternions: np.ndarray,
     *,
-    test: Beyond | None = None,
+    test: ReferenceBias | None = None,
 ) -> dict[str, Any]:
     """The figures that a map is judged by, units in the names.
 
@@ -128,7 +128,7 @@ def map_summary(
     curves : HalfMapFsc
     mask : (m, m, m) array
     quaternions : (n, 4) array, unit, xyzw
-    test : Beyond, optional
+    test : ReferenceBias, optional
         Where a reference was used.
 
     Returns
@@ -170,7 +170,7 @@ def write_map(
     mask: np.ndarray,
     quaternions: np.ndarray,
     *,
-    test: Beyond | None = None,
+    test: ReferenceBias | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write a page about a map: what it resolves, how that was judged, and what to doubt.
@@ -191,8 +191,6 @@ def write_map(
     """
     import matplotlib.pyplot as plt
 
-    from . import plots
-
     summary = map_summary(half_maps, curves, mask, quaternions, test=test)
     first: list[Any] = list(notes)
     if test is not None and not test.believable:
@@ -207,6 +205,29 @@ def write_map(
     )
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in summary.items()}
     first.append([["measured", "value"], *([k, v] for k, v in shown.items())])
+    finest = summary["resolution_fsc0143_angstrom"]
+    lines, views, pictures = _map_figures(half_maps, curves, quaternions, finest)
+    sections: list[tuple[str, Sequence[Any]]] = [
+        ("Result", first),
+        ("Fourier shell correlation", [(lines, "FSC of the half-maps.")]),
+        ("Coverage", [(views, "Where the particles were seen from, relative to uniform.")]),
+        ("Map", [(pictures, "Central slices.")]),
+        ("Made with", [[["what", "value"], *([k, str(v)] for k, v in environment().items())]]),
+    ]
+    write(path, title, sections)
+    for figure in (lines, views, pictures):
+        plt.close(figure)
+    return summary
+
+
+def _map_figures(
+    half_maps: HalfMaps, curves: HalfMapFsc, quaternions: np.ndarray, finest: float
+) -> tuple[Figure, Figure, Figure]:
+    """FSC, coverage, and slices of the maps, low-passed to ``finest``, angstrom."""
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
     lines, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     styles = {
         "unmasked": ("random", "-"),
@@ -229,7 +250,6 @@ def write_map(
     )
     plots.coverage(quaternions, title="viewing directions", ax=ax)
     pictures, axes = plt.subplots(3, 1, figsize=(6, 6.6), layout="constrained")
-    finest = summary["resolution_fsc0143_angstrom"]
     for one, name, ax in zip(
         (half_maps.first, half_maps.second, half_maps.mean),
         ("first half-map", "second half-map", "their mean"),
@@ -237,14 +257,4 @@ def write_map(
         strict=True,
     ):
         plots.slices(one.low_passed(finest), title=f"{name}, low-passed to {finest:.1f} Å", ax=ax)
-    sections: list[tuple[str, Sequence[Any]]] = [
-        ("Result", first),
-        ("Fourier shell correlation", [(lines, "FSC of the half-maps.")]),
-        ("Coverage", [(views, "Where the particles were seen from, relative to uniform.")]),
-        ("Map", [(pictures, "Central slices.")]),
-        ("Made with", [[["what", "value"], *([k, str(v)] for k, v in environment().items())]]),
-    ]
-    write(path, title, sections)
-    for figure in (lines, views, pictures):
-        plt.close(figure)
-    return summary
+    return lines, views, pictures

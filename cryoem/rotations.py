@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
@@ -15,10 +16,12 @@ from .errors import InputError
 
 __all__ = [
     "COVERAGES",
+    "RELION_ANGLES",
     "about",
     "check",
     "distance",
     "from_relion",
+    "generator",
     "grid",
     "in_plane",
     "inverse",
@@ -29,7 +32,6 @@ __all__ = [
     "perturb",
     "preferred",
     "sample",
-    "stream",
     "to_relion",
     "uniform",
     "view_directions",
@@ -39,7 +41,7 @@ __all__ = [
 Seed = int | Sequence[int] | np.random.Generator
 
 
-def stream(seed: Seed, use: str) -> np.random.Generator:
+def generator(seed: Seed, use: str) -> np.random.Generator:
     """Return the generator of one use of a seed, independent of its other uses.
 
     Without it two uses of one seed draw the same numbers: "random" orientations would be the true
@@ -50,7 +52,7 @@ def stream(seed: Seed, use: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(use.encode())))
 
 
-def check(quaternions: ArrayLike, name: str = "quaternions") -> np.ndarray:
+def check(quaternions: ArrayLike, name: str = "quaternions") -> Float[np.ndarray, "n 4"]:
     """Return ``quaternions`` as an (n, 4) float64 array, or say what is wrong with them.
 
     Parameters
@@ -84,7 +86,7 @@ def check(quaternions: ArrayLike, name: str = "quaternions") -> np.ndarray:
 # The group
 
 
-def multiply(q: ArrayLike, p: ArrayLike) -> np.ndarray:
+def multiply(q: ArrayLike, p: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Compose ``q p`` (first ``p``, then ``q``); (n, 4) or (4,), broadcast over rows."""
     q, p = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
     qv, qw, pv, pw = q[..., :3], q[..., 3:], p[..., :3], p[..., 3:]
@@ -93,12 +95,12 @@ def multiply(q: ArrayLike, p: ArrayLike) -> np.ndarray:
     return np.concatenate([vector, scalar], axis=-1)
 
 
-def inverse(q: ArrayLike) -> np.ndarray:
+def inverse(q: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Return the conjugate of unit quaternions, (..., 4)."""
     return np.asarray(q, dtype=np.float64) * np.array([-1.0, -1.0, -1.0, 1.0])
 
 
-def about(axis: Literal["x", "y", "z"], angle: ArrayLike) -> np.ndarray:
+def about(axis: Literal["x", "y", "z"], angle: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Return the quaternion(s) of a turn by ``angle`` radians about ``axis`` ('x', 'y' or 'z').
 
     Parameters
@@ -114,22 +116,22 @@ def about(axis: Literal["x", "y", "z"], angle: ArrayLike) -> np.ndarray:
     return Rotation.from_euler(axis, angle[..., None] if angle.ndim else angle).as_quat()
 
 
-def in_plane(q: ArrayLike, angle: ArrayLike) -> np.ndarray:
+def in_plane(q: ArrayLike, angle: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Orientation of the image turned in its plane by ``angle`` radians: ``R Rz(angle)``."""
     return multiply(q, about("z", angle))
 
 
-def mirror_x(q: ArrayLike) -> np.ndarray:
+def mirror_x(q: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Orientation of the mirrored image ``P(-x, y)``, the view from behind: ``R Ry(pi)``."""
     return multiply(q, about("y", np.pi))
 
 
-def other_hand(q: ArrayLike) -> np.ndarray:
+def other_hand(q: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Orientations at which the mirror image of the density gives the same images: ``R Rz(pi)``."""
     return multiply(q, about("z", np.pi))
 
 
-def view_directions(q: ArrayLike) -> np.ndarray:
+def view_directions(q: ArrayLike) -> Float[np.ndarray, "n 3"]:
     """Viewing directions in the density's frame, ``R z``: (n, 3) unit vectors."""
     return Rotation.from_quat(q).apply([0.0, 0.0, 1.0])
 
@@ -138,7 +140,7 @@ def view_directions(q: ArrayLike) -> np.ndarray:
 # The distance of the paper
 
 
-def distance(q: ArrayLike, p: ArrayLike) -> np.ndarray:
+def distance(q: ArrayLike, p: ArrayLike) -> Float[np.ndarray, "*n"]:
     """Geodesic distance ``d_q = 2 arccos |<q, p>|`` between orientations, in [0, pi].
 
     Evaluated as ``4 atan2(|p - s q|, |p + s q|)`` with ``s`` the sign of ``<q, p>``, which is exact
@@ -162,7 +164,7 @@ def distance(q: ArrayLike, p: ArrayLike) -> np.ndarray:
     return 4 * np.arctan2(np.linalg.norm(p - s * q, axis=-1), np.linalg.norm(p + s * q, axis=-1))
 
 
-def pair_distances(q: np.ndarray, pairs: ArrayLike) -> np.ndarray:
+def pair_distances(q: np.ndarray, pairs: ArrayLike) -> Float[np.ndarray, " m"]:
     """Distances of the pairs ``pairs``, an (m, 2) array of indices into ``q``; (m,), radians."""
     pairs = np.asarray(pairs)
     return distance(q[pairs[:, 0]], q[pairs[:, 1]])
@@ -172,7 +174,7 @@ def pair_distances(q: np.ndarray, pairs: ArrayLike) -> np.ndarray:
 # Sampling
 
 
-def uniform(n: int, seed: Seed) -> np.ndarray:
+def uniform(n: int, seed: Seed) -> Float[np.ndarray, "n 4"]:
     """Uniform random orientations on SO(3).
 
     Parameters
@@ -198,7 +200,7 @@ def _directions(
     rot_range: tuple[float, float],
     tilt_range: tuple[float, float],
     euler: bool = False,
-) -> np.ndarray:
+) -> Float[np.ndarray, "n 4"]:
     rot = rng.uniform(*rot_range, n)
     low, high = tilt_range
     tilt = (
@@ -214,7 +216,7 @@ def preferred(
     axis: ArrayLike = (0.0, 0.0, 1.0),
     half_angle: float = np.pi / 6,
     fraction: float = 0.9,
-) -> np.ndarray:
+) -> Float[np.ndarray, "n 4"]:
     """Orientations with a preferred direction: most views lie in a cone about ``axis``.
 
     Parameters
@@ -255,7 +257,7 @@ COVERAGES: dict[str, Callable[[int, Seed], np.ndarray]] = {
 
 def sample(
     n: int, seed: Seed, coverage: str = "uniform", *, tilt_range: tuple[float, float] | None = None
-) -> np.ndarray:
+) -> Float[np.ndarray, "n 4"]:
     """Random orientations with a given coverage of the viewing directions.
 
     Parameters
@@ -288,7 +290,7 @@ def sample(
     return COVERAGES[coverage](n, seed)
 
 
-def grid(n: int) -> np.ndarray:
+def grid(n: int) -> Float[np.ndarray, "n 4"]:
     """``n`` orientations spread evenly over SO(3): a super-Fibonacci spiral, deterministic.
 
     Returns
@@ -309,7 +311,7 @@ def grid(n: int) -> np.ndarray:
     )
 
 
-def perturb(q: ArrayLike, rotation_vectors: ArrayLike) -> np.ndarray:
+def perturb(q: ArrayLike, rotation_vectors: ArrayLike) -> Float[np.ndarray, "*n 4"]:
     """Turn each orientation by a small rotation vector of its own, in the detector's frame.
 
     ``R exp([w])``: the third component of ``w`` is an in-plane turn.
@@ -325,8 +327,11 @@ def perturb(q: ArrayLike, rotation_vectors: ArrayLike) -> np.ndarray:
 # --------------------------------------------------------------------------------------
 # RELION's angles
 
+#: Their names in STAR files, in the order of :func:`from_relion`.
+RELION_ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
-def from_relion(rot: ArrayLike, tilt: ArrayLike, psi: ArrayLike) -> np.ndarray:
+
+def from_relion(rot: ArrayLike, tilt: ArrayLike, psi: ArrayLike) -> Float[np.ndarray, "n 4"]:
     """Quaternions of RELION's angles ``rlnAngleRot``, ``rlnAngleTilt``, ``rlnAnglePsi``, degrees.
 
     Parameters
@@ -343,7 +348,7 @@ def from_relion(rot: ArrayLike, tilt: ArrayLike, psi: ArrayLike) -> np.ndarray:
     return Rotation.from_euler("ZYZ", angles, degrees=True).as_quat().reshape(-1, 4)
 
 
-def to_relion(q: ArrayLike) -> np.ndarray:
+def to_relion(q: ArrayLike) -> Float[np.ndarray, "n 3"]:
     """RELION's angles of quaternions: an (n, 3) array of rot, tilt, psi in degrees.
 
     At tilt 0 and 180 only one combination of rot and psi is defined; rot takes all of it or psi is

@@ -1,63 +1,39 @@
 """Simulated particles: test images at full sampling, and training images at the network's.
 
 The two come from different paths on purpose. Test images are projected at full sampling, degraded
-there, and only then brought to what the network reads (:class:`Preprocessing`). Training images are
+there, and only then brought to what the network reads
+(:class:`~cryoem.preprocessing.Preprocessing`). Training images are
 projected at the network's sampling directly, which is an order of magnitude cheaper.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from jaxtyping import Float
 
 from . import fourier, imaging, rotations
 from .density import Density
 from .errors import InputError
-from .projection import Projector, check_images, project
+from .particles import CtfParameters, Noise, ParticleStack
+from .preprocessing import Preprocessing
+from .projection import Projector, project
 from .symmetry import group
 
 #: By what share of the frame an image may still be off its centre when it has been centred.
 LITTLE = 0.02
 
-__all__ = ["Particles", "Preprocessing", "TrainingImages", "particles"]
+__all__ = ["TrainingImages", "simulate"]
+
+#: What JSON can hold of a setting.
+Settings = float | str | list[float] | Mapping[str, float] | None
 
 
-@dataclass(frozen=True)
-class Particles:
-    """Simulated images and the truth about them.
-
-    Attributes
-    ----------
-    images : (n, size, size) float32 array
-    quaternions : (n, 4) array, unit, xyzw
-    shifts_px : (n, 2) array, pixels
-        Where the particle was moved to, (x, y); what centres it is the opposite.
-    noise_variance : float
-    pixel_size_angstrom : float
-    defocus_angstrom : (n,) array or None
-        Positive underfocus, no astigmatism; None: images without a CTF.
-    """
-
-    images: np.ndarray
-    quaternions: np.ndarray
-    shifts_px: np.ndarray
-    noise_variance: float
-    pixel_size_angstrom: float
-    defocus_angstrom: np.ndarray | None = None
-
-    def ctf(self) -> np.ndarray | None:
-        """The images' CTF, (n, size, size // 2 + 1), or None."""
-        if self.defocus_angstrom is None:
-            return None
-        return imaging.ctf(self.images.shape[1], self.pixel_size_angstrom, self.defocus_angstrom)
-
-
-def particles(
+def simulate(
     density: Density,
     n: int,
     seed: int | Sequence[int],
@@ -66,8 +42,8 @@ def particles(
     max_shift_px: float = 0.0,
     defocus_range_angstrom: tuple[float, float] | None = None,
     coverage: str = "uniform",
-) -> Particles:
-    """Simulate particle images at the density's own sampling.
+) -> ParticleStack:
+    """Simulate particle images at the density's own sampling, with the truth about them.
 
     Parameters
     ----------
@@ -88,84 +64,38 @@ def particles(
 
     Returns
     -------
-    Particles
+    ParticleStack
+        With the true poses (:meth:`ParticleStack.without_poses` forgets them), the CTF's parameters
+        and the noise.
     """
     if n < 1:
         raise InputError(f"n must be positive, got {n}")
     if not snr > 0:
         raise InputError(f"snr must be positive (infinity for clean images), got {snr}")
-    views, moves, noise = (rotations.stream(seed, use) for use in ("views", "shifts", "noise"))
+    _check_defocus(defocus_range_angstrom)
+    views, moves, noise = (rotations.generator(seed, u) for u in ("views", "shifts", "noise"))
     q = rotations.sample(n, views, coverage)
     images = project(density, q)
     shifts = imaging.triangular_shifts(n, moves, max_shift_px)
     if max_shift_px:
         images = imaging.shift(images, shifts)
-    defocus = None
+    parameters = None
     if defocus_range_angstrom is not None:
-        defocus = rotations.stream(seed, "defocus").uniform(*defocus_range_angstrom, n)
-        values = imaging.ctf(density.box_px, density.voxel_size_angstrom, defocus)
+        defocus = rotations.generator(seed, "defocus").uniform(*defocus_range_angstrom, n)
+        parameters = CtfParameters(defocus)
+        values = parameters.values(density.box_px, density.voxel_size_angstrom)
         images = imaging.apply_ctf(images, values)
     variance = 0.0 if np.isinf(snr) else float(images.var()) / snr
     if variance:
         images = imaging.add_noise(images, noise, variance=variance)
-    return Particles(images, q, shifts, variance, density.voxel_size_angstrom, defocus)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an image before the network reads it.
-
-    Down-sample the frame of ``frame_px`` to ``down_px``, cut out the central ``crop_px``, bring to
-    mean 0 and standard deviation 1.
-
-    Attributes
-    ----------
-    frame_px : int
-    down_px : int
-    crop_px : int
-    pixel_size_angstrom : float
-        Of the frame.
-    """
-
-    frame_px: int
-    down_px: int
-    crop_px: int
-    pixel_size_angstrom: float
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.crop_px <= self.down_px <= self.frame_px:
-            raise InputError(f"wanted 2 <= crop_px <= down_px <= frame_px, got {self}")
-
-    def __call__(self, images: ArrayLike, *, ctf: np.ndarray | None = None) -> np.ndarray:
-        """Prepare (n, frame_px, frame_px) images: (n, crop_px, crop_px) float32."""
-        return self.cut(self.reduce(images, ctf=ctf))
-
-    def reduce(self, images: ArrayLike, *, ctf: np.ndarray | None = None) -> np.ndarray:
-        """Flip phases where a CTF is given, and down-sample: (n, down_px, down_px) float32.
-
-        ``ctf``, (n, frame_px, frame_px // 2 + 1): see :func:`cryoem.imaging.ctf`.
-        """
-        images = check_images(images)
-        if images.shape[1] != self.frame_px:
-            raise InputError(
-                f"wanted images of {self.frame_px} px "
-                f"({self.pixel_size_angstrom} A each), got {images.shape[1]} px"
-            )
-        if ctf is not None and len(ctf) != len(images):
-            raise InputError(f"wanted a CTF for each of {len(images)} images, got {len(ctf)}")
-        small = np.empty((len(images), self.down_px, self.down_px), np.float32)
-        for i in range(0, len(images), 512):  # transforms of 512 frames at once are enough
-            part = images[i : i + 512]
-            if ctf is not None:
-                part = imaging.flip_phases(part, ctf[i : i + 512])
-            small[i : i + 512] = imaging.downsample(part, self.down_px)
-        return small
-
-    def cut(self, small: np.ndarray, *, shifts_px: np.ndarray | None = None) -> np.ndarray:
-        """Centre what :meth:`reduce` gave by undoing shifts (pixels of it), crop and normalise."""
-        if shifts_px is not None:
-            small = imaging.shift(small, -shifts_px)
-        return imaging.normalise(imaging.crop(small, self.crop_px))
+    return ParticleStack(
+        images,
+        density.voxel_size_angstrom,
+        quaternions=q,
+        shifts_px=shifts,
+        ctf_parameters=parameters,
+        noise=Noise(variance) if variance else None,
+    )
 
 
 class TrainingImages:
@@ -210,24 +140,14 @@ class TrainingImages:
         coverage: str = "uniform",
         symmetry: str = "C1",
     ) -> None:
-        p = preprocessing
-        low, high = snr_range
-        if not 0 < low <= high:
-            raise InputError(f"snr_range must be (low, high), both positive, got {snr_range}")
-        for name, share in (
-            ("clean_fraction", clean_fraction),
-            ("shifted_fraction", shifted_fraction),
-            ("ctf_fraction", ctf_fraction),
-        ):
-            if not 0 <= share <= 1:
-                raise InputError(f"{name} must lie in [0, 1], got {share}")
-        if density.box_px != p.frame_px:
-            raise InputError(f"the density has {density.box_px} voxels, the frame {p.frame_px} px")
-        # The crop's extent in the density's voxels; integer, so that both samplings agree exactly.
-        extent = p.crop_px * p.frame_px / p.down_px
-        if extent != int(extent):
-            raise InputError(f"crop_px * frame_px / down_px must be whole, got {extent} for {p}")
-        self.preprocessing = p
+        _check_ranges(
+            snr_range,
+            clean_fraction=clean_fraction,
+            shifted_fraction=shifted_fraction,
+            ctf_fraction=ctf_fraction,
+        )
+        _check_defocus(defocus_range_angstrom)
+        self.preprocessing = preprocessing
         self.snr_range = snr_range
         self.clean_fraction = clean_fraction
         self.max_shift_px = max_shift_px
@@ -236,26 +156,25 @@ class TrainingImages:
         self.ctf_fraction = ctf_fraction
         self.coverage = coverage
         self.group = group(symmetry)
-        self._projector = Projector(density.in_box(int(extent)), p.crop_px)
-        frames = project(density, rotations.grid(64), box_px=p.down_px)
+        self._projector = _projector(density, preprocessing)
         #: Variance of the whole frame's clean images, without and with a CTF.
-        self.signal_variance = float(frames.var())
-        self.ctf_signal_variance = self.signal_variance
-        if defocus_range_angstrom is not None:
-            frames = project(density, rotations.grid(64))
-            defocus = np.linspace(*defocus_range_angstrom, 64)
-            values = imaging.ctf(p.frame_px, p.pixel_size_angstrom, defocus)
-            self.ctf_signal_variance = float(imaging.apply_ctf(frames, values).var())
-        #: What a checkpoint must find unchanged to be continued.
-        self.settings = {
-            "preprocessing": asdict(p),
-            "snr_range": list(snr_range),
-            "clean_fraction": clean_fraction,
-            "max_shift_px": max_shift_px,
-            "shifted_fraction": shifted_fraction,
-            "defocus_range_angstrom": defocus_range_angstrom and list(defocus_range_angstrom),
-            "ctf_fraction": ctf_fraction,
-            "coverage": coverage,
+        self.signal_variance, self.ctf_signal_variance = _signal_variances(
+            density, preprocessing, defocus_range_angstrom
+        )
+
+    @property
+    def settings(self) -> dict[str, Settings]:
+        """What a checkpoint must find unchanged to be continued."""
+        return {
+            "preprocessing": asdict(self.preprocessing),
+            "snr_range": list(self.snr_range),
+            "clean_fraction": self.clean_fraction,
+            "max_shift_px": self.max_shift_px,
+            "shifted_fraction": self.shifted_fraction,
+            "defocus_range_angstrom": self.defocus_range_angstrom
+            and list(self.defocus_range_angstrom),
+            "ctf_fraction": self.ctf_fraction,
+            "coverage": self.coverage,
             "symmetry": self.group.name,
             "signal_variance": float(f"{self.signal_variance:.5g}"),
         }
@@ -264,12 +183,11 @@ class TrainingImages:
         """The same, with every particle in the middle of its image."""
         other = copy.copy(self)
         other.max_shift_px = 0.0
-        other.settings = {**self.settings, "max_shift_px": 0.0}
         return other
 
     def batch(
         self, seed: int, step: int, n: int, *, pairs: Literal["all", "uniform"] = "all"
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[Float[np.ndarray, "n y x"], Float[np.ndarray, "n f"]]:
         """Draw a batch.
 
         Parameters
@@ -288,7 +206,15 @@ class TrainingImages:
             reads.
         """
         rng = np.random.default_rng([seed, step])
-        p = self.preprocessing
+        q = self._views(rng, n, pairs)
+        images = self._projector.project(q)
+        images, shifts = self._shifted(rng, images)
+        images, signal = self._with_ctf(rng, images)
+        images, ratio = self._noisy(rng, images, signal)
+        targets = np.concatenate([self.group.features(q), ratio[:, None], shifts], axis=1)
+        return imaging.normalise(images), targets.astype(np.float32)
+
+    def _views(self, rng: np.random.Generator, n: int, pairs: str) -> np.ndarray:
         q = rotations.sample(n, rng, self.coverage)
         if pairs == "uniform":
             if n % 2:
@@ -298,30 +224,91 @@ class TrainingImages:
             q[1::2] = rotations.perturb(q[::2], axis * rng.uniform(0, np.pi, (n // 2, 1)))
         elif pairs != "all":
             raise InputError(f"pairs must be 'all' or 'uniform', got {pairs!r}")
-        images = self._projector.project(q)
-        shifts = np.zeros((n, 2))
-        if self.max_shift_px:
-            shifts = imaging.triangular_shifts(n, rng, self.max_shift_px)
-            little = imaging.triangular_shifts(n, rng, min(self.max_shift_px, LITTLE * p.frame_px))
-            far = rng.random((n, 1)) < self.shifted_fraction
-            shifts = np.where(far, shifts, little) * p.down_px / p.frame_px
-            images = imaging.shift(images, shifts)
-        signal = np.full(n, self.signal_variance)
-        if self.defocus_range_angstrom is not None:
-            defocus = rng.uniform(*self.defocus_range_angstrom, n)
-            pixel = p.pixel_size_angstrom * p.frame_px / p.down_px
-            seen = (rng.random(n) < self.ctf_fraction)[:, None, None]
-            values = np.abs(imaging.ctf(p.crop_px, pixel, defocus))
-            images = imaging.apply_ctf(images, np.where(seen, values, 1))
-            signal = np.where(seen[:, 0, 0], self.ctf_signal_variance, signal)
+        return q
+
+    def _shifted(
+        self, rng: np.random.Generator, images: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images moved, and by how much, in their pixels."""
+        n, p = len(images), self.preprocessing
+        if not self.max_shift_px:
+            return images, np.zeros((n, 2))
+        shifts = imaging.triangular_shifts(n, rng, self.max_shift_px)
+        little = imaging.triangular_shifts(n, rng, min(self.max_shift_px, LITTLE * p.frame_px))
+        far = rng.random((n, 1)) < self.shifted_fraction
+        shifts = np.where(far, shifts, little) * p.down_px / p.frame_px
+        return imaging.shift(images, shifts), shifts
+
+    def _with_ctf(
+        self, rng: np.random.Generator, images: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images as flipping the phases of a CTF leaves them, and their frames' signal variance."""
+        n, p = len(images), self.preprocessing
+        if self.defocus_range_angstrom is None:
+            return images, np.full(n, self.signal_variance)
+        defocus = rng.uniform(*self.defocus_range_angstrom, n)
+        pixel = p.pixel_size_angstrom * p.frame_px / p.down_px
+        seen = rng.random(n) < self.ctf_fraction
+        values = np.abs(imaging.ctf(p.crop_px, pixel, defocus))
+        images = imaging.apply_ctf(images, np.where(seen[:, None, None], values, 1))
+        return images, np.where(seen, self.ctf_signal_variance, self.signal_variance)
+
+    def _noisy(
+        self, rng: np.random.Generator, images: np.ndarray, signal: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images with noise, and their noise-to-signal ratios."""
+        n, p = len(images), self.preprocessing
         low, high = np.log(self.snr_range)
-        # White noise of variance s2 at full sampling has s2 (down / frame)^2 after down-sampling,
-        # on the disc of frequencies that the down-sampling keeps.
         ratio = 1 / np.exp(rng.uniform(low, high, n))
         ratio *= rng.random(n) >= self.clean_fraction
+        # White noise of variance s2 at full sampling has s2 (down / frame)^2 after down-sampling,
+        # on the disc of frequencies that the down-sampling keeps.
         variance = ratio * signal * (p.down_px / p.frame_px) ** 2
         noise = rng.standard_normal(images.shape, dtype=np.float32)
         noise = fourier.low_pass(noise, 2, p.crop_px / 2)
         images += noise * np.sqrt(variance, dtype=np.float32)[:, None, None]
-        targets = np.concatenate([self.group.features(q), ratio[:, None], shifts], axis=1)
-        return imaging.normalise(images), targets.astype(np.float32)
+        return images, ratio
+
+
+def _check_defocus(defocus_range_angstrom: tuple[float, float] | None) -> None:
+    if defocus_range_angstrom is not None:
+        low, high = defocus_range_angstrom
+        if not low <= high:
+            raise InputError(
+                f"defocus_range_angstrom must be (low, high), got {low:g} and {high:g}"
+            )
+
+
+def _check_ranges(snr_range: tuple[float, float], **shares: float) -> None:
+    low, high = snr_range
+    if not 0 < low <= high:
+        raise InputError(f"snr_range must be (low, high), both positive, got {snr_range}")
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise InputError(f"{name} must lie in [0, 1], got {share}")
+
+
+def _projector(density: Density, p: Preprocessing) -> Projector:
+    """Projects what the network reads, at its sampling."""
+    if density.box_px != p.frame_px:
+        raise InputError(f"the density has {density.box_px} voxels, the frame {p.frame_px} px")
+    # The crop's extent in the density's voxels; integer, so that both samplings agree exactly.
+    extent = p.crop_px * p.frame_px / p.down_px
+    if extent != int(extent):
+        raise InputError(f"crop_px * frame_px / down_px must be whole, got {extent} for {p}")
+    return Projector(density.in_box(int(extent)), p.crop_px)
+
+
+def _signal_variances(
+    density: Density, p: Preprocessing, defocus_range_angstrom: tuple[float, float] | None
+) -> tuple[float, float]:
+    """Variance of whole frames, without and with a CTF."""
+    frames = project(density, rotations.grid(64), box_px=p.down_px)
+    plain = float(frames.var())
+    if defocus_range_angstrom is None:
+        return plain, plain
+    frames = project(density, rotations.grid(64))
+    values = imaging.ctf(
+        p.frame_px, p.pixel_size_angstrom, np.linspace(*defocus_range_angstrom, 64)
+    )
+    return plain, float(imaging.apply_ctf(frames, values).var())

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import density, files
+from . import density
 from .density import Density
 from .errors import DownloadError, InputError
-from .files import PathLike
+from .io import files
+from .io.files import PathLike
 from .symmetry import Group, group
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ import re
 
 import numpy as np
 import scipy.linalg
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from . import rotations
@@ -139,7 +140,7 @@ class Group:
         """How many orientations show the same image."""
         return len(self.elements)
 
-    def features(self, quaternions: ArrayLike) -> np.ndarray:
+    def features(self, quaternions: ArrayLike) -> Float[np.ndarray, "n f"]:
         """``phi(R)``: unit vectors, the same all over an orbit.
 
         Parameters
@@ -157,17 +158,19 @@ class Group:
             parts.append(scale * (mix @ _wigner(l, q) @ real).real)
         return np.concatenate(parts, axis=1)
 
-    def inverse_density(self, bins: int, *, highest: float = 20.0) -> np.ndarray:
+    def inverse_density(self, bins: int, *, highest: float = 20.0) -> Float[np.ndarray, " bins"]:
         """Weights that even out the kernel distances of uniform orientations, in bins of [0, pi].
 
         Without symmetry ``1 / sin^2(d_q / 2)``; capped at ``highest``.
         """
-        q = rotations.uniform(200_000, rotations.stream(0, "density of distances"))
+        q = rotations.uniform(200_000, rotations.generator(0, "density of distances"))
         delta = self.kernel_distance(q, np.array([[0, 0, 0, 1.0]]))
         density = np.histogram(delta, bins, (0, np.pi), density=True)[0]
         return 1 / np.maximum(density * np.pi / 2, 1 / highest)
 
-    def decode(self, features: ArrayLike, *, candidates: int = 4000, steps: int = 6) -> np.ndarray:
+    def decode(
+        self, features: ArrayLike, *, candidates: int = 4000, steps: int = 6
+    ) -> Float[np.ndarray, "n 4"]:
         """One orientation of the orbit whose features are nearest, by inner product.
 
         The best of a grid over SO(3), then Gauss-Newton steps.
@@ -207,19 +210,21 @@ class Group:
             q = rotations.perturb(q, step * np.minimum(1, 0.3 / np.maximum(longest, 1e-12)))
         return q
 
-    def kernel_distance(self, quaternions: ArrayLike, others: ArrayLike) -> np.ndarray:
+    def kernel_distance(
+        self, quaternions: ArrayLike, others: ArrayLike
+    ) -> Float[np.ndarray, "n m"]:
         """``delta = arccos(2 K - 1)`` of all pairs, (n, m), radians; for C1 it is ``d_q``."""
         product = self.features(quaternions) @ self.features(others).T
         return np.arccos(np.clip(2 * product - 1, -1, 1))
 
-    def nearest(self, quaternions: ArrayLike, others: ArrayLike) -> np.ndarray:
+    def nearest(self, quaternions: ArrayLike, others: ArrayLike) -> Float[np.ndarray, "n 4"]:
         """That ``g q`` of each orbit which lies nearest to another orientation, (n, 4)."""
         q, p = rotations.check(quaternions), rotations.check(others, "others")
         orbit = rotations.multiply(self.elements[:, None], q)  # (order, n, 4)
         best = rotations.distance(orbit, p).argmin(axis=0)
         return orbit[best, np.arange(len(q))]
 
-    def distance(self, quaternions: ArrayLike, others: ArrayLike) -> np.ndarray:
+    def distance(self, quaternions: ArrayLike, others: ArrayLike) -> Float[np.ndarray, " n"]:
         """``d_G``, the distance of orbits, element by element: (n,), radians."""
         return rotations.distance(self.nearest(quaternions, others), others)
 

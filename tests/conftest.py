@@ -10,6 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 
 from cryoem import density, simulation, structures
+from cryoem.preprocessing import Preprocessing
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +26,7 @@ def shipped():
 
 @pytest.fixture(scope="session")
 def preprocessing():
-    return simulation.Preprocessing(32, 16, 16, 7.0)
+    return Preprocessing(32, 16, 16, 7.0)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def trained(source, preprocessing):
     from cryoem import estimator
 
     network = estimator.Estimator.create(preprocessing, seed=1)
-    history = estimator.train(
+    history = estimator.fit(
         network, source, images=4800, batch_size=64, images_per_epoch=1600, progress=False
     )
     return network, history

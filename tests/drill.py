@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import particle_files
 
-from cryoem import density, rotations, star
+from cryoem import density, read_particles, rotations, write_particles
 from cryoem.errors import CryoemError
 
 #: CPU seconds for one file.
@@ -61,11 +61,12 @@ class Hang(BaseException):
 
 
 def _read_particles(path: Path) -> None:
-    particles = star.read_particles(path)
+    particles = read_particles(path)
     particles.images[:]
     particles.ctf()
-    particles.write(path.with_name("again.star"), quaternions=particles.quaternions)
-    star.read_particles(path.with_name("again.star"))
+    particles.select(slice(2)).images[:]
+    write_particles(path.with_name("again.star"), particles)
+    read_particles(path.with_name("again.star"))
 
 
 def _read_stack(path: Path) -> None:
@@ -76,7 +77,7 @@ def sources(folder: Path) -> dict[str, tuple[Path, bytes, int, Callable[[Path], 
     """Whole files in ``folder`` by kind: path, content, length of the header (0: text), reader."""
     new, old = particle_files.relion31(folder), particle_files.relion30(folder)
     cs, cut = particle_files.cryosparc(folder), folder / "map.mrc"
-    density.write_mrc(cut, density.Phantom.random(0).density(8, 20.0))
+    density.write_density(cut, density.Phantom.random(0).density(8, 20.0))
     packed, model = folder / "map.mrc.gz", folder / "model.pdb"
     packed.write_bytes(gzip.compress(cut.read_bytes()))
     model.write_bytes(PDB)
@@ -85,8 +86,8 @@ def sources(folder: Path) -> dict[str, tuple[Path, bytes, int, Callable[[Path], 
         old: (0, _read_particles),
         cs: (cs.read_bytes().index(b"\n") + 1, _read_particles),
         new.with_suffix(".mrcs"): (1024, _read_stack),
-        cut: (1024, density.read_mrc),
-        packed: (0, density.read_mrc),
+        cut: (1024, density.read_density),
+        packed: (0, density.read_density),
         model: (0, density.read_structure),
     }
     return {path.name: (path, path.read_bytes(), *rest) for path, rest in readers.items()}
@@ -138,7 +139,7 @@ def drill(cases: int, seed: int, folder: Path) -> Counter[tuple[str, str]]:
     tracemalloc.start()
     try:
         for case in range(cases):
-            rng = rotations.stream([seed, case], "drill")
+            rng = rotations.generator([seed, case], "drill")
             kind = list(whole)[case % len(whole)]
             path, content, header, reader = whole[kind]
             if path.suffix == ".gz" and rng.random() < 0.7:  # a checksum hides nothing from us

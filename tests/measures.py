@@ -1,11 +1,14 @@
 """Measures that the tests share."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 
 import numpy as np
 
-from cryoem import rotations
-from cryoem.projection import Projector
+from cryoem import distances, imaging, rotations
+from cryoem.density import Density
+from cryoem.projection import Projector, project
 
 
 def relative_error(found, wanted):
@@ -43,6 +46,47 @@ class Sees:
 
     head = "exact"
     symmetry = "C1"
+    passes = 1
+    centres_images = False
+    fingerprint = "a stand-in"
 
-    def look(self, images, *, ctf=None):
-        return SimpleNamespace(features=self.embed(images), shifts_px=None, expected_error_rad=None)
+    def embed(self, images, *, ctf=None):
+        raise NotImplementedError
+
+    def predict(self, images, *, ctf=None):
+        features = self.embed(images, ctf=ctf)
+        return SimpleNamespace(features=features, shifts_px=None, expected_error_rad=None)
+
+    def distances(self, features, others):
+        return distances.from_features(features, others, self.head)
+
+
+@dataclass(frozen=True)
+class Lookup(Sees):
+    """Finds the most alike of some projections, and has its features exactly."""
+
+    density: Density
+    references: int = 1500
+    passes: int = 1
+
+    @property
+    def fingerprint(self):
+        return f"{self.references} references"
+
+    @cached_property
+    def known(self):
+        return rotations.grid(self.references)
+
+    @cached_property
+    def table(self):
+        return self.prepared(project(self.density, self.known))
+
+    @staticmethod
+    def prepared(images):
+        return imaging.normalise(imaging.check_images(images)).reshape(len(images), -1)
+
+    def embed(self, images, *, ctf=None):
+        if ctf is not None:
+            images = imaging.flip_phases(images, ctf)
+        best = np.argmax(self.prepared(images) @ self.table.T, axis=1)
+        return packed(self.known[best]).astype(np.float32)

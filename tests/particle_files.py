@@ -5,7 +5,8 @@ import pandas as pd
 import starfile
 from scipy.spatial.transform import Rotation
 
-from cryoem import rotations, star
+from cryoem import ParticleStack, rotations, write_particles
+from cryoem.particles import CtfParameters
 
 IMAGES = np.random.default_rng(0).standard_normal((6, 12, 12)).astype(np.float32)
 Q = rotations.uniform(6, 1)
@@ -16,20 +17,24 @@ DEFOCUS = {
     "rlnDefocusV": np.linspace(1.1e4, 1.9e4, 6),
     "rlnDefocusAngle": np.linspace(0, 150, 6),
 }
-SUBSET = [1, 2, 1, 2, 1, 2]
+HALF_SET = [1, 2, 1, 2, 1, 2]
 
 
-def relion31(folder, **options):
-    path = folder / "particles.star"
-    star.write_particles(
-        path,
+def in_memory(**microscope):
+    """The particles as a stack that was never in a file."""
+    return ParticleStack(
         IMAGES,
-        Q,
-        pixel_size_angstrom=PIXEL,
+        PIXEL,
+        quaternions=Q,
         shifts_px=SHIFTS,
-        columns={"rlnRandomSubset": SUBSET, **DEFOCUS},
-        **options,
+        ctf_parameters=CtfParameters(*DEFOCUS.values(), **microscope),
+        half_set=HALF_SET,
     )
+
+
+def relion31(folder, **microscope):
+    path = folder / "particles.star"
+    write_particles(path, in_memory(**microscope))
     return path
 
 
@@ -50,7 +55,7 @@ def relion30(folder):
             "rlnAnglePsi": psi,
             "rlnOriginX": -SHIFTS[:, 0],
             "rlnOriginY": -SHIFTS[:, 1],
-            "rlnRandomSubset": SUBSET,
+            "rlnRandomSubset": HALF_SET,
             **DEFOCUS,
         }
     )
@@ -83,7 +88,7 @@ def cryosparc(folder, *, passthrough=False):
         # Aligned at twice the pixel size.
         "alignments3D/psize_A": (np.full(n, 2 * PIXEL), "f4"),
         "alignments3D/shift": (-SHIFTS / 2, ("f4", (2,))),
-        "alignments3D/split": (np.array(SUBSET) - 1, "u4"),
+        "alignments3D/split": (np.array(HALF_SET) - 1, "u4"),
     }
 
     def save(name, fields, order):

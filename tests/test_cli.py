@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cryoem import cli, density, imaging, rotations, star
+from cryoem import (
+    ParticleStack,
+    cli,
+    estimator,
+    imaging,
+    load_estimator,
+    read_density,
+    read_particles,
+    rotations,
+    write_density,
+    write_particles,
+)
 
 COMMANDS = ("density", "simulate", "train", "orient", "reconstruct", "refine", "evaluate", "info")
 
@@ -23,12 +35,12 @@ def run(*arguments, code=0):
 def folder(tmp_path_factory, phantom):
     """A map, particles of it (SNR 4, shifted), and worse orientations of them."""
     folder = tmp_path_factory.mktemp("cli")
-    density.write_mrc(folder / "map.mrc", phantom.density(32, 7.0))
+    write_density(folder / "map.mrc", phantom.density(32, 7.0))
     run("simulate", folder / "map.mrc", "-n", 300, "--snr", 4, "--shift", 1, "-o",
         folder / "particles.star")  # fmt: skip
-    true = star.read_particles(folder / "particles.star")
+    true = read_particles(folder / "particles.star")
     off = rotations.perturb(true.quaternions, np.random.default_rng(0).normal(0, 0.1, (300, 3)))
-    true.write(folder / "off.star", quaternions=off)
+    write_particles(folder / "off.star", true.with_poses(off))
     return folder
 
 
@@ -38,6 +50,21 @@ def test_help_says_what_there_is(command):
     assert "Usage" in text
     for name in () if command else COMMANDS:
         assert name in text
+
+
+#: What a Python programmer would write: names_with_underscores, CamelCase, calls, modules, roles.
+PYTHON = re.compile(
+    r"\b[a-z]+_[a-z]\w*|\b[A-Z][a-z]+[A-Z]\w*|\w\(|\bcryoem\.\w|:[a-z]+:`|``|"
+    r"\b(None|True|False|numpy|array|tuple|dict|str)\b"
+)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_is_for_those_who_know_no_python(command):
+    text = run(*command, "--help").output
+    # What Typer says of a value's kind, and a precision's name.
+    text = re.sub(r"<\w+>|mixed_bfloat16", "", text)
+    assert PYTHON.findall(text) == []
 
 
 def test_without_training_tensorflow_is_not_imported(folder):
@@ -52,7 +79,7 @@ def test_without_training_tensorflow_is_not_imported(folder):
 
 def test_density_of_a_model(tmp_path):
     run("density", "4jsv", "-o", tmp_path / "a.mrc", "--voxel-size", 8, "--resolution", 20)
-    made = density.read_mrc(tmp_path / "a.mrc")
+    made = read_density(tmp_path / "a.mrc")
     assert made.voxel_size_angstrom == 8 and made.box_px > 20
     found = json.loads(run("info", tmp_path / "a.mrc", "--json").stdout)
     assert found["kind"] == "map" and found["voxel_size_angstrom"] == 8
@@ -61,14 +88,14 @@ def test_density_of_a_model(tmp_path):
 def test_simulated_particles_are_those_that_were_asked_for(folder, tmp_path):
     run("simulate", folder / "map.mrc", "-n", 20, "--defocus", 1e4, 2e4, "--coverage", "half",
         "--seed", 3, "-o", tmp_path / "a.star")  # fmt: skip
-    seen = star.read_particles(tmp_path / "a.star")
-    assert len(seen) == 20 and seen.has_angles and seen.box_px == 32
+    seen = read_particles(tmp_path / "a.star")
+    assert len(seen) == 20 and seen.box_px == 32 and seen.pixel_size_angstrom == 7
     assert (rotations.view_directions(seen.quaternions)[:, 2] > 0).all()
-    defocus = seen.ctf_parameters["defocus_u_angstrom"]
+    defocus = seen.ctf_parameters.defocus_u_angstrom
     assert ((defocus > 1e4) & (defocus < 2e4)).all() and np.ptp(defocus) > 1e3
     run("simulate", folder / "map.mrc", "-n", 20, "--defocus", 1e4, 2e4, "--coverage", "half",
         "--seed", 4, "-o", tmp_path / "b.star")  # fmt: skip
-    other = star.read_particles(tmp_path / "b.star")
+    other = read_particles(tmp_path / "b.star")
     assert rotations.distance(seen.quaternions, other.quaternions).min() > 0
 
 
@@ -78,8 +105,28 @@ def test_info_tells_what_real_particles_hide(folder):
     assert found["contrast"] == "white on black"
     assert 3 < found["snr"] < 5 and found["max_shift_px"] <= 1
     assert "white on black" in run("info", folder / "particles.star").stdout
-    found = json.loads(run("info", folder / "particles.mrcs", "--json").stdout)
+    assert found["half_sets"] is False and found["defocus_range_angstrom"] is None
+    assert found["stacks"] == found["optics_groups"] == 1
+    assert "rlnAngleRot" in found["columns"] and found["pixel_size_angstrom"] == 7
+
+
+def test_info_tells_what_other_files_hold(folder, trained, tmp_path):
+    def info(path):
+        return json.loads(run("info", path, "--json").stdout)
+
+    found = info(folder / "particles.mrcs")
     assert found == {"kind": "image stack", "images": 300, "height_px": 32, "width_px": 32}
+    found = info(folder / "map.mrc")
+    assert found["kind"] == "map" and found["shape_zyx"] == [32] * 3
+    assert found["voxel_size_angstrom"] == 7 and found["maximum"] > 0
+    network = dataclasses.replace(trained[0], notes={"density": "a phantom"})
+    network.save(tmp_path / "model.npz")
+    found = info(tmp_path / "model.npz")
+    assert found["kind"] == "estimator" and found["symmetry"] == "C1"
+    assert found["preprocessing"] == dataclasses.asdict(network.preprocessing)
+    assert found["notes"] == {"density": "a phantom"}
+    np.savez(tmp_path / "other.npz", a=[1])
+    assert "not an estimator" in run("info", tmp_path / "other.npz", code=1).stderr
 
 
 def test_from_particles_to_orientations(folder, trained, tmp_path):
@@ -88,14 +135,15 @@ def test_from_particles_to_orientations(folder, trained, tmp_path):
     assert json.loads(run("info", tmp_path / "model.npz", "--json").stdout)["kind"] == "estimator"
     orient = ("orient", folder / "particles.star", "--model", tmp_path / "model.npz", "-q")
     run(*orient, "-o", tmp_path / "oriented.star")
-    found = star.read_particles(tmp_path / "oriented.star")
-    assert len(found) == 300 and "cryoemResidualRad" in found.table
+    found = read_particles(tmp_path / "oriented.star")
+    assert len(found) == 300 and "cryoemResidualRad" in found.columns
+    assert (found.expected_error_rad > 0).all()
     judge = ("evaluate", "--truth", folder / "particles.star", "--json")
     first = json.loads(run(*judge, tmp_path / "oriented.star").stdout)
     assert first["one_sided_mean_rad"] < 0.8 * first["random_mean_rad"]
     # Done already: nothing is computed again, and the other hand is as good.
     run(*orient, "-o", tmp_path / "oriented.star", "--other-hand")
-    other = star.read_particles(tmp_path / "oriented.star")
+    other = read_particles(tmp_path / "oriented.star")
     turned = rotations.other_hand(found.quaternions)
     assert rotations.distance(other.quaternions, turned).max() < 1e-6
     second = json.loads(run(*judge, tmp_path / "oriented.star").stdout)
@@ -103,12 +151,11 @@ def test_from_particles_to_orientations(folder, trained, tmp_path):
 
 
 def test_no_shift_is_looked_for_where_origins_are_known(folder, trained, tmp_path):
-    dataclasses.replace(trained[0], looks=2).save(tmp_path / "model.npz")
-    true = star.read_particles(folder / "particles.star")
+    dataclasses.replace(trained[0], passes=2).save(tmp_path / "model.npz")
+    true = read_particles(folder / "particles.star")
     middle = imaging.shift(true.images[:], -true.shifts_px)
-    star.write_particles(
-        tmp_path / "middle.star", middle, true.quaternions, pixel_size_angstrom=7.0
-    )
+    centred = true.with_images(middle).with_poses(true.quaternions, np.zeros((300, 2)))
+    write_particles(tmp_path / "middle.star", centred)
     found = {}
     for name, particles, *flags in (
         ("moved", folder / "particles.star"),
@@ -117,7 +164,7 @@ def test_no_shift_is_looked_for_where_origins_are_known(folder, trained, tmp_pat
     ):
         out = tmp_path / f"{name}_oriented.star"
         run("orient", particles, "--model", tmp_path / "model.npz", "-q", *flags, "-o", out)
-        found[name] = star.read_particles(out)
+        found[name] = read_particles(out)
     np.testing.assert_allclose(found["known"].shifts_px, true.shifts_px, atol=1e-4)
     assert not found["middle"].shifts_px.any()
     q = found["middle"].quaternions
@@ -130,7 +177,7 @@ def test_images_that_the_estimator_does_not_know_are_not_oriented(folder, traine
     trained[0].save(tmp_path / "model.npz")
     noise = np.random.default_rng(0).standard_normal((300, 32, 32), dtype=np.float32)
     path = tmp_path / "noise.star"
-    star.write_particles(path, noise, rotations.uniform(300, 0), pixel_size_angstrom=7.0)
+    write_particles(path, ParticleStack(noise, 7.0))
     out = tmp_path / "out.star"
     done = run("orient", path, "--model", tmp_path / "model.npz", "-o", out, "-q", code=1)
     assert "noise.star" in done.stderr and "as if at random" in done.stderr
@@ -154,7 +201,7 @@ def test_from_orientations_to_a_map(folder, tmp_path):
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
     run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry", "C2",
         "-q")  # fmt: skip
-    values = density.read_mrc(tmp_path / "m.mrc").values[:, 1:, 1:]  # about voxel n // 2
+    values = read_density(tmp_path / "m.mrc").values[:, 1:, 1:]  # about voxel n // 2
     at = np.indices(values.shape) - np.array([s // 2 for s in values.shape])[:, None, None, None]
     ball = np.linalg.norm(at, axis=0) < 0.4 * len(values)  # the cube's corners are not seen
     off = (values - values[:, ::-1, ::-1])[ball]
@@ -168,10 +215,10 @@ def test_refinement_brings_orientations_nearer(folder, tmp_path):
     judge = ("evaluate", "--truth", folder / "particles.star", "--json")
     after = json.loads(run(*judge, tmp_path / "refined.star").stdout)
     assert after["unaligned_mean_rad"] < 0.08  # from 0.16
-    refined = star.read_particles(tmp_path / "refined.star")
-    true = star.read_particles(folder / "particles.star")
+    refined = read_particles(tmp_path / "refined.star")
+    true = read_particles(folder / "particles.star")
     assert np.abs(refined.shifts_px - true.shifts_px).mean() < 0.2
-    assert sorted(set(refined.random_subset)) == [1, 2]
+    assert sorted(set(refined.half_set)) == [1, 2]
     assert (tmp_path / "refined.html").exists() and (tmp_path / "refined.mrc").exists()
 
 
@@ -189,8 +236,33 @@ def test_training_takes_its_ranges_from_particles(folder, tmp_path):
         folder / "particles.star", "--quiet")  # fmt: skip
     found = json.loads(run("info", tmp_path / "m.npz", "--json").stdout)
     assert found["preprocessing"]["frame_px"] == 32
-    low, high = found["notes"]["snr_range"]
-    assert low < 4 < high and found["notes"]["max_shift_px"] == 2
+    source = found["notes"]["source"]
+    assert source["snr_range"][0] < 4 < source["snr_range"][1] and source["max_shift_px"] == 2
+
+
+def test_training_takes_a_particle_that_ships(tmp_path, monkeypatch):
+    # The training itself is that of the test above; here it is what it is given and what it leaves.
+    asked = {}
+
+    def train(network, source, **options):
+        asked.update(options, network=network, source=source)
+        return {"loss": [2.0, 1.0], "mae_rad": [1.0, 0.5], "seconds": [1.0, 2.0]}
+
+    monkeypatch.setattr(estimator, "train", train)
+    out = tmp_path / "m.npz"
+    done = run("train", "4JSV", "-o", out, "--images", 8, "--seed", 5, "--quiet")
+    assert "mean absolute error of distances 0.500 rad" in done.stdout and done.stderr == ""
+    assert (asked["images"], asked["seed"], asked["checkpoint"]) == (8, 5, None)
+    assert asked["network"].passes == 2 and asked["source"].max_shift_px == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"m.npz", "m.json"}
+    told = json.loads((tmp_path / "m.json").read_text())
+    assert told["command"].startswith("cryoem train 4JSV --symmetry C1 --images 8 --seed 5")
+    assert told["source"]["snr_range"] == [1 / 128, 1] and told["mae_rad"] == [1.0, 0.5]
+    model = load_estimator(out)
+    assert model.preprocessing.frame_px == 116 and model.symmetry == "C1"
+    assert model.notes.items() <= told.items()
+    found = json.loads(run("info", out, "--json").stdout)
+    assert found["kind"] == "estimator" and found["notes"] == model.notes
 
 
 # --------------------------------------------------------------------------------------
@@ -199,10 +271,8 @@ def test_training_takes_its_ranges_from_particles(folder, tmp_path):
 
 @pytest.fixture
 def black(folder, tmp_path):
-    true = star.read_particles(folder / "particles.star")
-    star.write_particles(
-        tmp_path / "black.star", -true.images[:], true.quaternions, pixel_size_angstrom=7.0
-    )
+    true = read_particles(folder / "particles.star")
+    write_particles(tmp_path / "black.star", true.with_images(-true.images[:]))
     return tmp_path / "black.star"
 
 
@@ -226,6 +296,12 @@ def test_black_particles_are_refused(folder, black, tmp_path, command):
         (("simulate", "{}/map.mrc", "-o", "{}/x.mrc"), 1, "ends in .star"),
         (("simulate", "{}/map.mrc", "--snr", "-1", "-o", "{}/x.star"), 1, "snr"),
         (("simulate", "{}/map.mrc", "-o", "/proc/x.star"), 1, "/proc/x"),
+        (
+            ("simulate", "{}/map.mrc", "--defocus", "20000", "10000", "-o", "{}/x.star"),
+            1,
+            "--defocus: wanted LOW HIGH, got 20000 10000",
+        ),
+        (("train", "{}/no.mrc", "-o", "{}/x.npz"), 1, "no.mrc: no such file"),
         (("evaluate", "{}/few.star", "--truth", "{}/particles.star"), 1, "10 rows"),
         (("density", "nonsense", "-o", "{}/x.mrc"), 1, "nonsense"),
         (("reconstruct", "{}/few.star", "-o", "{}/x.mrc", "--symmetry", "Q3"), 1, "Q3"),
@@ -236,13 +312,11 @@ def test_black_particles_are_refused(folder, black, tmp_path, command):
 )
 def test_errors_are_messages(folder, tmp_path, arguments, code, says):
     (tmp_path / "map.mrc").write_bytes((folder / "map.mrc").read_bytes())
-    true = star.read_particles(folder / "particles.star")
-    true.write(tmp_path / "particles.star")
+    true = read_particles(folder / "particles.star")
+    write_particles(tmp_path / "particles.star", true)
+    few = true.select(slice(10))
     for name in ("few", "bare", "cut"):
-        star.write_particles(
-            tmp_path / f"{name}.star", true.images[:10], true.quaternions[:10],
-            pixel_size_angstrom=7.0,
-        )  # fmt: skip
+        write_particles(tmp_path / f"{name}.star", few.with_images(few.images[:]))
     text = (tmp_path / "bare.star").read_text()
     (tmp_path / "bare.star").write_text(text.replace("rlnAngleRot", "rlnAngleWrong"))
     stack = tmp_path / "cut.mrcs"
@@ -254,9 +328,9 @@ def test_errors_are_messages(folder, tmp_path, arguments, code, says):
 
 
 def test_an_image_that_is_none_is_named(folder, tmp_path):
-    true = star.read_particles(folder / "particles.star")
+    true = read_particles(folder / "particles.star")
     path = tmp_path / "a.star"
-    star.write_particles(path, true.images[:9], true.quaternions[:9], pixel_size_angstrom=7.0)
+    write_particles(path, true.with_images(true.images[:]).select(slice(9)))
     with mrcfile.open(path.with_suffix(".mrcs"), "r+") as mrc:
         mrc.data[4] = 0
     done = run("reconstruct", path, "-o", tmp_path / "m.mrc", code=1)

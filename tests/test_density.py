@@ -11,9 +11,10 @@ import pytest
 from measures import correlation, relative_error
 from scipy.spatial.transform import Rotation
 
-from cryoem import density, files, rotations, structures
+from cryoem import density, rotations, structures
 from cryoem.density import Density
 from cryoem.errors import CryoemError, DownloadError, InputError
+from cryoem.io import files
 from cryoem.symmetry import group
 
 # --------------------------------------------------------------------------------------
@@ -476,29 +477,38 @@ def write(path, values, voxel=3.0, **header):
 
 def test_a_map_round_trips(tmp_path):
     path = tmp_path / "deep" / "a.mrc"
-    density.write_mrc(path, Density(VALUES, 3.67))
+    density.write_density(path, Density(VALUES, 3.67))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        back = density.read_mrc(path)
+        back = density.read_density(path)
     np.testing.assert_array_equal(back.values, VALUES)
-    assert back.voxel_size_angstrom == pytest.approx(3.67, rel=1e-6)  # float32 in the header
+    assert back.voxel_size_angstrom == 3.67
     with mrcfile.open(path) as mrc:
         assert (int(mrc.header.mode), int(mrc.header.ispg)) == (2, 1)
         assert mrcfile.validate(path)
+
+
+@pytest.mark.parametrize("voxel", [1.06, 0.8321, 0.9912, 2.489, 3.67, 13.25])
+def test_a_voxel_size_keeps_its_digits_and_gets_no_more(tmp_path, voxel):
+    # The header has it in single precision, times the edge: 3.6700000105 for 3.67.
+    for box in (5, 32, 34, 41, 116):
+        path = tmp_path / "a.mrc"
+        density.write_density(path, Density(np.zeros((box, 1, 1)), voxel))
+        assert density.read_density(path).voxel_size_angstrom == voxel
 
 
 def test_a_gzipped_map_is_read(tmp_path):
     plain = write(tmp_path / "a.mrc", VALUES)
     packed = tmp_path / "a.mrc.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    np.testing.assert_array_equal(density.read_mrc(packed).values, VALUES)
+    np.testing.assert_array_equal(density.read_density(packed).values, VALUES)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.float16])
 def test_maps_of_other_numbers_are_read(tmp_path, dtype):
     values = (VALUES * 100).astype(dtype)
     np.testing.assert_array_equal(
-        density.read_mrc(write(tmp_path / "a.mrc", values)).values, values
+        density.read_density(write(tmp_path / "a.mrc", values)).values, values
     )
 
 
@@ -509,19 +519,19 @@ def test_axes_are_brought_into_order(tmp_path, order):
     mapc, mapr, maps = order
     path = write(tmp_path / "a.mrc", stored, mapc=mapc, mapr=mapr, maps=maps)
     with pytest.warns(UserWarning, match="axis order"):
-        found = density.read_mrc(path)
+        found = density.read_density(path)
     np.testing.assert_array_equal(found.values, VALUES)
 
 
 def test_a_stack_is_read_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="ispg 0"):
-        found = density.read_mrc(write(tmp_path / "a.mrc", VALUES, ispg=0))
+        found = density.read_density(write(tmp_path / "a.mrc", VALUES, ispg=0))
     np.testing.assert_array_equal(found.values, VALUES)
 
 
 def test_a_voxel_size_overrides_the_header(tmp_path):
     path = write(tmp_path / "a.mrc", VALUES, voxel=0.0)
-    assert density.read_mrc(path, voxel_size_angstrom=2.5).voxel_size_angstrom == 2.5
+    assert density.read_density(path, voxel_size_angstrom=2.5).voxel_size_angstrom == 2.5
 
 
 def spoilt(values):
@@ -544,7 +554,7 @@ def spoilt(values):
 def test_a_map_that_is_no_density_is_refused_by_name(tmp_path, values, voxel, message):
     path = write(tmp_path / "a.mrc", values, voxel)
     with pytest.raises(InputError, match=rf"a\.mrc.*{message}"):
-        density.read_mrc(path)
+        density.read_density(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"x" * 5000], ids=["empty", "short", "text"])
@@ -552,7 +562,7 @@ def test_what_is_no_map_is_refused(tmp_path, content):
     path = tmp_path / "a.mrc"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.mrc"):
-        density.read_mrc(path)
+        density.read_density(path)
 
 
 @pytest.mark.parametrize("name", ["a.mrc", "a.mrc.gz"])
@@ -561,4 +571,4 @@ def test_a_truncated_map_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(whole)[:-40] if name.endswith("gz") else whole[:-40])
     with pytest.raises(InputError, match=r"a\.mrc"):
-        density.read_mrc(path)
+        density.read_density(path)

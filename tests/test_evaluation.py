@@ -51,25 +51,25 @@ def test_the_alignment_minimises_the_mean_angle(over):
 def test_the_sign_of_a_quaternion_does_not_matter():
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (100, 1))
     estimated = signs * moved(TRUE, left=A, right=B)
-    assert evaluation.errors(estimated, TRUE, over="o4").mean_rad < 1e-7
+    assert evaluation.orientation_errors(estimated, TRUE, over="o4").mean_rad < 1e-7
 
 
 def test_outliers_do_not_move_the_alignment():
     estimated = moved(rotations.perturb(TRUE, NOISE / 10), left=A, right=B)
     estimated[:20] = rotations.uniform(20, 9)
-    assert evaluation.errors(estimated, TRUE, over="o4").median_rad < 0.02
+    assert evaluation.orientation_errors(estimated, TRUE, over="o4").median_rad < 0.02
 
 
 @pytest.mark.parametrize("hand", [False, True])
 def test_the_one_sided_error_forgives_the_density_and_its_hand(hand):
     estimated = moved(rotations.other_hand(TRUE) if hand else TRUE, left=A)
-    assert evaluation.errors(estimated, TRUE, over="one-sided").mean_rad < 1e-7
+    assert evaluation.orientation_errors(estimated, TRUE, over="one-sided").mean_rad < 1e-7
 
 
 @pytest.mark.parametrize("change", [{"right": rotations.about("x", np.pi)}, {"inverted": True}])
 def test_the_one_sided_error_forgives_nothing_else(change):
-    assert evaluation.errors(moved(TRUE, **change), TRUE, over="one-sided").mean_rad > 1
-    assert evaluation.errors(moved(TRUE, **change), TRUE, over="o4").mean_rad < 1e-7
+    assert evaluation.orientation_errors(moved(TRUE, **change), TRUE, over="one-sided").mean_rad > 1
+    assert evaluation.orientation_errors(moved(TRUE, **change), TRUE, over="o4").mean_rad < 1e-7
 
 
 def test_rotations_do_not_invert():
@@ -81,13 +81,13 @@ def test_nothing_is_fitted_where_nothing_is_asked():
     estimated = rotations.perturb(TRUE, np.full((100, 3), 0.1))
     found = evaluation.align(estimated, TRUE, over="none")
     np.testing.assert_allclose(found.quaternions, estimated, atol=1e-15)
-    error = evaluation.errors(estimated, TRUE, over="none")
+    error = evaluation.orientation_errors(estimated, TRUE, over="none")
     assert error.mean_rad == pytest.approx(0.1 * np.sqrt(3), abs=1e-12)
 
 
 def test_one_image_is_aligned_perfectly():
     for over in ("o4", "rotations", "one-sided"):
-        assert evaluation.errors(TRUE[:1], TRUE[5:6], over=over).mean_rad < 1e-6
+        assert evaluation.orientation_errors(TRUE[:1], TRUE[5:6], over=over).mean_rad < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_cannot_be_compared_is_refused(estimated, over, message):
 
 @pytest.mark.parametrize("angle", [0.2, 3.0])
 def test_an_in_plane_turn_is_no_error_of_view(angle):
-    error = evaluation.errors(rotations.in_plane(TRUE, angle), TRUE, over="none")
+    error = evaluation.orientation_errors(rotations.in_plane(TRUE, angle), TRUE, over="none")
     assert error.view_mean_rad == pytest.approx(0, abs=1e-7)
     assert error.in_plane_mean_rad == pytest.approx(angle, abs=1e-7)
 
@@ -119,7 +119,7 @@ def test_an_in_plane_turn_is_no_error_of_view(angle):
 @pytest.mark.parametrize("axis", [[1, 0, 0], [0, 1, 0], [0.6, -0.8, 0]])
 def test_a_tilt_is_no_error_in_the_plane(angle, axis):
     tilted = rotations.perturb(TRUE, np.tile(angle * np.array(axis), (100, 1)))
-    error = evaluation.errors(tilted, TRUE, over="none")
+    error = evaluation.orientation_errors(tilted, TRUE, over="none")
     assert error.in_plane_mean_rad == pytest.approx(0, abs=1e-7)
     assert error.view_mean_rad == pytest.approx(angle, abs=1e-7)
 
@@ -127,13 +127,13 @@ def test_a_tilt_is_no_error_in_the_plane(angle, axis):
 def test_the_view_error_is_the_angle_between_views():
     other = rotations.uniform(100, 8)
     cosine = np.sum(rotations.view_directions(other) * rotations.view_directions(TRUE), axis=1)
-    error = evaluation.errors(other, TRUE, over="none")
+    error = evaluation.orientation_errors(other, TRUE, over="none")
     assert error.view_mean_rad == pytest.approx(np.arccos(cosine).mean(), abs=1e-9)
 
 
 def test_summaries_are_those_of_the_angles():
     angles = np.linspace(0, 1, 101)[1:]
-    found = evaluation.errors(
+    found = evaluation.orientation_errors(
         rotations.perturb(TRUE, angles[:, None] * np.eye(3)[:1]), TRUE, over="none"
     )
     assert found.mean_rad == pytest.approx(angles.mean(), abs=1e-12)
@@ -161,7 +161,7 @@ def test_chance_does_not_know_the_truth():
 
 def test_the_more_is_fitted_the_smaller_the_random_zero():
     o4, rotation, nothing = (
-        evaluation.errors(rotations.uniform(100, 9), TRUE, over=over).mean_rad
+        evaluation.orientation_errors(rotations.uniform(100, 9), TRUE, over=over).mean_rad
         for over in ("o4", "one-sided", "none")
     )
     assert o4 < rotation < nothing
@@ -211,7 +211,7 @@ def test_an_efficient_estimate_attains_the_bound(phantom):
     covariances = evaluation.cramer_rao(density, true, variance)
     bound = evaluation.mean_error_of(covariances).mean()
     # 240 lengths, each scattering by about half of its mean: 3 % standard error.
-    error = evaluation.errors(found, true, over="none").mean_rad
+    error = evaluation.orientation_errors(found, true, over="none").mean_rad
     assert error == pytest.approx(bound, rel=0.1)
     # And direction by direction: chi squared with 3 n degrees of freedom.
     ratio = rotations.multiply(rotations.inverse(true), found)
@@ -276,19 +276,19 @@ def test_a_bound_without_noise_is_refused(phantom, variance):
 @pytest.mark.parametrize("symmetry", ["C2", "D2", "D3"])
 def test_errors_of_a_symmetric_particle_are_those_of_orbits(symmetry):
     orbit = group(symmetry)
-    rng = rotations.stream(0, "test of orbits")
+    rng = rotations.generator(0, "test of orbits")
     p = rotations.uniform(300, rng)
     tilt = 0.05 * rng.standard_normal((300, 3))
     q = rotations.perturb(p, tilt)
     q = rotations.multiply(orbit.elements[rng.integers(orbit.order, size=300)], q)
     wanted = np.linalg.norm(tilt, axis=1).mean()
-    none = evaluation.errors(q, p, over="none", symmetry=symmetry)
+    none = evaluation.orientation_errors(q, p, over="none", symmetry=symmetry)
     assert none.mean_rad == pytest.approx(wanted, rel=1e-6)
-    assert evaluation.errors(q, p, over="none").mean_rad > 0.5
+    assert evaluation.orientation_errors(q, p, over="none").mean_rad > 0.5
     # A rotation of the density that is no element of the group, and the other hand.
     for right in (np.array([0, 0, 0, 1.0]), rotations.about("z", np.pi)):
         moved = rotations.multiply(rotations.multiply(rotations.uniform(1, rng), q), right)
-        one = evaluation.errors(moved, p, symmetry=symmetry)
+        one = evaluation.orientation_errors(moved, p, symmetry=symmetry)
         assert one.mean_rad == pytest.approx(wanted, rel=0.02)
     zero = evaluation.random_error(p, 0, symmetry=symmetry)
     assert 0.5 < zero < evaluation.random_error(p, 0)
@@ -296,7 +296,7 @@ def test_errors_of_a_symmetric_particle_are_those_of_orbits(symmetry):
 
 def test_orbits_cannot_be_laid_over_by_all_of_o4():
     with pytest.raises(InputError, match="D2"):
-        evaluation.errors(np.eye(4), np.eye(4), over="o4", symmetry="D2")
+        evaluation.orientation_errors(np.eye(4), np.eye(4), over="o4", symmetry="D2")
 
 
 def test_an_unknown_shift_costs_little_and_has_a_bound_of_its_own(phantom):

@@ -8,6 +8,31 @@ from cryoem.errors import InputError
 RANDOM = np.random.default_rng(0).standard_normal((3, 24, 24)).astype(np.float32)
 
 # --------------------------------------------------------------------------------------
+# Images
+
+
+def test_images_are_single_precision_whatever_they_came_as():
+    found = imaging.check_images(RANDOM.astype(float).tolist())
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, RANDOM)
+    assert imaging.check_images(np.zeros((0, 8, 8))).shape == (0, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (RANDOM[0], r"views must have shape \(n, size, size\), got \(24, 24\)"),
+        (RANDOM[:, 1:], r"got \(3, 23, 24\)"),
+        (np.where(np.arange(3)[:, None, None] > 0, np.nan, RANDOM), r"image 1 is not \(2 are not"),
+        (np.where(np.arange(3)[:, None, None] > 1, np.inf, RANDOM), r"image 2 is not \(1 are not"),
+    ],
+)
+def test_what_is_no_image_is_named(images, message):
+    with pytest.raises(InputError, match=message):
+        imaging.check_images(images, "views")
+
+
+# --------------------------------------------------------------------------------------
 # Grids
 
 

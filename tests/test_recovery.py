@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-import tensorflow as tf
 from measures import packed
-from scipy.spatial.transform import Rotation
-from tensorflow_graphics.geometry.transformation import quaternion as tfg_quaternion
+from scipy.stats import norm
 
-from cryoem import descent, distances, evaluation, recovery, rotations
+from cryoem import distances, evaluation, recovery, rotations, symmetry
 from cryoem.errors import InputError
+from cryoem.recovery import gauss_newton, lateration, outcome, solve
+from cryoem.recovery.table import DistanceTable
 
 
 def exact(n, seed):
@@ -16,7 +16,7 @@ def exact(n, seed):
 
 
 def error(found, true):
-    return evaluation.errors(found, true, over="o4").mean_rad
+    return evaluation.orientation_errors(found, true, over="o4").mean_rad
 
 
 # --------------------------------------------------------------------------------------
@@ -30,6 +30,7 @@ def test_exact_distances_come_back(seed):
     assert error(found.quaternions, q) < 1e-6
     assert found.loss < 1e-12
     assert found.residuals_rad.max() < 1e-6
+    assert len(found.landmarks) == 80 and (found.used == 199).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -124,6 +125,25 @@ def test_wild_distances_do_not_matter(seed):
     assert np.abs(found.used - right).max() < 10
 
 
+def test_wild_distances_cost_little_beside_noise():
+    q, pairs, d = exact(300, 4)
+    rng = np.random.default_rng(4)
+    d = np.clip(d + rng.normal(0, 0.05, len(d)), 0, np.pi)
+    wild = rng.random(len(d)) < 0.2
+    spoilt = np.where(wild, rng.uniform(0, np.pi, len(d)), d)
+    found = recovery.recover(pairs, spoilt)
+    without = recovery.recover(pairs[~wild], d[~wild])
+    # Tukey's weights are 95 % efficient; some wild ones fall near the true distances.
+    assert error(found.quaternions, q) < 1.1 * error(without.quaternions, q)
+    # A median that the wild ones lift takes 0.05 rad for 0.066: the cut is 4.685 of these, 0.31.
+    off = np.abs(rotations.pair_distances(found.quaternions, pairs) - spoilt)
+    assert (found.used >= np.bincount(pairs[off < 0.25].ravel(), minlength=300)).all()
+    assert (found.used <= np.bincount(pairs[off < 0.37].ravel(), minlength=300)).all()
+    # What to expect comes from the distances that count.
+    laid = rotations.distance(evaluation.align(found.quaternions, q).quaternions, q)
+    assert found.expected_error_rad.mean() == pytest.approx(laid.mean(), rel=0.25)
+
+
 def test_expected_errors_are_what_noise_leaves():
     q, pairs, d = exact(300, 2)
     rng = np.random.default_rng(2)
@@ -145,7 +165,41 @@ def test_pairs_may_come_in_any_order_and_twice():
         np.concatenate([mixed, mixed[:100]]),
         np.concatenate([d[order], d[order][:100]]),
     )
-    assert error(recovery.recover(twice, d_twice).quaternions, q) < 1e-6
+    found = recovery.recover(twice, d_twice)
+    assert error(found.quaternions, q) < 1e-6
+    assert (found.used == 59).all()
+
+
+def test_a_pair_that_comes_twice_counts_once():
+    # Twelve distances to others, but only to four: an item cannot be placed by these.
+    _, pairs, d = exact(30, 0)
+    mine = np.flatnonzero((pairs == 29).any(axis=1))
+    rest = np.setdiff1d(np.arange(len(pairs)), mine)
+    kept = np.r_[rest, mine[:4], mine[:4], mine[:4]]
+    with pytest.raises(InputError, match="item 29 has distances to 4 others"):
+        recovery.recover(pairs[kept], d[kept])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_an_outcome_is_what_its_orientations_say(share):
+    _, pairs, d = exact(150, 8)
+    rng = np.random.default_rng(8)
+    d = np.clip(d + rng.normal(0, 0.1, len(d)), 0, np.pi)
+    some = rng.random(len(pairs)) < share
+    pairs, d = pairs[some], d[some]
+    found = recovery.recover(pairs, d, 150)
+    off = rotations.pair_distances(found.quaternions, pairs) - d
+    counts = np.bincount(pairs.ravel(), minlength=150)
+
+    def per_item(values):
+        return np.bincount(pairs[:, 0], values, 150) + np.bincount(pairs[:, 1], values, 150)
+
+    np.testing.assert_allclose(found.residuals_rad, per_item(np.abs(off)) / counts, atol=1e-7)
+    np.testing.assert_array_equal(found.used, counts)
+    assert found.loss == pytest.approx(np.mean(off**2), rel=1e-6)
+    sd = np.sqrt(per_item(off**2) / (counts - 3))
+    floors = [recovery.error_floor(n, s) for n, s in zip(counts, sd, strict=True)]
+    np.testing.assert_allclose(found.expected_error_rad, floors, rtol=1e-6)
 
 
 def test_one_wild_item_has_the_largest_residual():
@@ -164,10 +218,43 @@ def test_the_same_seed_recovers_the_same():
     np.testing.assert_array_equal(a.landmarks, b.landmarks)
 
 
-def test_landmarks_alone_come_back():
-    q = rotations.uniform(40, 5)
-    found, loss, agreed = recovery.solve_landmarks(rotations.distance(q[:, None], q[None]), 0)
+@pytest.mark.parametrize("seed", range(3))
+def test_landmarks_alone_come_back(seed):
+    q = rotations.uniform(40, 5 + seed)
+    d = rotations.distance(q[:, None], q[None])
+    found, loss, agreed = recovery.solve_landmarks(d, seed)
     assert error(found, q) < 1e-6 and loss < 1e-10 and agreed
+    # A third of all random starts arrive: of the eight that are kept of sixteen, at least one.
+    assert recovery.solve_landmarks(d, seed, starts=2)[1] < 1e-10
+
+
+def test_landmarks_are_laterated_by_the_others_alone():
+    # Many starts and all members at once, as one at a time.
+    starts = rotations.uniform(60, 0).reshape(2, 30, 4)
+    d = rotations.distance(starts[0][:, None], starts[0])
+    d = np.clip(d + np.random.default_rng(0).normal(0, 0.3, d.shape), 0, np.pi)
+    np.fill_diagonal(d, 0)
+    moved = solve._laterate_each_against_others(starts, np.cos(d / 2) ** 2)
+    for q, found in zip(starts, moved, strict=True):
+        for k in range(30):
+            others = np.arange(30) != k
+            alone = recovery.laterate(d[k : k + 1, others], q[others])
+            assert rotations.distance(alone[0], found[k]) < 1e-6
+
+
+def test_landmarks_with_noise_are_solved_together():
+    q = rotations.uniform(30, 1)
+    d = rotations.distance(q[:, None], q[None])
+    d = np.clip(d + np.random.default_rng(1).normal(0, 0.3, d.shape), 0, np.pi)
+    d = np.triu(d, 1) + np.triu(d, 1).T
+    found, loss, agreed = recovery.solve_landmarks(d, 0)
+    assert agreed
+    pairs = distances.all_pairs(30)
+    assert loss == pytest.approx(recovery.pair_loss(found, pairs, d[tuple(pairs.T)]), rel=1e-6)
+    # What a landmark's distance to itself is said to be changes nothing.
+    again, same, _ = recovery.solve_landmarks(d + np.eye(30), 0)
+    np.testing.assert_array_equal(again, found)
+    assert same == loss
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -212,6 +299,44 @@ def test_entries_of_no_weight_are_ignored():
     found = recovery.laterate(spoilt, landmarks, weights=(~bad).astype(float))
     assert rotations.distance(found, q).max() < 1e-6
     assert rotations.distance(recovery.laterate(spoilt, landmarks), q).mean() > 0.05
+
+
+def test_a_landmark_of_weight_two_is_two_landmarks():
+    landmarks, q = rotations.uniform(40, 0), rotations.uniform(50, 1)
+    d = rotations.distance(q[:, None], landmarks) + np.random.default_rng(3).normal(
+        0, 0.2, (50, 40)
+    )
+    weights = np.ones_like(d)
+    weights[:, :7] = 2
+    weighted = recovery.laterate(d, landmarks, weights=weights)
+    twice = recovery.laterate(np.c_[d, d[:, :7]], np.r_[landmarks, landmarks[:7]])
+    assert rotations.distance(weighted, twice).max() < 1e-6
+    assert rotations.distance(weighted, recovery.laterate(d, landmarks)).mean() > 1e-3
+
+
+def test_an_unknown_distance_may_be_nan_where_it_has_no_weight():
+    landmarks, q = rotations.uniform(40, 0), rotations.uniform(50, 1)
+    d = rotations.distance(q[:, None], landmarks)
+    known = np.random.default_rng(2).random(d.shape) < 0.7
+    weights = known.astype(float)
+    found = recovery.laterate(np.where(known, d, np.nan), landmarks, weights=weights)
+    assert rotations.distance(found, q).max() < 1e-6
+    for unknown in (None, np.ones_like(d)):
+        with pytest.raises(InputError, match="row 0 has one that is not"):
+            recovery.laterate(np.where(known, d, np.nan), landmarks, weights=unknown)
+    with pytest.raises(InputError, match=r"\(50, 40\), got \(40,\)"):
+        recovery.laterate(d, landmarks, weights=np.ones(40))
+
+
+@pytest.mark.parametrize("name", ["C3", "D2"])
+def test_kernel_distances_place_one_of_each_orbit(name):
+    orbits = symmetry.group(name)
+    landmarks, q = rotations.uniform(60, 0), rotations.uniform(50, 1)
+    d = orbits.kernel_distance(q, landmarks)
+    found = recovery.laterate(d, landmarks, symmetry=name)
+    assert orbits.distance(found, q).max() < 1e-4
+    with pytest.raises(InputError, match=f"{name} are laterated without weights"):
+        recovery.laterate(d, landmarks, symmetry=name, weights=np.ones_like(d))
 
 
 @pytest.mark.parametrize(
@@ -265,6 +390,58 @@ def test_particles_that_are_something_else_are_flagged_and_place_nobody():
     assert found.landmarks.min() >= 40
 
 
+def test_an_outcome_from_features_is_what_its_orientations_say():
+    rng = np.random.default_rng(3)
+    f = packed(rotations.uniform(300, 3)) + rng.normal(0, 0.03, (300, 16))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    marks = recovery.find_landmarks(f, landmarks=60)
+    np.testing.assert_array_equal(marks.features, f[marks.index])
+    found = recovery.recover_features(f, landmarks=60)
+    np.testing.assert_array_equal(found.landmarks, marks.index)
+    off = rotations.distance(found.quaternions[:, None], marks.quaternions)
+    off = distances.from_features(f, marks.features) - off
+    # float32 inner products near 1.
+    np.testing.assert_allclose(found.residuals_rad, np.abs(off).mean(axis=1), atol=1e-4)
+    assert found.loss == pytest.approx(np.mean(off**2), rel=1e-3)
+    sd = np.sqrt((off**2).sum(axis=1) / (len(marks.index) - 3))
+    floors = [recovery.error_floor(len(marks.index), s) for s in sd]
+    np.testing.assert_allclose(found.expected_error_rad, floors, rtol=1e-2)
+    np.testing.assert_array_equal(found.outlier, found.residuals_rad > marks.outlier_above_rad)
+
+
+def test_features_of_the_papers_head_give_orientations_too():
+    # 2 arccos <q, p> is the distance where no two are more than half a turn apart.
+    rng = np.random.default_rng(4)
+    q = rotations.perturb(np.tile([0.0, 0, 0, 1], (200, 1)), rng.uniform(-0.7, 0.7, (200, 3)))
+    found = recovery.recover_features(q, "cosine", landmarks=60)
+    assert error(found.quaternions, q) < 2e-3
+
+
+def test_landmarks_of_a_symmetric_particle_place_orbits():
+    orbits = symmetry.group("D2")
+    known, q = rotations.grid(200), rotations.uniform(50, 1)
+    marks = recovery.Landmarks(orbits.features(known), known, "exact", 1e-3, np.arange(200), "D2")
+    found = marks.place(orbits.features(q))
+    assert orbits.distance(found.quaternions, q).max() < 1e-2
+    assert found.residuals_rad.max() < 1e-3 and not found.outlier.any()
+    # An orientation that is not of the orbit is no such particle's image.
+    f = np.random.default_rng(2).standard_normal((1, known.shape[0]))[:, : len(orbits.harmonics)]
+    assert marks.place(f / np.linalg.norm(f)).outlier.all()
+
+
+def test_another_seed_chooses_other_landmarks():
+    f = packed(rotations.uniform(100, 5))
+    a, b, c = (recovery.find_landmarks(f, seed=seed, landmarks=30).index for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert len(np.intersect1d(a, c)) < 25
+
+
+def test_no_features_are_no_particles():
+    marks = recovery.find_landmarks(packed(rotations.uniform(50, 0)))
+    none = marks.place(np.zeros((0, 16)))
+    assert none.quaternions.shape == (0, 4) and none.loss == 0
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -282,6 +459,145 @@ def test_features_that_place_nobody_are_refused(features, message):
 def test_a_choice_that_cannot_work_is_refused(options):
     with pytest.raises(InputError, match="wanted"):
         recovery.choose_pairs(80, 0, **options)
+
+
+# --------------------------------------------------------------------------------------
+# What they are made of
+
+
+@pytest.mark.parametrize(("n", "dense"), [(60, True), (2100, False)])
+def test_a_table_tells_the_known_distances(n, dense):
+    pairs = recovery.choose_pairs(n, 0)
+    rng = np.random.default_rng(0)
+    q, d = rotations.uniform(n, 0), rng.uniform(0.1, np.pi, len(pairs))
+    table = DistanceTable(pairs, d, n)
+    assert table.dense == dense
+    full = np.zeros((n, n))
+    full[tuple(pairs.T)] = full[tuple(pairs.T[::-1])] = d
+    known = full > 0
+    np.testing.assert_array_equal(table.counts, known.sum(axis=1))
+    members, rows = rng.permutation(n)[:50], rng.permutation(n)[:40]
+    np.testing.assert_array_equal(table.counts_to(members), known[:, members].sum(axis=1))
+    some, weights = table.among(rows, members)
+    np.testing.assert_array_equal(some, full[np.ix_(rows, members)])
+    np.testing.assert_array_equal(weights, known[np.ix_(rows, members)])
+    sums = np.zeros((n, 4))
+    for block in table.blocks(1000):
+        entries, weights = table.entries(block)
+        sums[block] = table.sums(weights * entries * table.cosines(q, block), q, block)
+    np.testing.assert_allclose(sums, (full * (q @ q.T)) @ q, atol=1e-12)
+
+
+def test_a_table_is_completed_and_what_is_known_stays():
+    q = rotations.uniform(200, 9)
+    s = np.sum(q[:, None] * q, axis=-1) ** 2
+    rng = np.random.default_rng(9)
+    known = np.triu(rng.random((200, 200)) < 0.4, 1)
+    known = (known | known.T | np.eye(200, dtype=bool)).astype(float)
+    np.testing.assert_allclose(lateration.complete(known * s, known), s, atol=1e-4)
+    noise = rng.normal(0, 0.02, s.shape)
+    noisy = known * (s + noise + noise.T)
+    filled = lateration.complete(noisy, known)
+    np.testing.assert_array_equal(filled[known > 0], noisy[known > 0])
+    # Ten numbers of 80 known ones: what is filled in is about as good as what is known.
+    assert np.std((filled - s)[known == 0]) < np.std((noisy - s)[known > 0])
+
+
+def test_landmarks_know_enough_of_each_other():
+    # Each of 600 knows 60: of 24 each knows two or three, of 384 some know less than 40.
+    pairs = distances.all_pairs(600)
+    pairs = pairs[np.random.default_rng(0).random(len(pairs)) < 0.1]
+    table = DistanceTable(pairs, np.ones(len(pairs)), 600)
+    chosen = solve._choose_landmarks(table, 80, np.random.default_rng(1))
+    known = table.among(chosen, chosen)[1].sum(axis=1)
+    assert known.min() >= 40 or len(chosen) == 600
+    # All of a core know each other: these and no others, as many as were asked for.
+    core = recovery.choose_pairs(300, 0, core=70)
+    table = DistanceTable(core, np.ones(len(core)), 300)
+    for wanted, size in ((40, 40), (60, 60), (200, 60)):
+        chosen = solve._choose_landmarks(table, wanted, np.random.default_rng(1))
+        assert len(chosen) == size and (table.counts[chosen] >= 69).all()
+
+
+@pytest.mark.parametrize(("agreed", "draws"), [(False, 2), (True, 1)])
+def test_landmarks_that_do_not_agree_are_drawn_anew_once(monkeypatch, agreed, draws):
+    made = []
+
+    def doubtful(d, rng, **options):
+        q, loss, _ = solve_landmarks(d, rng, **options)
+        made.append(loss)
+        return q, loss, agreed
+
+    solve_landmarks = solve.solve_landmarks
+    monkeypatch.setattr(solve, "solve_landmarks", doubtful)
+    q, pairs, d = exact(100, 0)
+    assert error(recovery.recover(pairs, d, landmarks=40).quaternions, q) < 1e-6
+    assert len(made) == draws
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-2])
+def test_a_step_against_others_that_are_right_is_newtons(angle):
+    # What is left of an error is its square.
+    q, pairs, d = exact(100, 1)
+    table = DistanceTable(pairs, d, 100)
+    for k, axis in enumerate(np.eye(3)):
+        off = q.copy()
+        off[k] = -rotations.perturb(q[k], angle * axis)
+        moved, loss, _ = gauss_newton._sweep(table, off, np.inf)
+        assert rotations.distance(moved[k], q[k]) < 5 * angle**2
+        assert loss == pytest.approx(recovery.pair_loss(off, pairs, d), rel=1e-6)
+
+
+def test_a_step_is_no_longer_than_it_is_good_for():
+    q, pairs, d = exact(100, 1)
+    table = DistanceTable(pairs, d, 100)
+    off = rotations.perturb(q, np.random.default_rng(0).normal(0, 1, (100, 3)))
+    moved = gauss_newton._sweep(table, off, np.inf)[0]
+    # 0.15 along the tangent of half a turn's sphere.
+    assert rotations.distance(moved, off).max() < 2 * np.arctan(0.15) + 1e-9
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1)
+
+
+def test_an_item_with_six_distances_is_found_by_search():
+    placed, q = rotations.uniform(9, 1), rotations.uniform(200, 2)
+    d = rotations.distance(q[:, None], placed)
+    rng = np.random.default_rng(3)
+    weights = (np.argsort(rng.random(d.shape), axis=1) < 6).astype(float)
+    spoilt = np.where(weights > 0, d, rng.uniform(0, np.pi, d.shape))
+    found = gauss_newton.search(spoilt, weights, placed)
+    assert (rotations.distance(found, q) < 1e-6).mean() > 0.97
+    # Wherever the starts arrive, all that is known agrees.
+    off = weights * (rotations.distance(found[:, None], placed) - d)
+    assert (np.abs(off).max(axis=1) < 1e-6).mean() > 0.99
+
+
+def test_the_polish_never_returns_worse_than_it_saw():
+    _, pairs, d = exact(100, 1)
+    noisy = np.clip(d + np.random.default_rng(0).normal(0, 1.5, len(d)), 0, np.pi)
+    table = DistanceTable(pairs, noisy, 100)
+    q = rotations.uniform(100, 5)
+    losses = [
+        recovery.pair_loss(gauss_newton.minimise_loss(table, q, steps)[0], pairs, noisy)
+        for steps in range(8)
+    ]
+    assert losses[0] == pytest.approx(recovery.pair_loss(q, pairs, noisy))
+    assert (np.diff(losses) <= 1e-12).all()
+
+
+def test_outliers_lie_five_standard_deviations_out():
+    # The quantiles of a normal law, whose standard deviation the median tells to 1 %.
+    usual = 1 + 0.1 * norm.ppf((np.arange(1001) + 0.5) / 1001)
+    flags = recovery.outliers(np.r_[usual, 1.49, 1.51])
+    np.testing.assert_array_equal(np.flatnonzero(flags), [1002])
+    # Rounding is no reason, where all fit exactly.
+    alike = np.r_[np.full(50, 1e-9), 9e-7, 2e-6]
+    np.testing.assert_array_equal(np.flatnonzero(recovery.outliers(alike)), [51])
+
+
+def test_three_of_an_items_residuals_are_fitted():
+    # Residuals of 8 distances of unit variance have 5 degrees of freedom.
+    found = outcome.expected_errors(np.array([5 * 0.2**2]), np.array([8]))
+    assert found[0] == pytest.approx(recovery.error_floor(8, 0.2))
 
 
 # --------------------------------------------------------------------------------------
@@ -310,10 +626,28 @@ def broken(change):
         (lambda p, d: (p[:, [0, 1, 1]], d), r"\(m, 2\)"),
     ],
 )
-@pytest.mark.parametrize("solve", [recovery.recover, descent.descend])
-def test_malformed_pairs_are_refused(change, message, solve):
+def test_malformed_pairs_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        solve(*broken(change))
+        recovery.recover(*broken(change))
+
+
+def test_a_distance_of_a_half_turn_may_be_rounded_up():
+    pairs = distances.all_pairs(2)
+    recovery.check_pairs(pairs, np.array([np.pi], np.float32))
+    with pytest.raises(InputError, match="radians"):
+        recovery.check_pairs(pairs, [np.pi + 1e-3])
+
+
+def test_a_table_of_landmarks_is_square():
+    with pytest.raises(InputError, match=r"\(m, m\), got \(20, 19\)"):
+        recovery.solve_landmarks(np.ones((20, 19)), 0)
+
+
+@pytest.mark.parametrize("options", [{"landmarks": 11}, {"starts": 1}])
+def test_too_few_landmarks_or_starts_are_refused(options):
+    _, pairs, d = exact(30, 0)
+    with pytest.raises(InputError, match="wanted at least"):
+        recovery.recover(pairs, d, **options)
 
 
 def test_an_item_with_too_few_distances_is_named():
@@ -342,89 +676,3 @@ def test_two_sets_without_a_bridge_are_refused():
     together = (pairs < 100).all(axis=1) | (pairs >= 100).all(axis=1)
     with pytest.raises(InputError, match="pairs"):
         recovery.recover(pairs[together], d[together], landmarks=40, starts=4)
-
-
-# --------------------------------------------------------------------------------------
-# The paper's descent
-
-
-def test_tensorflow_graphics_composes_like_scipy():
-    q, p = rotations.uniform(50, 0), rotations.uniform(50, 1)
-    theirs = tfg_quaternion.multiply(tf.constant(q), tf.constant(p)).numpy()
-    scipys = (Rotation.from_quat(q) * Rotation.from_quat(p)).as_quat()
-    assert rotations.distance(theirs, scipys).max() < 1e-12
-    conjugate = tfg_quaternion.conjugate(tf.constant(q)).numpy()
-    np.testing.assert_allclose(conjugate, rotations.inverse(q), atol=1e-15)
-
-
-@pytest.mark.parametrize("angle", [1e-5, 1e-4, 1e-3, 0.1, 1.0, 3.0, np.pi])
-def test_the_geodesic_is_the_distance(angle):
-    q = rotations.uniform(200, 0)
-    axis = np.random.default_rng(1).standard_normal((200, 3))
-    p = rotations.perturb(q, angle * axis / np.linalg.norm(axis, axis=1, keepdims=True))
-    p[::2] *= -1
-    found = descent.geodesic(tf.constant(q, tf.float32), tf.constant(p, tf.float32))
-    # float32, and a floor of 2e-6 rad under the root.
-    np.testing.assert_allclose(found.numpy(), angle, atol=1e-5)
-
-
-def test_the_geodesic_has_finite_gradients_at_its_ends():
-    q = rotations.uniform(3, 0)
-    p = np.stack([q[0], -q[1], rotations.multiply(q[2], rotations.about("x", np.pi))])
-    variable = tf.Variable(q, dtype=tf.float32)
-    with tf.GradientTape() as tape:
-        d = descent.geodesic(variable, tf.constant(p, tf.float32))
-        loss = tf.reduce_sum((d - 1.0) ** 2)
-    assert np.isfinite(tape.gradient(loss, variable).numpy()).all()
-    np.testing.assert_allclose(d.numpy(), [0, 0, np.pi], atol=1e-5)
-
-
-def test_descent_from_near_the_truth_arrives():
-    q, pairs, d = exact(60, 0)
-    start = rotations.perturb(q, np.random.default_rng(0).normal(0, 0.2, (60, 3)))
-    found = descent.descend(
-        pairs,
-        d,
-        init=start,
-        steps=300,
-        batch_pairs=len(pairs),
-        learning_rate=0.02,
-        schedule="cosine",
-    )
-    assert error(found.quaternions, q) < 1e-2
-    assert len(found.losses) == 300 and found.losses[-1] < 1e-3 * found.losses[0]
-    np.testing.assert_allclose(np.linalg.norm(found.quaternions, axis=1), 1, atol=1e-12)
-
-
-def test_descent_with_the_papers_settings_lowers_the_loss():
-    _, pairs, d = exact(60, 1)
-    found = descent.descend(pairs, d, steps=300, snapshot_every=100)
-    assert found.losses[-50:].mean() < 0.7 * found.losses[:5].mean()
-    assert len(found.snapshots) == 3
-    start = descent.descend(pairs, d, steps=0).quaternions  # the same seed
-    np.testing.assert_allclose(found.snapshots[0], start, atol=1e-6)
-    assert not np.allclose(found.snapshots[1], found.snapshots[2], atol=1e-2)
-    again = descent.descend(pairs, d, steps=300)  # snapshots change nothing
-    np.testing.assert_allclose(again.quaternions, found.quaternions, atol=1e-4)
-    assert again.snapshots == []
-
-
-def test_no_step_changes_nothing():
-    q, pairs, d = exact(20, 1)
-    found = descent.descend(pairs, d, init=q, steps=0)
-    np.testing.assert_allclose(found.quaternions, q, atol=1e-6)
-    assert len(found.losses) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"schedule": "step"}, "'constant' or 'cosine'"),
-        ({"init": np.zeros((20, 4))}, "unit"),
-        ({"init": rotations.uniform(19, 0)}, "20 orientations"),
-    ],
-)
-def test_a_descent_that_cannot_start_is_refused(options, message):
-    _, pairs, d = exact(20, 1)
-    with pytest.raises(InputError, match=message):
-        descent.descend(pairs, d, **options)

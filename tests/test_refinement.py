@@ -4,11 +4,23 @@ import warnings
 
 import numpy as np
 import pytest
-from measures import correlation
+from measures import correlation, relative_error
 
-from cryoem import evaluation, imaging, maps, projection, reconstruction, refinement, rotations
+from cryoem import evaluation, imaging, maps, projection, reconstruction, rotations
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
+from cryoem.maps.shells import Shells, half_spectrum
+from cryoem.particles import CtfParameters, ParticleStack
+from cryoem.refinement import (
+    Search,
+    cross_check,
+    expected_error,
+    halves,
+    refine,
+    refine_against,
+    refine_halves,
+)
+from cryoem.refinement.search import distinct_first
 
 BOX, VOXEL, N = 40, 5.0, 200
 SHARP = Phantom.random(0, sigma_angstrom=6.0)
@@ -17,6 +29,13 @@ TRUE = rotations.uniform(N, 1)
 SHIFTS = imaging.triangular_shifts(N, 2, 2.0)
 CLEAN = imaging.shift(SHARP.project(TRUE, BOX, VOXEL).astype(np.float32), SHIFTS)
 FINEST = 2 * VOXEL
+ONE = Search(starts=1)
+JUDGE = Search(starts=1, steps=0)
+
+
+def particles(n=N, *, images=CLEAN, at=TRUE, **known):
+    """The first ``n`` of the phantom's images at these orientations, shifts unknown."""
+    return ParticleStack(images[:n], VOXEL, quaternions=at[:n], **known)
 
 
 def off(q, angle, seed=3):
@@ -30,6 +49,10 @@ def noisy(snr, seed=4, images=CLEAN):
     return imaging.add_noise(images, seed, variance=variance), variance
 
 
+def white(seed):
+    return np.random.default_rng(seed).standard_normal((N, BOX, BOX), dtype=np.float32)
+
+
 def rotation_vectors(found, true):
     """Small turns from true to found, in the detector's frame: (n, 3)."""
     w = rotations.multiply(rotations.inverse(true), found)
@@ -40,9 +63,45 @@ def normalised_square(errors, covariances):
     return float(np.einsum("ni,nij,nj->n", errors, np.linalg.inv(covariances), errors).mean())
 
 
-def defocused(n, box=BOX):
+def defocused(n):
     defoci = np.random.default_rng(5).uniform(8_000, 25_000, n)
-    return imaging.ctf(box, VOXEL, defoci, defoci - 600, 30.0)
+    return CtfParameters(defoci, defoci - 600, 30.0)
+
+
+def power(density):
+    """Of each shell."""
+    return Shells(density.box_px).sums(np.abs(half_spectrum(density.values)) ** 2)
+
+
+def curves(*, corrected):
+    """Half-maps that agree to this resolution, in angstrom; the mask alone, to finer ones."""
+    frequencies = np.arange(1, BOX // 2) / (BOX * VOXEL)
+
+    def curve(until_angstrom):
+        values = np.where(frequencies < 1 / until_angstrom, 0.9, 0.0)
+        return maps.Fsc(frequencies, values, 1 / FINEST)
+
+    return maps.HalfMapFsc(
+        unmasked=curve(30.0),
+        masked=curve(12.0),
+        randomised=curve(14.0),
+        corrected=curve(corrected),
+        randomised_from=1 / 30,
+    )
+
+
+BEYOND_20_A = slice(int(BOX * VOXEL / 20) + 2, BOX // 2)
+
+
+def share_beyond(density):
+    """What lies beyond 20 A, but for the shell or two that a mask smears."""
+    return power(density)[BEYOND_20_A].sum() / power(density).sum()
+
+
+def assert_nearer(reference, own, other):
+    """Of two half-maps, a reference is made from the first: their noise up to 20 A differs."""
+    near, far = (maps.fsc(reference, x).values[6:9] for x in (own, other))
+    assert (near > far).all() and near.mean() > far.mean() + 0.05
 
 
 # --------------------------------------------------------------------------------------
@@ -53,25 +112,26 @@ def defocused(n, box=BOX):
 def test_noiseless_images_are_placed_exactly(with_ctf):
     n = 100
     contrast = np.random.default_rng(6).uniform(0.5, 2, n)
-    ctf = defocused(n) if with_ctf else None
-    images = CLEAN[:n] if ctf is None else imaging.apply_ctf(CLEAN[:n], ctf)
-    found = refinement.refine(
-        images * contrast[:, None, None].astype(np.float32),
-        DENSITY,
-        off(TRUE[:n], 0.3),
-        ctf=ctf,
-        resolution_angstrom=FINEST,
-    )
+    images, ctf = CLEAN[:n], None
+    if with_ctf:
+        ctf = defocused(n)
+        images = imaging.apply_ctf(images, ctf.values(BOX, VOXEL))
+    images = images * contrast[:, None, None].astype(np.float32)
+    given = particles(n, images=images, at=off(TRUE, 0.3), ctf_parameters=ctf)
+    found = refine(given, DENSITY, resolution_angstrom=FINEST)
     error = rotations.distance(found.quaternions, TRUE[:n])
     assert error.mean() < 0.002 and np.mean(error < 0.008) >= 0.99
     assert np.abs(found.shifts_px - SHIFTS[:n]).max() < 0.05
     np.testing.assert_allclose(found.contrast, contrast, rtol=1e-2)
+    # All that was known beside the pose is still known.
+    assert found.images is given.images and found.ctf_parameters is given.ctf_parameters
 
 
 @pytest.fixture(scope="module")
 def at_snr_1():
     images, variance = noisy(1)
-    return variance, refinement.refine(images, DENSITY, off(TRUE, 0.3), resolution_angstrom=FINEST)
+    given = particles(images=images, at=off(TRUE, 0.3))
+    return variance, refine(given, DENSITY, resolution_angstrom=FINEST)
 
 
 def test_noisy_images_are_placed_to_the_limit(at_snr_1):
@@ -102,25 +162,65 @@ def test_the_covariances_are_the_errors(at_snr_1):
     assert found.contrast.mean() == pytest.approx(1, abs=0.02)
 
 
-def test_ctf_images_are_refined_and_reconstructed_without_bias():
-    ctf = defocused(N)
-    images, variance = noisy(1, images=imaging.apply_ctf(CLEAN, ctf))
-    found = refinement.refine(
-        images, DENSITY, off(TRUE, 0.1), ctf=ctf, resolution_angstrom=FINEST, starts=1
+def test_the_covariances_are_those_of_an_unknown_contrast():
+    # Turning a rod changes how bright it looks: what contrast explains says nothing of the turn.
+    rod = Phantom(
+        SHARP.centres_angstrom * [0.6, 0.1, 0.1], SHARP.sigmas_angstrom, SHARP.weights
+    ).density(BOX, VOXEL)
+    n, step, projector = 20, 1e-2, projection.Projector(rod)
+
+    def seen(w, shift):
+        images = projector.project(rotations.perturb(TRUE[:n], np.tile(w, (n, 1))))
+        images = imaging.shift(
+            images - images.mean(axis=(1, 2), keepdims=True), np.tile(shift, (n, 1))
+        )
+        return images.reshape(n, -1).astype(float)
+
+    slopes = [(seen(d[:3], d[3:]) - seen(-d[:3], -d[3:])) / (2 * step) for d in step * np.eye(5)]
+    g = np.stack([*slopes, seen(np.zeros(3), np.zeros(2))], axis=1)
+    wanted, known = (np.linalg.inv(x @ x.transpose(0, 2, 1)) for x in (g, g[:, :5]))
+    images = projector.project(TRUE[:n])
+    found = refine(
+        particles(n, images=images),
+        rod,
+        resolution_angstrom=FINEST,
+        search=JUDGE,
+        noise_variance=1.0,
     )
+
+    def off(covariances):
+        return relative_error(np.linalg.inv(found.covariances), np.linalg.inv(covariances))
+
+    assert off(wanted[:, :3, :3]) < 0.01 < 0.05 < off(known[:, :3, :3])
+    assert relative_error(found.shift_covariances, wanted[:, 3:5, 3:5]) < 0.03
+
+
+def test_a_given_noise_scales_what_is_expected_and_moves_nothing():
+    given = particles(9, images=noisy(1)[0])
+    once, twice = (
+        refine(given, DENSITY, resolution_angstrom=FINEST, search=ONE, noise_variance=v)
+        for v in (1.0, 4.0)
+    )
+    assert twice.noise_variance == 4.0
+    np.testing.assert_array_equal(twice.quaternions, once.quaternions)
+    np.testing.assert_allclose(twice.covariances, 4 * once.covariances)
+    np.testing.assert_allclose(twice.shift_covariances, 4 * once.shift_covariances)
+    np.testing.assert_allclose(twice.expected_error_rad, 2 * once.expected_error_rad)
+    np.testing.assert_allclose(4 * twice.chi2, once.chi2)
+    np.testing.assert_allclose(4 * twice.gain, once.gain)
+
+
+def test_ctf_images_are_refined_and_reconstructed_without_bias():
+    parameters = defocused(N)
+    ctf = parameters.values(BOX, VOXEL)
+    images, variance = noisy(1, images=imaging.apply_ctf(CLEAN, ctf))
+    given = particles(images=images, at=off(TRUE, 0.1), ctf_parameters=parameters)
+    found = refine(given, DENSITY, resolution_angstrom=FINEST, search=ONE)
     limit = evaluation.cramer_rao(DENSITY, TRUE, variance, ctf=ctf, shifts=True)
     bound = evaluation.mean_error_of(limit[:, :3, :3])
     assert rotations.distance(found.quaternions, TRUE).mean() < 1.15 * bound.mean()
     assert found.contrast.mean() == pytest.approx(1, abs=0.03)
-    volume = reconstruction.reconstruct(
-        images,
-        found.quaternions,
-        voxel_size_angstrom=VOXEL,
-        shifts_px=found.shifts_px,
-        ctf=ctf,
-        contrast=found.contrast,
-        iterations=10,
-    )
+    volume = reconstruction.reconstruct(found, iterations=10)
     coarse, expected = volume.low_passed(20.0).values, DENSITY.low_passed(20.0).values
     assert np.vdot(coarse, expected) / np.vdot(expected, expected) == pytest.approx(1, abs=0.05)
 
@@ -129,41 +229,46 @@ def test_under_strong_noise_many_starts_find_the_likeliest():
     n = 100
     images, variance = noisy(1 / 8, images=CLEAN[:n])
 
-    def refined(start):
-        return refinement.refine(
-            images, DENSITY, start, resolution_angstrom=FINEST, starts=16, noise_variance=variance
+    def refined(at, search, **known):
+        return refine(
+            particles(n, images=images, at=at, **known),
+            DENSITY,
+            resolution_angstrom=FINEST,
+            search=search,
+            noise_variance=variance,
         )
 
-    found, best = refined(off(TRUE[:n], 0.3)), refined(TRUE[:n])
+    many = Search(starts=16)
+    found, best = refined(off(TRUE[:n], 0.3), many), refined(TRUE, many)
     error, least = (rotations.distance(x.quaternions, TRUE[:n]).mean() for x in (found, best))
     assert error < 1.1 * least
     # Against the truth itself a fit of five parameters gains five, and some where the likelihood
     # is not a parabola.
-    given = refinement.refine(
-        images,
-        DENSITY,
-        TRUE[:n],
-        shifts_px=SHIFTS[:n],
-        resolution_angstrom=FINEST,
-        starts=1,
-        steps=0,
-        noise_variance=variance,
-    )
+    given = refined(TRUE, JUDGE, shifts_px=SHIFTS[:n])
     assert (best.gain > given.gain - 0.1).all()
     assert 4 < (best.gain - given.gain).mean() < 10
 
 
+def test_what_was_given_is_never_left_for_worse():
+    # Under so much noise coarse detail leads away from a start that is right.
+    images, variance = noisy(1 / 30)
+    given = particles(images=images, shifts_px=SHIFTS)
+    judged, found = (
+        refine(given, DENSITY, resolution_angstrom=FINEST, search=search, noise_variance=variance)
+        for search in (JUDGE, ONE)
+    )
+    assert (found.gain > judged.gain - 0.1).all()
+
+
 def test_coarse_to_fine_catches_what_fine_alone_misses():
-    start = off(TRUE[:100], 0.8)
+    given = particles(100, at=off(TRUE[:100], 0.8))
     errors = [
         rotations.distance(
-            refinement.refine(
-                CLEAN[:100],
+            refine(
+                given,
                 DENSITY,
-                start,
                 resolution_angstrom=FINEST,
-                starts=1,
-                coarse_to_fine=staged,
+                search=Search(starts=1, coarse_to_fine=staged),
             ).quaternions,
             TRUE[:100],
         )
@@ -175,9 +280,15 @@ def test_coarse_to_fine_catches_what_fine_alone_misses():
 def test_nothing_finer_than_the_resolution_is_used():
     images = CLEAN[:20]
     coarse = imaging.fourier.low_pass(images, 2, BOX * VOXEL / 25.0)
-    options = {"resolution_angstrom": 27.0, "starts": 1}
-    q = off(TRUE[:20], 0.1)
-    found, same = (refinement.refine(x, DENSITY, q, **options) for x in (images, coarse))
+    found, same = (
+        refine(
+            particles(20, images=x, at=off(TRUE[:20], 0.1)),
+            DENSITY,
+            resolution_angstrom=27.0,
+            search=ONE,
+        )
+        for x in (images, coarse)
+    )
     assert found.resolution_angstrom == pytest.approx(27.0)
     assert rotations.distance(found.quaternions, same.quaternions).max() < 1e-3
 
@@ -185,61 +296,98 @@ def test_nothing_finer_than_the_resolution_is_used():
 def test_a_finer_density_serves_down_sampled_images():
     fine = SHARP.density(2 * BOX, VOXEL / 2)
     images = projection.project(fine, TRUE[:20], box_px=BOX)
-    found = refinement.refine(images, fine, off(TRUE[:20], 0.2), resolution_angstrom=FINEST)
+    given = particles(20, images=images, at=off(TRUE[:20], 0.2))
+    found = refine(given, fine, resolution_angstrom=FINEST)
     assert rotations.distance(found.quaternions, TRUE[:20]).max() < 0.002
     np.testing.assert_allclose(found.contrast, 1, rtol=1e-2)
 
 
 def test_no_steps_only_judge():
-    found = refinement.refine(
-        CLEAN[:9],
-        DENSITY,
-        TRUE[:9],
-        shifts_px=SHIFTS[:9],
-        resolution_angstrom=FINEST,
-        starts=1,
-        steps=0,
-    )
+    given = particles(9, shifts_px=SHIFTS[:9])
+    found = refine(given, DENSITY, resolution_angstrom=FINEST, search=JUDGE)
     np.testing.assert_allclose(found.quaternions, TRUE[:9], atol=1e-15)
     np.testing.assert_array_equal(found.shifts_px, SHIFTS[:9])
     assert found.correlation.min() > 0.999
-    wrong = refinement.refine(
-        CLEAN[:9], DENSITY, off(TRUE[:9], 0.3), resolution_angstrom=FINEST, starts=1, steps=0
+    wrong = refine(
+        particles(9, at=off(TRUE[:9], 0.3)), DENSITY, resolution_angstrom=FINEST, search=JUDGE
     )
     assert (wrong.correlation < found.correlation).all()
 
 
 def test_a_particle_does_not_depend_on_its_company(monkeypatch):
-    together = refinement.refine(CLEAN[:9], DENSITY, off(TRUE[:9], 0.2), resolution_angstrom=FINEST)
-    monkeypatch.setattr(refinement, "_POINTS_AT_ONCE", 1)
-    alone = refinement.refine(CLEAN[:9], DENSITY, off(TRUE[:9], 0.2), resolution_angstrom=FINEST)
+    given = particles(9, at=off(TRUE[:9], 0.2))
+    together = refine(given, DENSITY, resolution_angstrom=FINEST)
+    monkeypatch.setattr("cryoem.refinement.fit.POINTS_AT_ONCE", 1)
+    alone = refine(given, DENSITY, resolution_angstrom=FINEST)
     assert rotations.distance(together.quaternions, alone.quaternions).max() < 1e-3
+
+
+@pytest.mark.parametrize("bright", [[0], [7], [0, 1, 2, 3, 4]])
+def test_contrasts_do_not_depend_on_who_comes_first(bright, monkeypatch):
+    # The floor of the contrasts is a share of what is typical of all.
+    monkeypatch.setattr("cryoem.refinement.fit.POINTS_AT_ONCE", 1)
+    monkeypatch.setattr("cryoem.refinement.fit.SAMPLE", 9)
+    contrast = np.ones(12)
+    contrast[bright] = 20
+    images = contrast[:, None, None].astype(np.float32) * CLEAN[:12]
+    given = particles(12, images=images, at=off(TRUE[:12], 0.1))
+    found = refine(given, DENSITY, resolution_angstrom=FINEST, search=ONE)
+    np.testing.assert_allclose(found.contrast, contrast, rtol=1e-2)
+
+
+def test_an_image_that_shows_nothing_keeps_the_least_contrast():
+    # At zero, or below, it would say nothing of its orientation, or the opposite.
+    images = np.concatenate([-CLEAN[:1], CLEAN[1:12]])
+    given = particles(12, images=images, shifts_px=SHIFTS[:12])
+    found = refine(given, DENSITY, resolution_angstrom=FINEST, search=JUDGE)
+    assert found.contrast[0] == pytest.approx(0.1, rel=0.01)
+    np.testing.assert_allclose(found.contrast[1:], 1, rtol=1e-2)
 
 
 def test_inverted_contrast_is_said():
     with pytest.raises(InputError, match="flip_contrast"):
-        refinement.refine(-CLEAN, DENSITY, off(TRUE, 0.1))
+        refine(particles(images=-CLEAN, at=off(TRUE, 0.1)), DENSITY)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "options", "message"),
     [
-        ({"quaternions": TRUE[:4]}, "one quaternion an image"),
-        ({"images": np.zeros((0, BOX, BOX)), "quaternions": TRUE[:0]}, "at least one"),
-        ({"shifts_px": np.zeros((5, 3))}, r"\(5, 2\)"),
-        ({"shifts_px": np.full((5, 2), np.nan)}, "finite"),
-        ({"ctf": np.ones((5, BOX, BOX))}, r"\(5, 40, 21\)"),
-        ({"noise_variance": 0.0}, "positive"),
-        ({"starts": 0}, "starts"),
-        ({"resolution_angstrom": 150.0}, "below 100"),
-        ({"images": np.zeros((5, 64, 64))}, "wider"),
-        ({"density": Density(np.zeros((BOX,) * 3), VOXEL)}, "zero"),
+        (particles(0), {}, "at least one"),
+        (particles(5).without_poses(), {}, "no orientations"),
+        (particles(5), {"noise_variance": 0.0}, "positive"),
+        (particles(5), {"resolution_angstrom": 150.0}, "below 100"),
+        (particles(5, images=np.zeros((5, 64, 64))), {}, "wider"),
+        (particles(5), {"density": Density(np.zeros((BOX,) * 3), VOXEL)}, "zero"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
-    given = {"images": CLEAN[:5], "density": DENSITY, "quaternions": TRUE[:5], **options}
+def test_what_does_not_fit_is_refused(given, options, message):
     with pytest.raises(InputError, match=message):
-        refinement.refine(**given)
+        refine(given, **{"density": DENSITY, **options})
+
+
+@pytest.mark.parametrize("options", [{"starts": 0}, {"steps": -1}])
+def test_a_search_that_is_none_is_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        Search(**options)
+
+
+def test_the_first_start_is_the_given_one_and_none_is_farther_than_the_spread():
+    w = Search(starts=500, spread_rad=0.4).offsets()
+    np.testing.assert_array_equal(w[0], 0)
+    length = np.linalg.norm(w, axis=1)
+    assert length.max() <= 0.4
+    # The ball is filled evenly: half of its volume lies within this radius.
+    assert np.mean(length < 0.4 / 2 ** (1 / 3)) == pytest.approx(0.5, abs=0.07)
+
+
+def test_one_maximum_does_not_crowd_out_the_others():
+    a, b = rotations.uniform(2, 0)
+    near = rotations.perturb(a[None], np.array([[0.02, 0, 0]]))[0]
+    q = np.array([[b, a, near, -a, a]])
+    shifts = np.array([[[0, 0], [0, 0], [0.1, 0], [0, 0], [0, 3.0]]])
+    gain = np.array([[1.0, 5.0, 4.0, 3.0, 2.0]])
+    # Candidates 2 and 3 ended where 1 did; 4 is as oriented but elsewhere.
+    np.testing.assert_array_equal(distinct_first(gain, q, shifts), [[1, 4, 0, 2, 3]])
 
 
 # --------------------------------------------------------------------------------------
@@ -247,14 +395,13 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.02, 0.05, 0.3])
-def test_the_expected_error_is_the_mean_length_about_the_displacement(moved):
+def test_the_expected_error_is_the_mean_length_about_the_displacement(moved, at_snr_1):
     spread = 0.05
     w = np.random.default_rng(0).normal((moved, 0, 0), spread, (200_000, 3))
-    fields = dict.fromkeys(refinement.Refined.__dataclass_fields__)
-    fields["quaternions"] = rotations.perturb(TRUE[:1], np.array([[0, moved, 0]]))
-    fields["covariances"] = np.eye(3)[None] * spread**2
-    one = refinement.Refined(**fields)
-    expected = refinement.expected_error(TRUE[:1], one)
+    one = at_snr_1[1].select([0])
+    one = one.with_poses(rotations.perturb(TRUE[:1], np.array([[0, moved, 0]])))
+    object.__setattr__(one, "covariances", np.eye(3)[None] * spread**2)
+    expected = expected_error(TRUE[:1], one)
     assert expected[0] == pytest.approx(np.linalg.norm(w, axis=1).mean(), rel=5e-3)
 
 
@@ -264,14 +411,40 @@ def test_the_images_own_map_tells_good_orientations_from_bad():
     w = np.random.default_rng(3).standard_normal((N, 3))
     given = rotations.perturb(TRUE, size[:, None] * w / np.linalg.norm(w, axis=1, keepdims=True))
     error = rotations.distance(given, TRUE)
-    expected = refinement.cross_check(images, given, voxel_size_angstrom=VOXEL, shifts_px=SHIFTS)
+    stack = particles(images=images, at=given, shifts_px=SHIFTS)
+    checked = cross_check(stack)
+    expected = checked.expected_error_rad
     assert np.corrcoef(expected, error)[0, 1] > 0.8
     assert expected.mean() == pytest.approx(error.mean(), rel=0.25)
+    # It judges, and changes nothing.
+    assert checked.quaternions is stack.quaternions and checked.shifts_px is stack.shifts_px
+
+
+def test_no_image_is_checked_by_the_map_that_it_is_in(monkeypatch):
+    calls = []
+
+    def noted(stack, others, *, resolution_angstrom, **options):
+        calls.append((others, resolution_angstrom))
+        options = {"resolution_angstrom": resolution_angstrom, **options}
+        return halves.refine_each_half(stack, others, **options)
+
+    monkeypatch.setattr("cryoem.refinement.check.refine_each_half", noted)
+    judged = curves(corrected=20.0)
+    monkeypatch.setattr(maps, "half_map_fsc", lambda *_, **__: judged)
+    images, _ = noisy(1 / 2)
+    given = particles(images=images, shifts_px=SHIFTS, half_set=np.arange(N) % 2 + 1)
+    cross_check(given)
+    (((one, two), resolution),) = calls
+    pair = halves.half_maps(given, independent=False)
+    assert_nearer(one, pair.second, pair.first)
+    assert_nearer(two, pair.first, pair.second)
+    # Nor beyond where the curve that is corrected for the mask says that the maps agree.
+    assert resolution == judged.corrected.resolution(0.143).angstrom
+    assert share_beyond(one) < 0.1 * share_beyond(pair.second)
 
 
 def test_pure_noise_is_expected_to_be_anywhere():
-    noise = np.random.default_rng(8).standard_normal((N, BOX, BOX), dtype=np.float32)
-    expected = refinement.cross_check(noise, TRUE, voxel_size_angstrom=VOXEL)
+    expected = cross_check(particles(images=white(8))).expected_error_rad
     assert np.median(expected) > 1
 
 
@@ -283,23 +456,23 @@ LOST = 6
 
 
 @pytest.fixture(scope="module")
-def alternated():
+def from_halves():
     images, variance = noisy(1)
     start = rotations.perturb(TRUE, 0.1 * np.random.default_rng(7).standard_normal((N, 3)))
     start[:LOST] = rotations.uniform(LOST, 12)
     a = rotations.uniform(1, 8)[0]
     start = rotations.multiply(a, start)
-    found = refinement.alternate(images, start, voxel_size_angstrom=VOXEL, rounds=3, seed=9)
+    found = refine_halves(particles(images=images, at=start), rounds=3, seed=9)
     return variance, start, found
 
 
-def test_alternating_approaches_the_limit_that_knows_the_density(alternated):
-    variance, start, found = alternated
+def test_halves_approach_the_limit_that_knows_the_density(from_halves):
+    variance, start, found = from_halves
     limit = evaluation.cramer_rao(DENSITY, TRUE, variance, shifts=True)[:, :3, :3]
     bound = evaluation.mean_error_of(limit).mean()
     before, after = (
         evaluation.align(q, TRUE, over="one-sided").quaternions
-        for q in (start, found.refined.quaternions)
+        for q in (start, found.particles.quaternions)
     )
     assert rotations.distance(before, TRUE)[LOST:].mean() > 5 * bound
     assert rotations.distance(after, TRUE).mean() < 1.6 * bound
@@ -308,21 +481,106 @@ def test_alternating_approaches_the_limit_that_knows_the_density(alternated):
     assert rotations.distance(after, TRUE)[:LOST].max() < 6 * bound
 
 
-def test_the_alternated_map_is_the_particles(alternated):
-    _, _, found = alternated
-    q = evaluation.align(found.refined.quaternions, TRUE, over="one-sided")
+def test_the_map_of_halves_is_the_particles(from_halves):
+    _, _, found = from_halves
+    q = evaluation.align(found.particles.quaternions, TRUE, over="one-sided")
     assert not np.allclose(q.left, [0, 0, 0, 1], atol=0.1)  # in its own frame
     turned = maps.turned(found.density, q.left)
     assert correlation(turned.values, DENSITY.values) > 0.9
+    print(found.held_out_correlation, found.chance_correlation)
     assert found.half_maps.independent and found.fsc.corrected.resolution(0.143).angstrom < 20
     assert found.held_out_correlation > found.chance_correlation + 0.05
-    assert set(found.subset) == {1, 2} and len(found.resolutions_angstrom) == 3
+    assert set(found.particles.half_set) == {1, 2} and len(found.resolutions_angstrom) == 3
     assert found.resolutions_angstrom[0] >= 30.0
 
 
+def assert_weighted_by_what_agrees(density, pair, fsc):
+    """Every shell of a map is that of the mean times ``sqrt(2 FSC / (1 + FSC))``."""
+    f = fsc.corrected.values.copy()
+    f[np.argmax(f < 0) if (f < 0).any() else len(f) :] = 0
+    gain = np.sqrt(2 * f / (1 + f))
+    assert gain.min() < 0.3  # else there is nothing to filter
+    shells = slice(1, len(f) + 1)
+    found = np.sqrt(power(density) / power(pair.mean))[shells]
+    # Between shells the gain is interpolated.
+    np.testing.assert_allclose(found, gain, atol=0.1)
+
+
+def test_the_map_shows_only_what_the_halves_agree_on(from_halves):
+    _, _, found = from_halves
+    assert_weighted_by_what_agrees(found.density, found.half_maps, found.fsc)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What ``refine_halves`` asks of ``refine``: (stack, density, resolution) of each call."""
+    calls = []
+
+    def noted(stack, density, *, resolution_angstrom, **options):
+        calls.append((stack, density, resolution_angstrom))
+        return refine(stack, density, resolution_angstrom=resolution_angstrom, **options)
+
+    monkeypatch.setattr(halves, "refine", noted)
+    # Nobody is found elsewhere on the sphere, and nobody is looked for there.
+    monkeypatch.setattr("cryoem.matching.match", lambda stack, *_: stack)
+    return calls
+
+
+def test_the_curve_that_is_corrected_for_the_mask_steers(asked, monkeypatch):
+    judged = curves(corrected=20.0)
+    monkeypatch.setattr(maps, "half_map_fsc", lambda *_, **__: judged)
+    images, _ = noisy(1 / 2)
+    found = refine_halves(particles(images=images), rounds=2, search=JUDGE, seed=9)
+    crossing = judged.corrected.resolution(0.143).angstrom
+    assert 20 < crossing < 23
+    assert found.resolutions_angstrom == (30.0, crossing)
+    assert [resolution for *_, resolution in asked] == [30.0] * 2 + [crossing] * 7
+    for _, reference, _ in (*asked[:4], asked[-1]):
+        assert share_beyond(reference) < 0.1 * share_beyond(found.half_maps.mean)
+    # At the end all are refined against all of the map: the halves' mean, by its Wiener filter.
+    gain = np.where(judged.corrected.values > 0, 2 * 0.9 / (1 + 0.9), 0)
+    wanted = found.mask * maps.filtered(found.half_maps.mean, gain).values
+    assert relative_error(asked[-1][1].values, wanted) < 1e-3
+    # Up to there each half is refined against its own map.
+    pair = found.half_maps.first, found.half_maps.second
+    for i, (_, reference, _) in enumerate(asked[:4]):
+        assert_nearer(reference, pair[i % 2], pair[(i + 1) % 2])
+
+
+def test_halves_are_refined_apart_but_share_what_is_coarse(asked):
+    # Half 2 shows the particle turned, as if its frame had drifted.
+    half_set = np.arange(N) % 2 + 1
+    drift = rotations.about("x", 0.6)
+    turned = np.where(half_set[:, None] == 2, rotations.multiply(drift, TRUE), TRUE)
+    given = particles(at=turned, shifts_px=SHIFTS, half_set=half_set)
+    found = refine_halves(given, rounds=1, search=JUDGE)
+    (first, one, _), (second, two, _) = asked[:2]
+    assert set(first.half_set) == {1} and set(second.half_set) == {2}
+    apart, joined = (
+        maps.fsc(a, b).values
+        for a, b in ((found.half_maps.first, found.half_maps.second), (one, two))
+    )
+    # What is coarser than 40 A are the shells up to five, the last of them in part.
+    coarse = slice(1, 4)
+    assert (1 - joined[coarse] < 0.2 * (1 - apart[coarse])).all()
+    assert joined[7:10].max() < 0.9
+
+
+def test_given_half_sets_are_kept_and_others_drawn_by_seed(asked):
+    half_set = np.repeat([1, 2], N // 2)
+    kept = refine_halves(particles(half_set=half_set), rounds=1, search=JUDGE)
+    np.testing.assert_array_equal(kept.particles.half_set, half_set)
+    np.testing.assert_allclose(asked[0][0].quaternions, TRUE[: N // 2], atol=1e-12)
+    drawn = [
+        refine_halves(particles(), rounds=1, search=JUDGE, seed=seed).particles.half_set
+        for seed in (1, 1, 2)
+    ]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[0] != drawn[2]).any()
+
+
 def test_noise_builds_no_structure():
-    noise = np.random.default_rng(10).standard_normal((N, BOX, BOX)).astype(np.float32)
-    found = refinement.alternate(noise, TRUE, voxel_size_angstrom=VOXEL, rounds=2, seed=9)
+    found = refine_halves(particles(images=white(10)), rounds=2, seed=9)
     # Nothing below the resolution at which the halves are joined.
     curve = found.fsc.corrected
     assert curve.resolution(0.143).angstrom > 25
@@ -330,15 +588,25 @@ def test_noise_builds_no_structure():
     assert abs(found.held_out_correlation - found.chance_correlation) < 0.02
 
 
+@pytest.mark.parametrize("half_set", [np.ones(N, int), np.full(N, 2)])
+def test_a_split_that_is_none_is_refused(half_set):
+    with pytest.raises(InputError, match="half-set"):
+        refine_halves(particles(half_set=half_set))
+
+
+def test_no_round_is_refused():
+    with pytest.raises(InputError, match="rounds must be positive"):
+        refine_halves(particles(), rounds=0)
+
+
 # --------------------------------------------------------------------------------------
 # Reference bias
 
 
 def test_noise_refined_against_a_reference_ends_in_a_warning_not_a_map():
-    noise = np.random.default_rng(11).standard_normal((N, BOX, BOX)).astype(np.float32)
     with pytest.warns(UserWarning, match="may be the reference alone"):
-        found = refinement.from_reference(
-            noise, DENSITY, TRUE, resolution_angstrom=30.0, starts=4, seed=1
+        found = refine_against(
+            particles(images=white(11)), DENSITY, resolution_angstrom=30.0, seed=1
         )
     assert found.density is None and not found.test.believable
     # The bias itself: where the reference was used, the halves do agree.
@@ -349,16 +617,17 @@ def test_noise_refined_against_a_reference_ends_in_a_warning_not_a_map():
 def test_particles_refined_against_a_reference_give_a_map():
     # An image of 116 px says as much at SNR 1/16 as one of 40 px at 1/2.
     images, _ = noisy(1 / 2)
+    given = particles(images=images, shifts_px=SHIFTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = refinement.from_reference(
-            images, DENSITY, TRUE, shifts_px=SHIFTS, resolution_angstrom=30.0, starts=1, seed=1
-        )
+        found = refine_against(given, DENSITY, resolution_angstrom=30.0, search=ONE, seed=1)
     assert found.test.believable and found.density is not None
+    assert found.test.resolution_angstrom == found.particles.resolution_angstrom == 30.0
+    assert set(found.particles.half_set) == {1, 2}
     assert correlation(found.density.values, DENSITY.values) > 0.5
+    assert_weighted_by_what_agrees(found.density, found.half_maps, found.fsc)
 
 
-@pytest.mark.parametrize("subset", [np.ones(N, int), np.ones(3, int)])
-def test_a_split_that_is_none_is_refused(subset):
-    with pytest.raises(InputError, match="subset"):
-        refinement.alternate(CLEAN, TRUE, voxel_size_angstrom=VOXEL, subset=subset)
+def test_a_reference_of_another_box_is_refused():
+    with pytest.raises(InputError, match="40 px, got 80"):
+        refine_against(particles(5), SHARP.density(2 * BOX, VOXEL / 2))

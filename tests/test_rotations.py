@@ -198,12 +198,12 @@ def test_the_same_seed_gives_the_same_orientations(coverage):
 
 
 def test_each_use_of_a_seed_has_its_own_numbers():
-    first, again, other = (rotations.stream(3, use).random(8) for use in ("a", "a", "b"))
+    first, again, other = (rotations.generator(3, use).random(8) for use in ("a", "a", "b"))
     np.testing.assert_array_equal(first, again)
     assert not np.isclose(first, other).any()
     assert not np.isclose(first, np.random.default_rng(3).random(8)).any()
     generator = np.random.default_rng(0)
-    assert rotations.stream(generator, "a") is generator
+    assert rotations.generator(generator, "a") is generator
 
 
 def test_a_tilt_range_is_kept_and_filled_uniformly():

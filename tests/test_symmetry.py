@@ -8,8 +8,8 @@ from cryoem import rotations, symmetry
 from cryoem.errors import InputError
 
 NAMES = ["C1", "C2", "C3", "C7", "D2", "D3", "D7"]
-Q = rotations.uniform(200, rotations.stream(0, "test"))
-P = rotations.uniform(200, rotations.stream(1, "test"))
+Q = rotations.uniform(200, rotations.generator(0, "test"))
+P = rotations.uniform(200, rotations.generator(1, "test"))
 
 
 @pytest.mark.parametrize(("name", "order"), [("C1", 1), ("C4", 4), ("D2", 4), ("D7", 14)])
@@ -70,7 +70,7 @@ def test_decoding_finds_the_orbit(name):
     group = symmetry.group(name)
     f = group.features(Q)
     assert group.distance(group.decode(f), Q).max() < 1e-6
-    noisy = f + rotations.stream(2, "test").normal(0, 0.02, f.shape)
+    noisy = f + rotations.generator(2, "test").normal(0, 0.02, f.shape)
     assert group.distance(group.decode(noisy), Q).mean() < 0.06
     np.testing.assert_allclose(group.decode(3 * f), group.decode(f), atol=1e-9)
 

@@ -1,0 +1,5 @@
+"""``python -m cryoem.cli``."""
+
+from . import app
+
+app()

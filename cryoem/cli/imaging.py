@@ -1,0 +1,75 @@
+"""What is seen, and how: ``density``, ``simulate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from .options import MapFile, MapOut, Seed, StarOut, app
+
+
+@app.command("density")
+def make_density(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="PDB or mmCIF file, PDB id, or 4jsv, 1i10.")
+    ],
+    output: MapOut,
+    voxel_size: Annotated[float, typer.Option(help="Angstrom.")] = 3.67,
+    resolution: Annotated[float, typer.Option(help="Angstrom, at least two voxels.")] = 8.0,
+    assembly: Annotated[str, typer.Option(help="Biological assembly; 'none': as it stands.")] = "1",
+    symmetry: Annotated[
+        str | None,
+        typer.Option(help="Lay the axes of its like chains as this point group has them."),
+    ] = None,
+    box: Annotated[int | None, typer.Option(help="Voxels; default: what holds it.")] = None,
+) -> None:
+    """Density of an atomic model, its centre of mass at the origin."""
+    from .. import density as densities
+    from .. import structures
+
+    assembled = None if assembly.lower() == "none" else assembly
+    atoms = structures.load(model, assembly=assembled, symmetry=symmetry)
+    made = densities.from_atoms(
+        atoms, voxel_size_angstrom=voxel_size, resolution_angstrom=resolution, box_px=box
+    )
+    densities.write_density(output, made)
+    typer.echo(f"{output}: {made.box_px} voxels of {voxel_size:g} A on an edge")
+
+
+@app.command("simulate")
+def simulate_particles(
+    map_file: MapFile,
+    output: StarOut,
+    n: Annotated[int, typer.Option("-n", "--number", help="How many particles.")] = 1000,
+    snr: Annotated[float, typer.Option(help="Over the whole frame; inf: clean.")] = float("inf"),
+    shift: Annotated[float, typer.Option(help="Largest shift, pixels (triangular law).")] = 0.0,
+    defocus: Annotated[
+        tuple[float, float] | None, typer.Option(help="Range, angstrom; default: no CTF.")
+    ] = None,
+    coverage: Annotated[
+        str, typer.Option(help="uniform, euler, half, quarter or preferred.")
+    ] = "uniform",
+    seed: Seed = 0,
+) -> None:
+    """Simulate particles with known orientations: a STAR file and its stack beside it."""
+    from ..density import read_density
+    from ..io.particles import write_particles
+    from ..simulation import simulate
+
+    if defocus is not None and not defocus[0] <= defocus[1]:
+        raise InputError(f"--defocus: wanted LOW HIGH, got {defocus[0]:g} {defocus[1]:g}")
+    cube = read_density(map_file)
+    stack = simulate(
+        cube,
+        n,
+        seed,
+        snr=snr,
+        max_shift_px=shift,
+        defocus_range_angstrom=defocus,
+        coverage=coverage,
+    )
+    images = write_particles(output, stack)
+    assert images is not None
+    typer.echo(f"{output}: {n:,} particles of {cube.box_px} px; images in {images.name}")

@@ -1,0 +1,168 @@
+"""How good it is, and what a file holds: ``evaluate``, ``info``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+from ..io.stacks import ImageStack
+from ..io.star import length
+from .options import (
+    Json,
+    Particles,
+    Seed,
+    Symmetry,
+    app,
+    open_oriented,
+    open_particles,
+    print_figures,
+)
+
+
+@app.command("evaluate")
+def evaluate_particles(
+    particles_file: Particles,
+    truth: Annotated[Path, typer.Option(help="Particle file with the true orientations.")],
+    map_file: Annotated[Path | None, typer.Option("--map", help="Map to judge.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Map to judge it by.")] = None,
+    symmetry: Symmetry = "C1",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare orientations with true ones, row by row, and a map with a reference.
+
+    Errors are angles: after a rotation of the density and its hand are fitted (one-sided: what a
+    map forgives) and with nothing fitted; random orientations set the scale.
+    """
+    from .. import evaluation
+
+    q, true = (open_oriented(p, True).oriented() for p in (particles_file, truth))
+    if len(q) != len(true):
+        raise InputError(f"{particles_file} has {len(q)} rows, {truth} has {len(true)}")
+    if (map_file is None) != (reference is None):
+        raise InputError("--map and --reference come together")
+    found: dict[str, object] = {"particles": len(q), "symmetry": symmetry}
+    one_sided = evaluation.orientation_errors(q, true, over="one-sided", symmetry=symmetry)
+    unaligned = evaluation.orientation_errors(q, true, over="none", symmetry=symmetry)
+    for name, off in (("one_sided", one_sided), ("unaligned", unaligned)):
+        found |= {
+            f"{name}_mean_rad": off.mean_rad,
+            f"{name}_median_rad": off.median_rad,
+            f"{name}_p95_rad": off.p95_rad,
+        }
+    found["random_mean_rad"] = evaluation.random_error(true, seed, symmetry=symmetry)
+    if map_file is not None and reference is not None:
+        found |= _compare_maps(map_file, reference, seed)
+    print_figures(found, as_json)
+
+
+def _compare_maps(map_file: Path, reference: Path, seed: int) -> dict[str, object]:
+    """Figures of a map that is laid onto a reference."""
+    from .. import maps
+    from ..density import read_density
+
+    wanted = read_density(reference)
+    judged = read_density(map_file).sampled_as(wanted.box_px, wanted.voxel_size_angstrom)
+    laid = maps.register(judged, wanted, seed=seed)
+    curve = maps.fsc(laid.density, wanted)
+    half, fine = curve.resolution(0.5), curve.resolution(0.143)
+    return {
+        "resolution_fsc05_angstrom": half.angstrom,
+        "resolution_fsc0143_angstrom": fine.angstrom,
+        "nyquist_limited": fine.nyquist_limited,
+        "mean_fsc": curve.mean,
+        "mirrored": laid.mirrored,
+    }
+
+
+@app.command("info")
+def describe(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Particles, map, stack, model or estimator.")
+    ],
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what a file holds; of particles also their contrast, noise, shifts and defocus."""
+    from ..io import files
+
+    path = files.existing(file)
+    name = path.name.removesuffix(".gz")
+    if name.endswith((".star", ".cs")):
+        found = _of_particles(path, seed)
+    elif name.endswith(".mrcs"):
+        found = _of_stack(path)
+    elif name.endswith((".mrc", ".map")):
+        found = _of_map(path)
+    elif name.endswith(".npz"):
+        found = _of_estimator(path)
+    else:
+        found = _of_model(path)
+    print_figures(found, as_json)
+
+
+def _of_particles(path: Path, seed: int) -> dict[str, object]:
+    from ..surveying import survey
+
+    stack = open_particles(path, True)
+    assert isinstance(stack.images, ImageStack) and stack.origin is not None
+    return {
+        "kind": "particles",
+        "particles": len(stack),
+        "box_px": stack.box_px,
+        "pixel_size_angstrom": stack.pixel_size_angstrom,
+        "stacks": len(stack.images.layouts),
+        "optics_groups": length(stack.origin.optics),
+        "angles": stack.quaternions is not None,
+        "half_sets": stack.half_set is not None,
+        "columns": ", ".join(stack.columns),
+        **vars(survey(stack, seed=seed)),
+    }
+
+
+def _of_stack(path: Path) -> dict[str, object]:
+    from ..io.stacks import layout
+
+    nz, ny, nx = layout(path).shape
+    return {"kind": "image stack", "images": nz, "height_px": ny, "width_px": nx}
+
+
+def _of_map(path: Path) -> dict[str, object]:
+    from ..density import read_density
+
+    cube = read_density(path)
+    return {
+        "kind": "map",
+        "shape_zyx": list(cube.values.shape),
+        "voxel_size_angstrom": cube.voxel_size_angstrom,
+        "minimum": float(cube.values.min()),
+        "maximum": float(cube.values.max()),
+        "standard_deviation": float(cube.values.std()),
+    }
+
+
+def _of_estimator(path: Path) -> dict[str, object]:
+    """What an estimator's file says of itself, read without its network."""
+    from ..io.files import read_npz
+
+    what = "an estimator's file"
+    try:
+        return {"kind": "estimator", **json.loads(str(read_npz(path, what)["settings"]))}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path}: not {what} ({error})") from error
+
+
+def _of_model(path: Path) -> dict[str, object]:
+    from ..density import read_structure
+
+    model = read_structure(path)
+    return {
+        "kind": "atomic model",
+        "atoms": model.count_atom_sites(),
+        "chains": len(model),
+        "mass_kda": model.calculate_mass() / 1000,
+    }

@@ -1,0 +1,132 @@
+"""From orientations to a map: ``reconstruct``, ``refine``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+
+from .options import MapOut, Particles, Quiet, Seed, StarOut, Symmetry, app, open_oriented
+
+if TYPE_CHECKING:
+    from ..maps import HalfMapFsc, HalfMaps
+    from ..refinement import HalvesRefinement, ReferenceRefinement
+
+
+@app.command("reconstruct")
+def reconstruct_map(
+    particles_file: Particles,
+    output: MapOut,
+    half_maps: Annotated[
+        bool, typer.Option("--half-maps", help="Also OUTPUT_half1, _half2 and their FSC (.star).")
+    ] = False,
+    symmetry: Symmetry = "C1",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Reconstruct the density by least squares, the CTF corrected where the file has defocus.
+
+    Half-maps are of the file's rlnRandomSubset, else of a random split; the orientations are shared
+    unless each half was oriented alone.
+    """
+    from ..density import write_density
+    from ..maps import HalfMaps
+    from ..reconstruction import reconstruct
+
+    stack = open_oriented(particles_file, quiet)
+    if not half_maps:
+        found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
+        write_density(output, found)
+        typer.echo(f"{output}: from {len(stack):,} particles")
+        return
+    stack = stack.with_half_sets(seed)
+    first, second = (
+        reconstruct(stack.select(stack.half(half)), symmetry=symmetry, progress=not quiet)
+        for half in (1, 2)
+    )
+    curves = _write_halves(output, HalfMaps(first, second, independent=False), seed)
+    typer.echo(
+        f"{output}: from {len(stack):,} particles; "
+        f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of half-maps with "
+        "shared poses"
+    )
+
+
+def _write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
+    """Write the mean of two half-maps, the two, and their FSC, which is returned."""
+    from ..density import write_density
+    from ..maps import half_map_fsc, soft_mask, write_fsc
+
+    curves = half_map_fsc(pair, soft_mask(pair.mean), seed=seed)
+    write_density(output, pair.mean)
+    write_density(output.with_stem(f"{output.stem}_half1"), pair.first)
+    write_density(output.with_stem(f"{output.stem}_half2"), pair.second)
+    write_fsc(output.with_name(f"{output.stem}_fsc.star"), curves)
+    return curves
+
+
+@app.command("refine")
+def refine_particles(
+    particles_file: Particles,
+    output: StarOut,
+    map_file: Annotated[
+        Path | None,
+        typer.Option("--map", help="Reference; default: the particles' own maps, half by half."),
+    ] = None,
+    resolution: Annotated[
+        float, typer.Option(help="Angstrom; the reference is used to this and no finer.")
+    ] = 15.0,
+    rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Refine orientations, shifts and contrasts, and say what the map may be believed to.
+
+    Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
+    (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
+    where the images do not agree beyond it, there is a warning and no map.
+    """
+    from .. import report
+    from ..density import read_density, write_density
+    from ..io.particles import write_particles
+    from ..refinement import refine_against, refine_halves
+
+    stack = open_oriented(particles_file, quiet).with_half_sets(seed)
+    found: HalvesRefinement | ReferenceRefinement
+    test, notes = None, []
+    if map_file is None:
+        found = refine_halves(stack, rounds=rounds, seed=seed, progress=not quiet)
+        notes = [
+            "No reference: the hand is open; the mirror image explains the images as well. "
+            f"Correlation with projections of the other half's map {found.held_out_correlation:.3f}"
+            f", by chance {found.chance_correlation:.3f}."
+        ]
+    else:
+        reference = read_density(map_file).sampled_as(stack.box_px, stack.pixel_size_angstrom)
+        found = refine_against(
+            stack, reference, resolution_angstrom=resolution, seed=seed, progress=not quiet
+        )
+        test = found.test
+    refined = found.particles
+    write_particles(output, refined)
+    map_path = output.with_suffix(".mrc")
+    if found.density is not None:
+        _write_halves(map_path, found.half_maps, seed)
+        write_density(map_path, found.density)
+    summary = report.write_map(
+        output.with_suffix(".html"),
+        f"{len(stack):,} particles of {particles_file.name}",
+        found.half_maps,
+        found.fsc,
+        found.mask,
+        refined.oriented(),
+        test=test,
+        notes=notes,
+    )
+    typer.echo(
+        f"{output}: expected error {np.mean(refined.expected_error_rad):.3f} rad; "
+        f"{summary['resolution_fsc0143_angstrom']:.1f} A at FSC 0.143, {summary['half_maps']}; "
+        + (f"{map_path}" if found.density is not None else "no map: see the note")
+    )

@@ -1,0 +1,176 @@
+"""From particles to orientations: ``train``, ``orient``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ..errors import InputError
+from .options import Particles, Quiet, Seed, StarOut, app, open_particles, refuse_black, say
+
+#: Radians between copies of one image, from which they are nowhere: 2.1 where all is chance.
+AT_RANDOM = 1.0
+
+
+@app.command("train")
+def train_estimator(
+    density: Annotated[
+        str, typer.Argument(metavar="MAP", help="MRC map, or 4jsv, 1i10: as they ship.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Estimator to write (.npz).")],
+    images: Annotated[int, typer.Option(help="How many images to train on.")] = 640_000,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Particles whose box, pixels, noise, shifts and defocus are taken."),
+    ] = None,
+    symmetry: Annotated[
+        str | None, typer.Option(help="Point group: C1, C4, D2, ...; default: C1.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the run; it goes on from there.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32 or mixed_bfloat16 (on CPUs that have it).")
+    ] = "float32",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train an estimator of distances on projections of a density.
+
+    With --like, the noise is measured outside the particles' circle, shifts and defocus are the
+    file's. Without it the estimator is a broad one: no noise and SNR 1 to 1/128, shifts to 7 % of
+    the box, defocus 0.5 to 3 micrometres and none, as those that ship. Where there are shifts, one
+    network learns to find them, from three fifths of the images, and a second one to read what is
+    centred: a bar for each. The bar shows the time to expect. Some 25,000 images give a first idea,
+    the default a model worth keeping. Its training is told in OUTPUT.json beside it.
+    """
+    from ..density import read_density
+    from ..estimator import Estimator, broad_ranges, train
+    from ..io import files
+    from ..preprocessing import preprocessing_for
+    from ..simulation import TrainingImages
+    from ..structures import SHIPPED, load_density
+    from ..surveying import survey
+
+    shipped = SHIPPED.get(density.lower())
+    cube = load_density(density) if shipped else read_density(Path(density))
+    symmetry = symmetry or (shipped.symmetry if shipped else "C1")
+    if like is None:
+        cube = cube.in_box(max(cube.values.shape))
+        ranges = broad_ranges(cube.box_px)
+    else:
+        stack = open_particles(like, quiet)
+        cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
+        found = survey(stack, seed=seed)
+        refuse_black(like, found.contrast)
+        ranges = found.training()
+    say(quiet, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in ranges.items()))
+    preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
+    source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
+    model = Estimator.create(
+        preprocessing,
+        symmetry=symmetry,
+        passes=2 if ranges["max_shift_px"] else 1,
+        seed=seed,
+        precision=precision,
+    )
+    history = train(
+        model, source, images=images, seed=seed, checkpoint=checkpoint, progress=not quiet
+    )
+    model.notes = {
+        "command": f"cryoem train {Path(density).name} --symmetry {symmetry} --images {images}"
+        + (f" --like {like.name}" if like else "")
+        + f" --seed {seed} --precision {precision}",
+        "images": images,
+        "seed": seed,
+        "precision": precision,
+        "train_minutes": round(sum(history["seconds"]) / 60, 1),
+        "source": source.settings,
+    }
+    model.save(output)
+    with files.atomic(output.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps({**model.notes, **history}, indent=1) + "\n")
+    typer.echo(f"{output}: mean absolute error of distances {history['mae_rad'][-1]:.3f} rad")
+
+
+@app.command("orient")
+def orient_particles(
+    particles_file: Particles,
+    model: Annotated[Path, typer.Option(help="Estimator that train wrote, or 4jsv.")],
+    output: StarOut,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Map: orient in its frame and hand. A symmetric particle needs it."),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: OUTPUT with .work.")
+    ] = None,
+    other_hand: Annotated[
+        bool, typer.Option("--other-hand", help="The mirror image, which explains them as well.")
+    ] = False,
+    centred: Annotated[
+        bool,
+        typer.Option(
+            "--centred", help="Search no shifts: the file's origins, if it has any, are right."
+        ),
+    ] = False,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Orient particles by an estimator that was trained on this particle.
+
+    Against each other, or with --reference against a map's projections. Without a map an overall
+    rotation and the hand are left open, as images leave them. Interrupt it
+    as you like: called again, it goes on, and a run that is done is only written again.
+    """
+    from ..surveying import survey
+
+    stack = open_particles(particles_file, quiet)
+    found = survey(stack, images=300, seed=seed)
+    say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
+    refuse_black(particles_file, found.contrast)
+
+    from ..density import read_density
+    from ..estimator import load_estimator
+    from ..io.particles import write_particles
+    from ..recovery import orient
+
+    estimator = load_estimator(model)
+    wanted, pixel = estimator.preprocessing, stack.pixel_size_angstrom
+    if stack.box_px != wanted.frame_px or abs(pixel / wanted.pixel_size_angstrom - 1) > 0.01:
+        raise InputError(
+            f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
+            f"A; {particles_file} has {stack.box_px} px of {pixel:g} A; see train --like"
+        )
+    known = None if reference is None else read_density(reference)
+    folder = output.with_suffix(".work") if work is None else work
+    oriented = orient(
+        estimator,
+        stack,
+        reference=known and known.sampled_as(stack.box_px, pixel),
+        centred=centred,
+        seed=seed,
+        work=folder,
+        scheduler=scheduler,
+        progress=not quiet,
+    )
+    if oriented.frame is not None and oriented.frame.spread_rad > AT_RANDOM:
+        raise InputError(
+            f"{particles_file}: {model} orients these images as if at random: in-plane turned "
+            f"copies of them land {oriented.frame.spread_rad:.1f} rad from where they belong. It "
+            "was trained on another particle, or they show too little through their noise. No STAR "
+            f"file is written; what was computed is in {folder}"
+        )
+    write_particles(output, oriented.hands[-1] if other_hand else oriented)
+    typer.echo(
+        f"{output}: {len(oriented):,} orientations, expected error "
+        f"{np.median(oriented.expected_error_rad):.3f} rad (median), "
+        f"{oriented.outlier.sum():,} outliers"
+    )

@@ -1,0 +1,1 @@
+"""Files in and out: particle files, STAR tables, image stacks; written atomically."""

@@ -1,0 +1,144 @@
+"""cryoSPARC's ``.cs`` files, and the passthrough files beside them, as RELION's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from .. import rotations
+from ..errors import InputError
+from .star import ORIGINS, Table, split_optics, texts
+
+__all__ = ["read_cryosparc"]
+
+#: Fields of a ``.cs`` file that are RELION's columns but for the name and the unit.
+NUMBERS = {
+    "ctf/df1_A": ("rlnDefocusU", 1.0),
+    "ctf/df2_A": ("rlnDefocusV", 1.0),
+    "ctf/df_angle_rad": ("rlnDefocusAngle", 180 / np.pi),
+    "ctf/phase_shift_rad": ("rlnPhaseShift", 180 / np.pi),
+    "ctf/bfactor": ("rlnCtfBfactor", 1.0),
+    "ctf/accel_kv": ("rlnVoltage", 1.0),
+    "ctf/cs_mm": ("rlnSphericalAberration", 1.0),
+    "ctf/amp_contrast": ("rlnAmplitudeContrast", 1.0),
+    "blob/psize_A": ("rlnImagePixelSize", 1.0),
+}
+
+
+def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
+    """Read the particles of a ``.cs`` file and its passthrough file.
+
+    Returns
+    -------
+    optics, particles : Table
+    others : tuple of str
+        No other blocks.
+    """
+    fields = _Fields(path)
+    columns: Table = {"rlnImageName": _image_names(fields)}
+    if "location/micrograph_path" in fields.values:
+        columns["rlnMicrographName"] = _column(fields.values.pop("location/micrograph_path"))
+    for name, (column, factor) in NUMBERS.items():
+        if name in fields.values:
+            columns[column] = fields.numbers(name) * factor
+    _add_alignment(fields, columns)
+    for name, column in (
+        ("alignments3D/split", "rlnRandomSubset"),
+        ("alignments3D/class", "rlnClassNumber"),
+    ):
+        if name in fields.values:
+            columns[column] = fields.counted(name)
+    columns.update({name: _column(values) for name, values in fields.values.items()})
+    return *split_optics(columns), ()
+
+
+class _Fields:
+    """The fields that are left to be read, those of the passthrough file among them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.values = path, _read(path)
+        for beside in sorted(path.parent.glob("*passthrough*.cs")):
+            if beside != path:
+                self.values = _with_passthrough(self.values, _read(beside))
+        for name in ("blob/path", "blob/idx", "blob/psize_A"):
+            if name not in self.values:
+                raise InputError(f"{path}: no field {name}, neither here nor in a passthrough file")
+
+    def numbers(self, name: str, *shape: int, kinds: str = "iuf") -> np.ndarray:
+        """Take a field of numbers, as float64."""
+        values = self.values.pop(name)
+        if values.dtype.kind not in kinds or values.shape[1:] != shape:
+            raise InputError(
+                f"{self.path}: field {name}: wanted numbers of shape {('n', *shape)}, "
+                f"got {values.dtype} of shape {values.shape}"
+            )
+        # The shortest decimal is what was meant: 1.1, not 1.10000002384.
+        return np.array(texts(values.ravel()), np.float64).reshape(values.shape)
+
+    def counted(self, name: str) -> np.ndarray:
+        """Take a field of integers that counts from 0 there, from 1 here."""
+        return self.numbers(name, kinds="iu").astype(np.int64) + 1
+
+
+def _image_names(fields: _Fields) -> np.ndarray:
+    stacks = (name.lstrip(">") for name in map(str, _column(fields.values.pop("blob/path"))))
+    index = fields.counted("blob/idx")
+    return np.array([f"{i:06d}@{s}" for i, s in zip(index, stacks, strict=True)], object)
+
+
+def _add_alignment(fields: _Fields, columns: Table) -> None:
+    """Poses, where the file has them."""
+    if "alignments3D/pose" in fields.values:
+        # The rotation vector of R itself; RELION's matrix is its transpose.
+        pose = fields.numbers("alignments3D/pose", 3)
+        if (bad := ~np.isfinite(pose).all(axis=1)).any():
+            raise InputError(
+                f"{fields.path}: row {np.argmax(bad) + 1}, field alignments3D/pose: no number"
+            )
+        angles = rotations.to_relion(Rotation.from_rotvec(pose).as_quat())
+        columns.update(zip(rotations.RELION_ANGLES, angles.T, strict=True))
+    if "alignments3D/shift" in fields.values:
+        pixel = "alignments3D/psize_A"
+        scale = fields.numbers(pixel) if pixel in fields.values else columns["rlnImagePixelSize"]
+        shift = fields.numbers("alignments3D/shift", 2) * scale[:, None]
+        columns.update(zip(ORIGINS, shift.T, strict=True))
+
+
+def _with_passthrough(
+    fields: dict[str, np.ndarray], more: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Add the fields of a passthrough file, if it holds the same particles."""
+    uid, known = fields.get("uid"), more.get("uid")
+    if uid is None or known is None or not len(known) or not uid.ndim == known.ndim == 1:
+        return fields
+    order = np.argsort(known)
+    place = order[np.minimum(np.searchsorted(known, uid, sorter=order), len(known) - 1)]
+    if (known[place] != uid).any():
+        return fields
+    return {name: values[place] for name, values in more.items()} | fields
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The fields of a ``.cs`` file, by name, in its order."""
+    try:
+        # Mapped, not read: an array that the header invents does not fit into the file.
+        data = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy raises whatever the parser of its header met
+        raise InputError(f"{path}: not a readable .cs file ({error})") from error
+    if data.ndim != 1 or data.dtype.names is None:
+        raise InputError(f"{path}: wanted a table with named fields, got {data.dtype}")
+    if len(data) == 0:
+        raise InputError(f"{path}: no particles")
+    return {name: np.array(data[name]) for name in data.dtype.names}
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    """A field as a column: text decoded, vectors as ``1,2,3``, numbers as they are."""
+    if values.ndim > 1:
+        rows = values.reshape(len(values), -1)
+        return np.array([",".join(texts(row)) for row in rows], object)
+    if values.dtype.kind == "S":
+        return np.array([v.decode("utf-8", "replace") for v in values], object)
+    return values

@@ -1,0 +1,106 @@
+"""Files: written atomically, checked by hash."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError, StorageError
+
+__all__ = ["atomic", "existing", "read_npz", "sha256"]
+
+#: What a path may be given as.
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block ends without error.
+
+    What stood at ``path`` before stays whole until then, and for good if the block raises.
+
+    Raises
+    ------
+    StorageError
+        The folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays at the end: writers choose the format by it.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="-" + path.name)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageError(
+            f"{path}: not written ({error.strerror}); nothing there has changed"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+#: What the operating system says when a file may not grow, or not stand there.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def existing(path: PathLike) -> Path:
+    """Return ``path`` as a ``Path`` to a file that exists, or raise ``InputError``."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return path
+
+
+def read_npz(path: PathLike, what: str, *, needed: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Read all arrays of an ``.npz`` file by their names; nothing is unpickled.
+
+    Parameters
+    ----------
+    path : path
+    what : str
+        What the file ought to be, for the message: ``"an estimator's file"``.
+    needed : sequence of str
+        Names that it must have.
+
+    Raises
+    ------
+    InputError
+        No such file, or ``PATH: not WHAT``.
+    """
+    path = existing(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # NumPy, zipfile, zlib and tokenize raise a dozen kinds
+        raise InputError(f"{path}: not {what} ({error})") from error
+    if missing := [name for name in needed if name not in arrays]:
+        raise InputError(f"{path}: not {what} (it has no {', '.join(missing)})")
+    return arrays
+
+
+def sha256(path: PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,409 @@
+"""Particle files: RELION's STAR (3.0 and later) in and out, cryoSPARC's ``.cs`` in."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .. import rotations
+from ..errors import InputError
+from ..particles import CtfParameters, ParticleFile, ParticleStack
+from ..rotations import RELION_ANGLES
+from . import files, stacks
+from .cryosparc import read_cryosparc
+from .files import PathLike
+from .stacks import ImageStack
+from .star import ORIGINS, Table, length, numbers, read_relion, write_star
+
+__all__ = ["read_particles", "write_particles"]
+
+#: The columns of a CTF and the fields of :class:`cryoem.particles.CtfParameters`, with what RELION
+#: takes where a column is missing (None: it must be there).
+CTF = {
+    "rlnDefocusU": ("defocus_u_angstrom", None),
+    "rlnDefocusV": ("defocus_v_angstrom", None),
+    "rlnDefocusAngle": ("defocus_angle_degrees", 0.0),
+    "rlnVoltage": ("voltage_kv", None),
+    "rlnSphericalAberration": ("spherical_aberration_mm", None),
+    "rlnAmplitudeContrast": ("amplitude_contrast", None),
+    "rlnPhaseShift": ("phase_shift_degrees", 0.0),
+    "rlnCtfBfactor": ("b_factor_angstrom2", 0.0),
+}
+#: Those of them that an optics group has; the others are each particle's.
+MICROSCOPE = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
+
+HALF_SET, CONTRAST, EXPECTED = "rlnRandomSubset", "cryoemContrast", "cryoemExpectedErrorRad"
+
+#: Fields of a stack, and the columns without which a file does not tell them.
+NEEDED = {
+    "quaternions": RELION_ANGLES,
+    "ctf_parameters": ("rlnDefocusU", "rlnDefocusV"),
+    "half_set": (HALF_SET,),
+    "contrast": (CONTRAST,),
+    "expected_error_rad": (EXPECTED,),
+}
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+def read_particles(path: PathLike) -> ParticleStack:
+    """Read the particles of RELION or cryoSPARC; their images are opened, not read.
+
+    Parameters
+    ----------
+    path : path to a STAR file, or to a ``.cs`` file
+        RELION 3.1 and later, with any number of optics groups; RELION 3.0 (one block, origins in
+        pixels). Beside a ``.cs`` file the passthrough file of the same particles is read too,
+        where there is one. Image names are relative to the file's folder, to any folder above it
+        (RELION's and cryoSPARC's project), or to the working directory. An ``.npy`` file holds
+        images alone, an (n, size, size) array, of pixels of 1 A.
+
+    Returns
+    -------
+    ParticleStack
+
+    Raises
+    ------
+    InputError
+        Naming file, row and column: not such a file, a column or a stack that is missing or cut
+        short, images or pixels of several sizes, values that are no numbers or absurd.
+    """
+    path = files.existing(path)
+    if path.suffix == ".npy":
+        return ParticleStack(stacks.open_array(path), 1.0)
+    optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
+    if "rlnImageName" not in table:
+        raise InputError(f"{path}: no column rlnImageName in data_particles")
+    images = _open_images(path, table["rlnImageName"])
+    group = _optics_rows(path, optics, table)
+    for name, wanted in (("rlnImageSize", images.shape[1]), ("rlnImageDimensionality", 2)):
+        if name not in optics:
+            optics[name] = np.full(length(optics), wanted)
+        found = numbers(path, optics, name, "data_optics: ")[group]
+        if (bad := found != wanted).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
+                f"group, {wanted} in its stack"
+            )
+    pixel_size = _pixel_size(path, optics, group)
+    quaternions, shifts = None, np.zeros((len(group), 2))
+    if all(name in table for name in RELION_ANGLES):
+        quaternions = rotations.from_relion(*(numbers(path, table, n) for n in RELION_ANGLES))
+    if any(name in table for name in ORIGINS):
+        origins = [
+            numbers(path, table, name) if name in table else np.zeros(len(group))
+            for name in ORIGINS
+        ]
+        shifts = -np.stack(origins, axis=1) / pixel_size
+    half_set = numbers(path, table, HALF_SET) if HALF_SET in table else None
+    if half_set is not None and (bad := ~np.isin(half_set, (1, 2))).any():
+        raise InputError(
+            f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
+            f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
+        )
+    return ParticleStack(
+        images,
+        pixel_size,
+        quaternions=quaternions,
+        shifts_px=shifts,
+        ctf_parameters=_ctf_parameters(path, optics, table, group),
+        half_set=half_set,
+        optics_group=group,
+        contrast=numbers(path, table, CONTRAST) if CONTRAST in table else None,
+        expected_error_rad=numbers(path, table, EXPECTED) if EXPECTED in table else None,
+        columns=table,
+        origin=ParticleFile(path, optics, others),
+    )
+
+
+def _optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
+    """The row of ``optics`` for each particle, (n,) int array."""
+    if "rlnOpticsGroup" not in optics or "rlnOpticsGroup" not in table:
+        if length(optics) == 1:
+            return np.zeros(length(table), int)
+        block = "data_particles" if "rlnOpticsGroup" in optics else "data_optics"
+        raise InputError(f"{path}: no column rlnOpticsGroup in {block}")
+    groups = numbers(path, optics, "rlnOpticsGroup", "data_optics: ")
+    wanted = numbers(path, table, "rlnOpticsGroup")
+    order = np.argsort(groups)
+    place = order[np.minimum(np.searchsorted(groups, wanted, sorter=order), len(groups) - 1)]
+    if (bad := groups[place] != wanted).any():
+        raise InputError(
+            f"{path}: row {np.argmax(bad) + 1}, column rlnOpticsGroup: group {wanted[bad][0]:g} "
+            "is not in data_optics"
+        )
+    return place
+
+
+def _pixel_size(path: Path, optics: Table, group: np.ndarray) -> float:
+    if "rlnImagePixelSize" not in optics:
+        raise InputError(f"{path}: no column rlnImagePixelSize in data_optics")
+    sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")[group]
+    if (other := ~np.isclose(sizes, sizes[0], rtol=1e-4)).any():
+        raise InputError(
+            f"{path}: row {np.argmax(other) + 1}: rlnImagePixelSize is {sizes[other][0]:g} A in "
+            f"its optics group, {sizes[0]:g} A in that of row 1; wanted one pixel size"
+        )
+    return float(sizes[0])
+
+
+def _ctf_parameters(
+    path: Path, optics: Table, table: Table, group: np.ndarray
+) -> CtfParameters | None:
+    if "rlnDefocusU" not in table:
+        return None
+    parameters = {}
+    for name, (argument, default) in CTF.items():
+        if name in table:
+            parameters[argument] = numbers(path, table, name)
+        elif name in optics:
+            parameters[argument] = numbers(path, optics, name, "data_optics: ")[group]
+        elif default is None:
+            raise InputError(f"{path}: has defocus, but no column {name}")
+    largest = np.abs(parameters["defocus_u_angstrom"]).max()
+    if largest < 100:
+        raise InputError(
+            f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
+            "(1 micrometre is 10000), or no defocus columns for images without CTF"
+        )
+    return CtfParameters(**parameters)
+
+
+def _open_images(path: Path, names: Iterable[object]) -> ImageStack:
+    """Open the stacks of image names as ``000001@stack.mrcs``, or ``image.mrc`` for single ones."""
+    folders = [*_folders(path), Path.cwd()]
+    layouts: list[stacks.Layout] = []
+    index: dict[str, int] = {}
+    file, section = [], []
+    for row, name in enumerate(map(str, names)):
+        where = f"{path}: row {row + 1}, column rlnImageName: "
+        digits, at, stack = name.rpartition("@")
+        if stack not in index:
+            found = _find(stack, folders)
+            if found is None:
+                raise InputError(
+                    f"{where}{stack!r}: no such file in the folder of the particles, in one above "
+                    "it, or in the working directory"
+                )
+            index[stack] = len(layouts)
+            layouts.append(stacks.layout(found))
+        layout = layouts[index[stack]]
+        held, *edges = layout.shape
+        if not (re.fullmatch("[0-9]{1,9}", digits) if at else held == 1):
+            raise InputError(
+                f"{where}got {name!r}, wanted 000001@stack.mrcs ({stack} holds {held} images)"
+            )
+        number = int(digits or 1)
+        if not 1 <= number <= held:
+            raise InputError(f"{where}image {number} of {layout.path}, which holds {held}")
+        if edges[0] != edges[1] or edges != [*layouts[0].shape[1:]]:
+            raise InputError(
+                f"{where}the images of {layout.path} have {edges[1]} x {edges[0]} px; wanted "
+                f"squares, all of the size of row 1 ({layouts[0].shape[2]} px)"
+            )
+        file.append(index[stack])
+        section.append(number - 1)
+    return ImageStack(layouts, file, section, source=path)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folder of the file at ``path`` and those above it."""
+    return [*path.absolute().parents]
+
+
+def _find(stack: str, folders: Iterable[Path]) -> Path | None:
+    """The file ``stack`` of the first folder that has it."""
+    paths = (folder / stack for folder in folders)
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+
+
+def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
+    """Write particles as a RELION 3.1 STAR file, atomically.
+
+    Images that lie in files stay where they are: every row, column and other block of the particle
+    file is kept, in order, but for what the stack knows otherwise or no longer knows, and image
+    names stay as they are where they can be found from the new file. Images in memory, or in an
+    ``.npy`` file, are written beside it, to a stack of the same name (``.mrcs``).
+
+    Parameters
+    ----------
+    path : path ending in ``.star``
+    stack : ParticleStack
+
+    Returns
+    -------
+    Path or None
+        Of the stack, where one was written.
+    """
+    path = Path(path)
+    if path.suffix != ".star":
+        raise InputError(f"{path}: particles are written to a file that ends in .star")
+    if len(stack) == 0:
+        raise InputError(f"{path}: no particles to write; wanted at least one")
+    optics = _optics(path, stack)
+    table = dict(stack.columns)
+    if stack.origin is None:  # these come first, as RELION writes them
+        first = np.zeros(0)
+        table = {"rlnImageName": first, "rlnOpticsGroup": first, **table}
+    for names in _unknown(stack):
+        for name in names:
+            del table[name]
+    table.update(_known_columns(stack, optics))
+    blocks = {"optics": optics, "particles": table}
+    others = () if stack.origin is None else stack.origin.other_blocks
+    if isinstance(stack.images, ImageStack) and not stack.images.is_array:
+        table["rlnImageName"] = _names_from(path, stack.images, stack.columns.get("rlnImageName"))
+        write_star(path, blocks, others)
+        return None
+    import mrcfile
+
+    beside = path.with_suffix(".mrcs")
+    numbered = [f"{i + 1:06d}@{beside.name}" for i in range(len(stack))]
+    table["rlnImageName"] = np.array(numbered, object)
+    # Neither replaces its predecessor before both are whole.
+    with files.atomic(beside) as temporary:
+        with mrcfile.new(temporary, overwrite=True) as mrc:
+            mrc.set_data(np.asarray(stack.images, np.float32))
+            mrc.set_image_stack()
+            mrc.voxel_size = stack.pixel_size_angstrom
+        write_star(path, blocks, others)
+    return beside
+
+
+def _unknown(stack: ParticleStack) -> Iterator[tuple[str, ...]]:
+    """Columns of what the file told and the stack no longer knows."""
+    for field, names in NEEDED.items():
+        if getattr(stack, field) is None and all(name in stack.columns for name in names):
+            yield names
+
+
+def _known_columns(stack: ParticleStack, optics: Table) -> Table:
+    """What the stack knows of each particle, as columns of its file.
+
+    What a column says already stays as it stands there, to the last digit.
+    """
+    new: Table = {}
+    grouped = stack.origin is None or "rlnOpticsGroup" in stack.columns
+    if grouped and "rlnOpticsGroup" in optics:
+        new["rlnOpticsGroup"] = optics["rlnOpticsGroup"][stack.optics_group]
+    if stack.quaternions is not None and not _same_angles(stack):
+        angles = rotations.to_relion(stack.quaternions)
+        new.update(zip(RELION_ANGLES, angles.T, strict=True))
+    told = stack.quaternions is not None and stack.origin is None
+    if told or stack.shifts_px.any() or any(name in stack.columns for name in ORIGINS):
+        # What is added to centre each particle, in angstrom; without negative zeros.
+        origins = -stack.shifts_px * stack.pixel_size_angstrom + 0.0
+        new.update(zip(ORIGINS, origins.T, strict=True))
+    if stack.ctf_parameters is not None:
+        new.update(_ctf_columns(stack, stack.ctf_parameters, optics))
+    for name, value in (
+        (HALF_SET, stack.half_set),
+        (CONTRAST, stack.contrast),
+        (EXPECTED, stack.expected_error_rad),
+    ):
+        if value is not None:
+            new[name] = value
+    before = stack.columns
+    return {
+        name: before[name] if name in before and _same(before[name], values) else values
+        for name, values in new.items()
+    }
+
+
+def _same(before: np.ndarray, values: np.ndarray) -> bool:
+    """Whether a column says these numbers already, but for their last digit."""
+    try:
+        return np.allclose(before.astype(float), values.astype(float), rtol=1e-14, atol=1e-13)
+    except (TypeError, ValueError):
+        return False
+
+
+def _same_angles(stack: ParticleStack) -> bool:
+    if not all(name in stack.columns for name in RELION_ANGLES):
+        return False
+    try:
+        before = rotations.from_relion(*(stack.columns[name] for name in RELION_ANGLES))
+    except (TypeError, ValueError):
+        return False
+    return bool((rotations.distance(before, stack.oriented()) < 1e-12).all())
+
+
+def _ctf_columns(stack: ParticleStack, parameters: CtfParameters, optics: Table) -> Table:
+    """Parameters that columns have, and those that the optics groups do not say."""
+    columns: Table = {}
+    for name, (field, default) in CTF.items():
+        values = getattr(parameters, field)
+        if name in stack.columns:
+            told = True
+        elif name in optics:
+            told = not _same(optics[name][stack.optics_group], values)
+        else:
+            usual = name == "rlnDefocusAngle" and stack.origin is None
+            told = default is None or usual or bool((values != default).any())
+        if told:
+            columns[name] = values
+    return columns
+
+
+def _optics(path: Path, stack: ParticleStack) -> Table:
+    """The table of optics groups: the file's, with what the stack knows otherwise, or a new one."""
+    group, parameters = stack.optics_group, stack.ctf_parameters
+    if stack.origin is not None:
+        table = dict(stack.origin.optics)
+    else:
+        number = np.arange(group.max() + 1) + 1
+        names = np.array([f"opticsGroup{i}" for i in number], object)
+        table = {"rlnOpticsGroup": number, "rlnOpticsGroupName": names}
+        parameters = parameters or CtfParameters(np.zeros(len(stack)))
+    groups = length(table)
+    if group.max() >= groups:
+        raise InputError(f"{path}: optics_group {group.max()} of {groups} groups, counted from 0")
+    first = np.array([np.argmax(group == g) for g in range(groups)])
+    for name in MICROSCOPE if parameters is not None else ():
+        if stack.origin is not None and name in stack.columns:
+            continue
+        values = getattr(parameters, CTF[name][0])
+        if (bad := values != values[first[group]]).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]:g}, and "
+                f"{values[first[group]][bad][0]:g} for others of its optics group"
+            )
+        if name not in table or not _same(table[name][group], values):
+            table[name] = values[first]
+    pixel = stack.pixel_size_angstrom
+    sizes = np.asarray(table.get("rlnImagePixelSize", np.zeros(groups)), float)
+    # Groups may differ in the fourth digit, and stay as they are.
+    if pixel not in sizes or not np.allclose(sizes[group], pixel, rtol=1e-4):
+        table["rlnImagePixelSize"] = np.full(groups, pixel)
+    for name, size in (("rlnImageSize", stack.box_px), ("rlnImageDimensionality", 2)):
+        if name not in table or not _same(table[name][group], np.full(len(stack), size)):
+            table[name] = np.full(groups, size)
+    return table
+
+
+def _names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.ndarray:
+    """Image names that can be found from the file at ``path``: those that were, where they can."""
+    folders = _folders(path)
+    renamed: dict[tuple[int, str], str] = {}
+    found = []
+    for row, (file, section) in enumerate(zip(images.file, images.section, strict=True)):
+        digits, _, stack = ("" if names is None else str(names[row])).rpartition("@")
+        layout = images.layouts[file]
+        if (file, stack) not in renamed:
+            there, here = layout.path.absolute(), _find(stack, folders)
+            same = here is not None and here.samefile(there)
+            renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
+        if int(digits or layout.shape[0] == 1) != section + 1:
+            digits = f"{section + 1:06d}"
+        found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}")
+    return np.array(found, object)

@@ -1,0 +1,229 @@
+"""Image stacks: files that are opened by their headers and read where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from ..errors import InputError
+from . import files
+from .files import PathLike
+
+__all__ = ["ImageStack", "Layout", "layout", "open_array"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an MRC file keeps its values.
+
+    Attributes
+    ----------
+    path : Path
+    shape : (nz, ny, nx)
+    dtype : numpy.dtype
+        With the file's byte order.
+    offset : int
+        Bytes before the values.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    offset: int
+
+    def mapped(self) -> np.ndarray:
+        """Map the values into memory, read-only: a (nz, ny, nx) array."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+
+def layout(path: PathLike) -> Layout:
+    """Read the header of an MRC file, and nothing more.
+
+    What the header says must fit into the file: that decides its byte order, whatever the machine
+    stamp says, and bounds the memory that anybody asks for by the file's size.
+
+    Parameters
+    ----------
+    path : path to an MRC file, not compressed
+
+    Returns
+    -------
+    Layout
+
+    Raises
+    ------
+    InputError
+        No such file, not an MRC file of real values, or one that is shorter than its header says.
+    """
+    path = files.existing(path)
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        raw = file.read(1024)
+    return fitting(raw, length, path)
+
+
+def fitting(raw: bytes, length: int, path: Path) -> Layout:
+    """Return the layout that the header ``raw`` of a file of ``length`` bytes describes."""
+    from mrcfile.dtypes import HEADER_DTYPE
+    from mrcfile.utils import dtype_from_mode
+
+    if len(raw) < HEADER_DTYPE.itemsize:
+        raise InputError(f"{path}: not a whole MRC file: it ends within the header of 1024 bytes")
+    failures = []
+    for order in "<>":
+        header = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
+        nz, ny, nx = (int(header[name]) for name in ("nz", "ny", "nx"))
+        mode, extended = int(header["mode"]), int(header["nsymbt"])
+        try:
+            dtype = dtype_from_mode(mode).newbyteorder(order)
+        except ValueError:
+            failures.append((False, f"mode {mode}, wanted 0, 1, 2, 6 or 12"))
+            continue
+        wanted = len(raw) + extended + nz * ny * nx * dtype.itemsize
+        if dtype.kind == "c":
+            what = "a transform (mode 4), wanted real values"
+        elif min(nz, ny, nx) < 1 or extended < 0:
+            what = f"{nx} x {ny} x {nz} values after {extended} more bytes of header"
+        elif wanted > length:
+            what = (
+                f"{nx} x {ny} x {nz} values of {dtype.itemsize} bytes, in all {wanted:,} bytes, "
+                f"and it has {length:,}"
+            )
+        elif bytes(header["map"])[:3] != b"MAP" and wanted != length:
+            what = "no MAP, the mark of an MRC file"
+        else:
+            return Layout(path, (nz, ny, nx), dtype, len(raw) + extended)
+        failures.append((True, what))
+    # The byte order is the one in which the mode makes sense.
+    _, what = max(failures, key=lambda failure: failure[0])
+    raise InputError(f"{path}: not a whole MRC file: the header says {what}")
+
+
+def open_array(path: PathLike) -> ImageStack:
+    """Open the images of an ``.npy`` file, an (n, size, size) array, without reading them."""
+    path = files.existing(path)
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        offset, order = mapped.offset, mapped.flags.c_contiguous
+    except Exception as error:  # NumPy raises whatever the parser of its header met
+        raise InputError(f"{path}: not a readable .npy file ({error})") from error
+    shape = mapped.shape
+    if mapped.ndim != 3 or shape[1] != shape[2] or mapped.dtype.kind not in "iuf" or not order:
+        raise InputError(f"{path}: wanted (n, size, size) images, got {mapped.dtype} {shape}")
+    n = len(mapped)
+    at = Layout(path.resolve(), (n, shape[1], shape[2]), mapped.dtype, offset)
+    return ImageStack([at], np.zeros(n), np.arange(n))
+
+
+class ImageStack:
+    """Images in the order of their rows, from any number of MRC files.
+
+    ``stack[i]`` is a (size, size) float32 array; ``stack[a:b]`` and ``stack[rows]`` are
+    (n, size, size) float32 arrays. Only what is asked for is read, and it is checked then.
+    ``numpy.asarray(stack)`` reads all.
+
+    Parameters
+    ----------
+    layouts : sequence of Layout
+        The files.
+    file : (n,) int array
+        Which of them holds a row's image.
+    section : (n,) int array
+        Where in it, from 0.
+    source : path, optional
+        The particle file, which errors name.
+    row : (n,) int array, optional
+        Rows of the particle file, from 0, which errors name; by default all.
+
+    Raises
+    ------
+    InputError
+        On reading: an image that is not finite or that is constant, or a file that has changed.
+    """
+
+    dtype = np.dtype(np.float32)
+    ndim = 3
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        file: ArrayLike,
+        section: ArrayLike,
+        *,
+        source: PathLike | None = None,
+        row: ArrayLike | None = None,
+    ) -> None:
+        self.layouts = tuple(layouts)
+        self.file, self.section = np.asarray(file, np.int32), np.asarray(section, np.int32)
+        self.source = source
+        self.row = np.arange(len(self.file), dtype=np.int32) if row is None else np.asarray(row)
+        #: (n, size, size)
+        self.shape = (len(self.file), *self.layouts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def is_array(self) -> bool:
+        """Whether some images lie in an ``.npy`` file, which a particle file cannot name."""
+        return any(layout.path.suffix == ".npy" for layout in self.layouts)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        rows = np.arange(len(self))[index]
+        images = self._read(np.atleast_1d(rows))
+        return images if np.ndim(rows) else images[0]
+
+    def select(self, rows: slice | np.ndarray) -> ImageStack:
+        """Some of the images, as a stack; nothing is read."""
+        chosen = self.file[rows], self.section[rows]
+        return ImageStack(self.layouts, *chosen, source=self.source, row=self.row[rows])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers are sent the files of these images, not of all.
+        used, file = np.unique(self.file, return_inverse=True)
+        arguments = [self.layouts[i] for i in used] or self.layouts[:1], file, self.section
+        return _rebuilt, (*arguments, self.source, self.row)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), *self.shape[1:]), np.float32)
+        for i in np.unique(self.file[rows]):
+            here = np.flatnonzero(self.file[rows] == i)
+            try:
+                images[here] = self.layouts[i].mapped()[self.section[rows[here]]]
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{self.layouts[i].path}: has changed since it was opened ({error})"
+                ) from error
+        low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))  # NaN where one pixel is
+        self._refuse(
+            rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
+        )
+        self._refuse(rows, low == high, "is constant")
+        return images
+
+    def _refuse(self, rows: np.ndarray, bad: np.ndarray, what: str) -> None:
+        if bad.any():
+            row = rows[np.argmax(bad)]
+            where = "" if self.source is None else f"{self.source}: row {self.row[row] + 1}: "
+            raise InputError(
+                f"{where}image {self.section[row] + 1} of {self.layouts[self.file[row]].path} "
+                f"{what}; mend it or take its row out"
+            )
+
+
+def _rebuilt(
+    layouts: Sequence[Layout],
+    file: np.ndarray,
+    section: np.ndarray,
+    source: PathLike | None,
+    row: np.ndarray,
+) -> ImageStack:
+    return ImageStack(layouts, file, section, source=source, row=row)

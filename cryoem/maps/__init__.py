@@ -1,0 +1,36 @@
+"""Judging a map: Fourier shell correlation, half-maps, masks, coverage, registration."""
+
+from .bias import ReferenceBias, reference_bias
+from .correlation import (
+    Fsc,
+    HalfMapFsc,
+    HalfMaps,
+    Resolution,
+    fsc,
+    half_map_fsc,
+    write_fsc,
+)
+from .masks import soft_mask
+from .registration import Registration, mirrored, register, turned
+from .sampling import Coverage, coverage
+from .shells import filtered
+
+__all__ = [
+    "Coverage",
+    "Fsc",
+    "HalfMapFsc",
+    "HalfMaps",
+    "ReferenceBias",
+    "Registration",
+    "Resolution",
+    "coverage",
+    "filtered",
+    "fsc",
+    "half_map_fsc",
+    "mirrored",
+    "reference_bias",
+    "register",
+    "soft_mask",
+    "turned",
+    "write_fsc",
+]

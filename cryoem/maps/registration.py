@@ -1,0 +1,240 @@
+"""Moving maps: mirrored, turned, and laid onto a reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.fft
+from jaxtyping import Complex, Float
+from scipy import ndimage
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+
+from .. import fourier, rotations, threads
+from ..density import Density
+from ..errors import InputError
+from .shells import common_box, of_half_spectrum
+
+__all__ = ["Registration", "mirrored", "register", "turned"]
+
+
+def mirrored(density: Density) -> Density:
+    """Mirror image ``V(-r)`` about the origin voxel."""
+    values = density.values
+    for axis in range(3):
+        values = np.flip(values, axis)
+        if density.values.shape[axis] % 2 == 0:
+            values = np.roll(values, 1, axis)
+    return Density(values, density.voxel_size_angstrom)
+
+
+def _transform(
+    values: Float[np.ndarray, "n n n"], k: Float[np.ndarray, "m 3"]
+) -> Complex[np.ndarray, " m"]:
+    """Transform of a cube at frequencies xyz, cycles per box."""
+    import finufft
+
+    n = values.shape[0]
+    z, y, x = (np.ascontiguousarray(2 * np.pi / n * k[:, a], np.float32) for a in (2, 1, 0))
+    volume = np.ascontiguousarray(values, np.complex64)
+    return finufft.nufft3d2(
+        z, y, x, volume, eps=1e-5, isign=-1, nthreads=threads.count(), showwarn=0
+    )
+
+
+def _half_ball(n: int) -> tuple[tuple[np.ndarray, ...], Float[np.ndarray, "m 3"]]:
+    """Indices and frequencies, xyz, of a half spectrum within Nyquist."""
+    inside = np.nonzero(fourier.radius((n,) * 3, half=True) < n / 2)
+    f = fourier.frequencies(n)
+    return inside, np.stack([inside[2].astype(float), f[inside[1]], f[inside[0]]], axis=1)
+
+
+def turned(
+    density: Density,
+    quaternion: Float[np.ndarray, "4"],
+    shift_angstrom: Float[np.ndarray, "3"] | Sequence[float] = (0.0, 0.0, 0.0),
+) -> Density:
+    """Turn a density by ``A`` and then move it: ``V(A^-1 (r - t))``, in Fourier space.
+
+    Parameters
+    ----------
+    density : Density, a cube
+    quaternion : (4,) array
+    shift_angstrom : (3,) array, xyz
+
+    Returns
+    -------
+    Density
+        Limited to the ball of frequencies below Nyquist.
+    """
+    n = density.box_px
+    inside, k = _half_ball(n)
+    values = _transform(density.values, Rotation.from_quat(quaternion).inv().apply(k))
+    t = np.asarray(shift_angstrom, float) / (n * density.voxel_size_angstrom)
+    spectrum = np.zeros((n, n, n // 2 + 1), np.complex64)
+    spectrum[inside] = values * np.exp(-2j * np.pi * k @ t)
+    real = scipy.fft.fftshift(of_half_spectrum(spectrum, n))
+    return Density(real, density.voxel_size_angstrom)
+
+
+# --------------------------------------------------------------------------------------
+# Registration
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A map laid onto a reference.
+
+    Attributes
+    ----------
+    density : Density
+        The map after it.
+    quaternion : (4,) array
+        The rotation that was fitted.
+    shift_angstrom : (3,) array, xyz
+        Applied after the rotation.
+    mirrored : bool
+        Whether the mirror image fitted better; always False where it was not allowed.
+    correlation : float
+        In the band of frequencies that was fitted.
+    """
+
+    density: Density
+    quaternion: Float[np.ndarray, "4"]
+    shift_angstrom: Float[np.ndarray, "3"]
+    mirrored: bool
+    correlation: float
+
+
+class _Spectrum:
+    """A cube's transform, interpolated: coarse and quick, for searches only."""
+
+    def __init__(self, values: Float[np.ndarray, "n n n"]) -> None:
+        self.n = values.shape[0]
+        padded = fourier.crop_or_pad(values, (2 * self.n,) * 3)
+        f = scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(padded), workers=fourier.WORKERS))
+        self._linear = [f.real.copy(), f.imag.copy()]
+        self._cubic = [ndimage.spline_filter(part, output=np.float32) for part in self._linear]
+
+    def at(self, k: Float[np.ndarray, "*m 3"], *, quick: bool = False) -> Complex[np.ndarray, "*m"]:
+        """Transform at frequencies xyz, cycles per box."""
+        at = np.moveaxis(2 * k[..., ::-1] + self.n, -1, 0)
+        parts, order = (self._linear, 1) if quick else (self._cubic, 3)
+        real, imaginary = (
+            ndimage.map_coordinates(part, at, order=order, prefilter=False) for part in parts
+        )
+        return real + 1j * imaginary
+
+
+@dataclass(frozen=True)
+class _Pose:
+    """How a map lies on a reference, and how well."""
+
+    mirrored: bool
+    quaternion: Float[np.ndarray, "4"]
+    shift_angstrom: Float[np.ndarray, "3"]
+    correlation: float
+
+
+class _Comparison:
+    """A map and a reference, compared at random frequencies."""
+
+    def __init__(
+        self, density: Density, reference: Density, hands: Sequence[bool], small: int, seed: int
+    ) -> None:
+        self.extent = reference.box_px * reference.voxel_size_angstrom
+        self.finest = 2 * reference.voxel_size_angstrom
+        self.rng = np.random.default_rng(seed)
+        self.target = _Spectrum(reference.resampled(small).values)
+        self.sources = {
+            hand: _Spectrum((mirrored(density) if hand else density).resampled(small).values)
+            for hand in hands
+        }
+
+    def band(
+        self, cutoff_angstrom: float, count: int
+    ) -> tuple[Float[np.ndarray, "m 3"], Complex[np.ndarray, " m"]]:
+        """Random frequencies of a ball, and the reference's transform there, of unit norm."""
+        k = self.rng.standard_normal((count, 3))
+        k *= self.rng.random((count, 1)) ** (1 / 3) / np.linalg.norm(k, axis=1, keepdims=True)
+        k *= self.extent / max(cutoff_angstrom, self.finest)
+        f = self.target.at(k)
+        return k, f / np.linalg.norm(f)
+
+    def search(self, cutoff_angstrom: float, count: int, best: int) -> list[_Pose]:
+        """The ``best`` poses of all rotations, none of them shifted."""
+        k, wanted = self.band(cutoff_angstrom, count)
+        grid, poses = rotations.grid(6000), []
+        for hand, source in self.sources.items():
+            for part in np.array_split(grid, 12):
+                turned_k = Rotation.from_quat(rotations.inverse(part)).as_matrix() @ k.T
+                f = source.at(turned_k.transpose(0, 2, 1), quick=True)
+                scores = (f @ wanted.conj()).real / np.linalg.norm(f, axis=1)
+                poses += [_Pose(hand, q, np.zeros(3), s) for q, s in zip(part, scores, strict=True)]
+        return sorted(poses, key=lambda pose: -pose.correlation)[:best]
+
+    def fit(self, start: _Pose, cutoff_angstrom: float, count: int) -> _Pose:
+        """The best pose near ``start``."""
+        k, wanted = self.band(cutoff_angstrom, count)
+        source, q = self.sources[start.mirrored], Rotation.from_quat(start.quaternion)
+
+        def rotation(p: np.ndarray) -> Rotation:
+            # Powell's first steps are 1 along each axis: an angstrom, a tenth of a radian.
+            return Rotation.from_rotvec(p[:3] / 10) * q
+
+        def loss(p: np.ndarray) -> float:
+            moved = np.exp(-2j * np.pi * k @ p[3:] / self.extent)
+            f = source.at(rotation(p).inv().apply(k)) * moved
+            return -float((f @ wanted.conj()).real / np.linalg.norm(f))
+
+        p0 = np.r_[0, 0, 0, start.shift_angstrom]
+        best = minimize(loss, p0, method="Powell", options={"xtol": 1e-3})
+        return _Pose(start.mirrored, rotation(best.x).as_quat(), best.x[3:], -best.fun)
+
+
+def register(
+    density: Density,
+    reference: Density,
+    *,
+    allow_mirror: bool = True,
+    resolution_angstrom: float = 15.0,
+    seed: int = 0,
+) -> Registration:
+    """Lay a map onto a reference by rotation, shift and, where allowed, hand.
+
+    A coarse search over all rotations at 30 A or so, then a local fit of the best few at
+    ``resolution_angstrom``.
+
+    Parameters
+    ----------
+    density, reference : Density, cubes of the same box and voxel size
+    allow_mirror : bool
+        Try the mirror image too: images alone cannot tell the hand.
+    resolution_angstrom : float
+        The finest detail that is fitted.
+    seed : int
+        Of the frequencies that the coarse search looks at.
+
+    Returns
+    -------
+    Registration
+    """
+    n, voxel = common_box(reference, density), reference.voxel_size_angstrom
+    if not (density.values.any() and reference.values.any()):
+        raise InputError("a map that is zero everywhere cannot be registered")
+    # The finest detail stands at two thirds of the coarser sampling's Nyquist.
+    small = min(n, 4 * int(np.ceil(0.75 * n * voxel / resolution_angstrom)))
+    hands = [False, True] if allow_mirror else [False]
+    comparison = _Comparison(density, reference, hands, small, seed)
+    candidates = comparison.search(2 * resolution_angstrom, count=600, best=6)
+    fits = [comparison.fit(pose, 1.5 * resolution_angstrom, count=800) for pose in candidates]
+    nearest = max(fits, key=lambda pose: pose.correlation)
+    pose = comparison.fit(nearest, resolution_angstrom, count=4000)
+    source = mirrored(density) if pose.mirrored else density
+    return Registration(
+        turned(source, pose.quaternion, pose.shift_angstrom),
+        pose.quaternion,
+        pose.shift_angstrom,
+        pose.mirrored,
+        pose.correlation,
+    )

@@ -1,0 +1,438 @@
+"""The particle stack: images with all that is known of each. Every step takes it and returns it.
+
+A stack comes from :func:`cryoem.simulate` or :func:`cryoem.read_particles`; the steps of the method
+return it with more known: orientations, shifts, contrasts, expected errors. Images may be an array
+or lie in files; what is asked for is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+from . import imaging, rotations
+from .errors import InputError
+from .rotations import Seed
+
+__all__ = [
+    "PER_PARTICLE",
+    "CtfParameters",
+    "Images",
+    "Noise",
+    "ParticleFile",
+    "ParticleStack",
+    "Rows",
+    "random_half_sets",
+]
+
+#: Which particles: a range, or indices in any order.
+Rows = slice | np.ndarray
+
+
+class Images(Protocol):
+    """Images that are read where they are indexed: an array, or an ``ImageStack`` of files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(n, size, size)``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: int | Rows, /) -> np.ndarray: ...
+
+
+#: Of a field with one row a particle: what selects particles selects its rows.
+PER_PARTICLE = {"rows": True}
+
+
+@dataclass(frozen=True, eq=False)
+class CtfParameters:
+    """Parameters of each particle's contrast transfer function, in RELION's conventions.
+
+    One number stands for all particles.
+
+    Attributes
+    ----------
+    defocus_u_angstrom, defocus_v_angstrom : (n,) arrays
+        Positive under focus; ``defocus_v_angstrom`` is by default ``defocus_u_angstrom``.
+    defocus_angle_degrees : (n,) array
+        From +x (columns) to +y (rows).
+    voltage_kv, spherical_aberration_mm, amplitude_contrast : (n,) arrays
+        The microscope's: alike within an optics group.
+    phase_shift_degrees : (n,) array
+    b_factor_angstrom2 : (n,) array
+        Envelope ``exp(-B k^2 / 4)``.
+    """
+
+    defocus_u_angstrom: Float[np.ndarray, " n"]
+    defocus_v_angstrom: Float[np.ndarray, " n"] | None = None
+    defocus_angle_degrees: Float[np.ndarray, " n"] | float = 0.0
+    voltage_kv: Float[np.ndarray, " n"] | float = 300.0
+    spherical_aberration_mm: Float[np.ndarray, " n"] | float = 2.7
+    amplitude_contrast: Float[np.ndarray, " n"] | float = 0.1
+    phase_shift_degrees: Float[np.ndarray, " n"] | float = 0.0
+    b_factor_angstrom2: Float[np.ndarray, " n"] | float = 0.0
+
+    def __post_init__(self) -> None:
+        u = np.atleast_1d(np.asarray(self.defocus_u_angstrom, np.float64))
+        if self.defocus_v_angstrom is None:
+            object.__setattr__(self, "defocus_v_angstrom", u)
+        for f in fields(self):
+            values = np.asarray(getattr(self, f.name), np.float64)
+            if values.shape not in ((), u.shape) or u.ndim != 1 or not np.isfinite(values).all():
+                raise InputError(
+                    f"{f.name} must be finite: one number, or one for each of {len(u)} particles; "
+                    f"got shape {values.shape}"
+                )
+            object.__setattr__(self, f.name, np.broadcast_to(values, u.shape))
+
+    def __len__(self) -> int:
+        return len(self.defocus_u_angstrom)
+
+    def select(self, rows: Rows) -> CtfParameters:
+        """Those of some particles."""
+        return CtfParameters(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def values(self, box_px: int, pixel_size_angstrom: float) -> Float[np.ndarray, "n y x"]:
+        """The functions on the half grid of ``rfft2``; see :func:`cryoem.imaging.ctf`."""
+        parameters = {f.name: getattr(self, f.name) for f in fields(self)}
+        return imaging.ctf(box_px, pixel_size_angstrom, **parameters)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a stack's images: white.
+
+    Attributes
+    ----------
+    variance : float
+        Per pixel.
+    """
+
+    variance: float
+
+
+@dataclass(frozen=True, eq=False)
+class ParticleFile:
+    """What a particle file says beside its rows.
+
+    Attributes
+    ----------
+    path : Path
+    optics : dict of str to (g,) arrays
+        The table of optics groups, with every column, in order.
+    other_blocks : tuple of str
+        The file's other blocks, as they stand.
+    """
+
+    path: Path
+    optics: Mapping[str, np.ndarray]
+    other_blocks: tuple[str, ...] = ()
+
+
+def _zeros() -> np.ndarray:
+    return np.zeros(())  # as many as there are particles, once that is known
+
+
+@dataclass(frozen=True, eq=False)
+class ParticleStack:
+    """Particle images and all that is known of each.
+
+    Attributes
+    ----------
+    images : (n, size, size) array
+        Or images in files (:class:`cryoem.io.stacks.ImageStack`), read where they are indexed.
+    pixel_size_angstrom : float
+    quaternions : (n, 4) array, unit, xyzw, or None
+        Orientations; None: unknown.
+    shifts_px : (n, 2) array, pixels
+        Where each particle was moved to, (x, y): the opposite of a STAR file's origin, which is
+        what centres it. By default zeros.
+    ctf_parameters : CtfParameters or None
+        None: images without a CTF.
+    half_set : (n,) int array or None
+        1 or 2, as in ``rlnRandomSubset``.
+    optics_group : (n,) int array
+        Row of the table of optics groups, from 0. By default zeros.
+    contrast : (n,) array or None
+        How strongly each image shows the density; None: all alike.
+    expected_error_rad : (n,) array or None
+        Mean angle by which each orientation is expected to be off.
+    noise : Noise or None
+    columns : dict of str to (n,) arrays
+        Further columns of a particle file, by their names there, in order.
+    origin : ParticleFile or None
+        Where the stack was read from.
+    """
+
+    images: Images = field(metadata=PER_PARTICLE)
+    pixel_size_angstrom: float
+    quaternions: Float[np.ndarray, "n 4"] | None = field(default=None, metadata=PER_PARTICLE)
+    shifts_px: Float[np.ndarray, "n 2"] = field(default_factory=_zeros, metadata=PER_PARTICLE)
+    ctf_parameters: CtfParameters | None = field(default=None, metadata=PER_PARTICLE)
+    half_set: Int[np.ndarray, " n"] | None = field(default=None, metadata=PER_PARTICLE)
+    optics_group: Int[np.ndarray, " n"] = field(default_factory=_zeros, metadata=PER_PARTICLE)
+    contrast: Float[np.ndarray, " n"] | None = field(default=None, metadata=PER_PARTICLE)
+    expected_error_rad: Float[np.ndarray, " n"] | None = field(default=None, metadata=PER_PARTICLE)
+    noise: Noise | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict, metadata=PER_PARTICLE)
+    origin: ParticleFile | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(ParticleStack):
+            object.__setattr__(self, f.name, self._checked(f.name, getattr(self, f.name)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def box_px(self) -> int:
+        """Edge of the images."""
+        return self.images.shape[1]
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """A field's value as it is kept, or what is wrong with it."""
+        if name == "images":
+            return _checked_images(value)
+        if name == "pixel_size_angstrom":
+            if not (np.isfinite(value) and value > 0):
+                raise InputError(f"pixel_size_angstrom must be positive, got {value}")
+            return float(value)
+        n = len(self)
+        if name == "shifts_px":
+            empty = value is None or np.ndim(value) == 0
+            return _finite(name, np.zeros((n, 2)) if empty else value, (n, 2))
+        if name == "optics_group":
+            empty = value is None or np.ndim(value) == 0
+            value = np.zeros(n, int) if empty else np.asarray(value)
+            if value.shape != (n,) or value.dtype.kind not in "iu" or (value < 0).any():
+                raise InputError(f"optics_group must hold {n} integers from 0, got {value!r}")
+        elif name == "columns":
+            value = {column: np.asarray(values) for column, values in (value or {}).items()}
+            for column, values in value.items():
+                if values.shape != (n,):
+                    raise InputError(f"column {column} must hold {n} values, got {values.shape}")
+        elif value is None:
+            return None
+        elif name == "quaternions":
+            value = rotations.check(value)
+            if len(value) != n:
+                raise InputError(
+                    f"quaternions: wanted one quaternion an image; got {len(value)} and {n} images"
+                )
+        elif name == "ctf_parameters" and len(value) != n:
+            if len(value) != 1:
+                raise InputError(f"ctf_parameters must be of {n} images, got {len(value)}")
+            value = value.select(np.zeros(n, int))
+        elif name == "half_set":
+            value = np.asarray(value)
+            if value.shape != (n,) or not np.isin(value, (1, 2)).all():
+                raise InputError(f"half_set must hold {n} values, 1 or 2, got {value!r}")
+            value = value.astype(int)
+        elif name in ("contrast", "expected_error_rad"):
+            value = _finite(name, value, (n,))
+        return value
+
+    # ----------------------------------------------------------------------------------
+    # Other stacks of the same particles, or of some of them
+
+    def replace(self, **changes: object) -> Self:
+        """The same stack with other values of some fields, which are checked."""
+        new = copy.copy(self)
+        for name, value in changes.items():
+            if name not in {f.name for f in fields(self)}:
+                raise InputError(f"a particle stack has no {name}")
+            object.__setattr__(new, name, self._checked(name, value))
+        if len(new) != len(self):
+            raise InputError(f"images: wanted {len(self)}, one a particle, got {len(new)}")
+        return new
+
+    def extended(self, kind: type[Kind], **more: object) -> Kind:
+        """Return this stack as one of a kind that knows more: all its fields, some new or replaced.
+
+        Parameters
+        ----------
+        kind : subclass of ParticleStack
+            Its own fields are taken as they are given.
+        """
+        names = {f.name for f in fields(ParticleStack)}
+        known = self.replace(**{name: more[name] for name in more.keys() & names})
+        new = object.__new__(kind)
+        for name in names:
+            object.__setattr__(new, name, getattr(known, name))
+        for name in more.keys() - names:
+            object.__setattr__(new, name, more[name])
+        return new
+
+    def select(self, rows: Rows) -> Self:
+        """Some of the particles, in the order of ``rows``; their images are not read.
+
+        Parameters
+        ----------
+        rows : slice, or (m,) array of int or bool
+        """
+        if not isinstance(rows, slice):
+            rows = np.asarray(rows)
+            if rows.dtype == bool and rows.shape != (len(self),):
+                raise InputError(f"rows must hold {len(self)} truth values, got {rows.shape}")
+            rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+            if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+                raise InputError(f"rows must be a list of integers, got {rows.dtype} {rows.shape}")
+            rows = rows.astype(int)
+        new = copy.copy(self)
+        object.__setattr__(new, "images", _selected_images(self.images, rows))
+        for f in fields(self):
+            if "rows" in f.metadata and f.name != "images":
+                object.__setattr__(new, f.name, _selected(getattr(self, f.name), rows))
+        return new
+
+    def chunks(self, size: int) -> Iterator[Self]:
+        """The stack in parts of ``size`` particles, the last one shorter."""
+        if size < 1:
+            raise InputError(f"a chunk must hold at least one particle, got {size}")
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size))
+
+    def with_poses(self, quaternions: ArrayLike, shifts_px: ArrayLike | None = None) -> Self:
+        """The same particles at other orientations, and where given at other shifts."""
+        moved = {} if shifts_px is None else {"shifts_px": shifts_px}
+        return self.replace(quaternions=quaternions, **moved)
+
+    def without_poses(self) -> Self:
+        """What a user has: the same particles, orientations, shifts and contrasts unknown."""
+        return self.replace(
+            quaternions=None, shifts_px=None, contrast=None, expected_error_rad=None
+        )
+
+    def with_images(self, images: ArrayLike, *, pixel_size_angstrom: float | None = None) -> Self:
+        """The same particles in other images: cropped, centred or resampled.
+
+        Shifts are kept in angstrom; what is kept of the noise is dropped where pixels change.
+        """
+        new = self.replace(images=images)
+        if pixel_size_angstrom is None:
+            return new
+        scale = self.pixel_size_angstrom / pixel_size_angstrom
+        return new.replace(
+            pixel_size_angstrom=pixel_size_angstrom, shifts_px=self.shifts_px * scale, noise=None
+        )
+
+    def with_half_sets(self, seed: Seed) -> Self:
+        """The same particles in two halves: those that the stack has, else at random."""
+        if self.half_set is not None:
+            return self
+        return self.replace(half_set=random_half_sets(len(self), seed))
+
+    def with_columns(self, columns: Mapping[str, ArrayLike]) -> Self:
+        """The same particles with further columns, new or in place of those of the same name."""
+        return self.replace(columns={**self.columns, **columns})
+
+    # ----------------------------------------------------------------------------------
+
+    def ctf(self, rows: Rows = slice(None)) -> Float[np.ndarray, "m y x"] | None:
+        """Contrast transfer functions of some particles, (m, size, size // 2 + 1), or None.
+
+        By default of all, which for many particles is more than memory holds.
+        """
+        if self.ctf_parameters is None:
+            return None
+        return self.ctf_parameters.select(rows).values(self.box_px, self.pixel_size_angstrom)
+
+    def oriented(self) -> Float[np.ndarray, "n 4"]:
+        """The orientations, or ``InputError`` where they are unknown or there is no particle."""
+        if len(self) == 0:
+            raise InputError("wanted at least one image, got none")
+        if self.quaternions is None:
+            raise InputError("the particles have no orientations; see orient, or with_poses")
+        return self.quaternions
+
+    def half(self, number: int) -> Int[np.ndarray, " m"]:
+        """The rows of half-set 1 or 2, at least one."""
+        rows = np.flatnonzero(self.half_set == number)
+        if self.half_set is None or len(rows) == 0:
+            raise InputError(f"no particle is in half-set {number}; wanted some in both")
+        return rows
+
+
+Kind = TypeVar("Kind", bound=ParticleStack)
+
+
+def random_half_sets(n: int, seed: Seed) -> Int[np.ndarray, " n"]:
+    """Split ``n`` particles at random: (n,) ints, 1 or 2, as in ``rlnRandomSubset``.
+
+    Half-maps judge a map only if the halves were separated before their orientations were found;
+    so this stands at the beginning of a pipeline.
+    """
+    if n < 2:
+        raise InputError(f"wanted at least 2 particles to split, got {n}")
+    half_set = np.arange(n) % 2 + 1
+    rotations.generator(seed, "halves").shuffle(half_set)
+    return half_set
+
+
+# --------------------------------------------------------------------------------------
+
+
+class _SomeImages:
+    """Some rows of images, which are read or copied where they are indexed."""
+
+    def __init__(self, base: Images, rows: np.ndarray) -> None:
+        self.base, self.rows = base, rows
+        self.shape = (len(rows), *base.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self.base[self.rows[index]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        images = self[:]
+        return images if dtype is None else images.astype(dtype, copy=False)
+
+    def select(self, rows: Rows) -> _SomeImages:
+        return _SomeImages(self.base, self.rows[rows])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.array, (self[:],)  # other processes are sent these images, not all
+
+
+def _selected(value: Any, rows: Rows) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {name: values[rows] for name, values in value.items()}
+    return value.select(rows) if hasattr(value, "select") else value[rows]
+
+
+def _selected_images(images: Any, rows: Rows) -> Images:
+    if hasattr(images, "select"):
+        return images.select(rows)
+    if isinstance(images, np.ndarray) and isinstance(rows, slice):
+        return images[rows]  # a view
+    return _SomeImages(images, np.arange(len(images))[rows])
+
+
+def _checked_images(images: Any) -> Images:
+    if images is None:
+        raise InputError("a particle stack needs images")
+    if isinstance(images, (np.ndarray, list, tuple)) and not isinstance(images, np.memmap):
+        return imaging.check_images(images)
+    shape = images.shape
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise InputError(f"images must have shape (n, size, size), got {tuple(shape)}")
+    return images
+
+
+def _finite(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    found = np.asarray(values, np.float64)
+    if found.shape != shape or not np.isfinite(found).all():
+        raise InputError(f"{name} must be finite and have shape {shape}, got {found.shape}")
+    return found

@@ -1,0 +1,19 @@
+"""Poses to the limit: against a density, half against half, or against a reference."""
+
+from .check import cross_check, expected_error
+from .fit import RefinedStack, refine
+from .halves import HalvesRefinement, refine_halves
+from .reference import ReferenceRefinement, refine_against
+from .search import Search
+
+__all__ = [
+    "HalvesRefinement",
+    "ReferenceRefinement",
+    "RefinedStack",
+    "Search",
+    "cross_check",
+    "expected_error",
+    "refine",
+    "refine_against",
+    "refine_halves",
+]

@@ -1,0 +1,241 @@
+"""Refinement of poses and contrasts against a density, to the limit.
+
+An image is ``y = a S_t C P_R V + noise``: contrast ``a``, shift ``t``, CTF ``C``. Each particle
+takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
+(:mod:`cryoem.refinement.least_squares`), from several starts and at rising resolution
+(:mod:`cryoem.refinement.search`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from .. import evaluation, rotations
+from ..density import Density
+from ..errors import InputError
+from ..particles import PER_PARTICLE, ParticleStack
+from .least_squares import LeastSquares, descend_each
+from .search import Plan, Search, Stage, distinct_first, plan
+
+__all__ = ["RefinedStack", "refine"]
+
+#: No particle's contrast falls below this share of the median; at zero an image says nothing.
+LEAST_CONTRAST = 0.1
+#: From how many images, at most, the median contrast is taken.
+SAMPLE = 500
+POINTS_AT_ONCE = 2_000_000
+DEFAULT = Search()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RefinedStack(ParticleStack):
+    """Refined particles: poses, contrasts, and how well each is known.
+
+    ``expected_error_rad`` is the mean angle that each covariance lets expect.
+
+    Attributes
+    ----------
+    covariances : (n, 3, 3) array, radians squared
+        Of the rotation vector ``w`` in ``R exp([w])``, the shift and the contrast being unknown.
+    shift_covariances : (n, 2, 2) array, pixels squared
+    chi2 : (n,) array
+        Squared residual over what the noise lets expect: 1 where model and noise are right.
+    gain : (n,) array
+        Twice the logarithm of the likelihood of the fit over that of an empty image.
+    correlation : (n,) array
+        Of each image with its projection, over the frequencies that were used.
+    noise_variance : float
+        Per pixel: what was given, or estimated from the residuals.
+    resolution_angstrom : float
+        The finest detail that was used.
+    """
+
+    quaternions: Float[np.ndarray, "n 4"] = field(metadata=PER_PARTICLE)
+    contrast: Float[np.ndarray, " n"] = field(metadata=PER_PARTICLE)
+    expected_error_rad: Float[np.ndarray, " n"] = field(metadata=PER_PARTICLE)
+    covariances: Float[np.ndarray, "n 3 3"] = field(metadata=PER_PARTICLE)
+    shift_covariances: Float[np.ndarray, "n 2 2"] = field(metadata=PER_PARTICLE)
+    chi2: Float[np.ndarray, " n"] = field(metadata=PER_PARTICLE)
+    gain: Float[np.ndarray, " n"] = field(metadata=PER_PARTICLE)
+    correlation: Float[np.ndarray, " n"] = field(metadata=PER_PARTICLE)
+    noise_variance: float
+    resolution_angstrom: float
+
+
+def refine(
+    stack: ParticleStack,
+    density: Density,
+    *,
+    resolution_angstrom: float = 15.0,
+    search: Search = DEFAULT,
+    noise_variance: float | None = None,
+    progress: bool = False,
+) -> RefinedStack:
+    """Refine orientations, shifts and contrasts against a density.
+
+    Converges from about 0.3 rad. The noise is taken as white; an image's mean is not used.
+
+    Parameters
+    ----------
+    stack : ParticleStack
+        With the orientations and shifts to start from. Images in files are read in chunks.
+    density : Density, a cube
+        Of the images' extent; its box may be larger, where the images are down-sampled. Contrast is
+        1 for images in the units of :func:`cryoem.projection.project`.
+    resolution_angstrom : float
+        The finest detail of the density that is used. A density that was not made from these
+        images is used to 15 A only: what appears beyond is their own (:func:`refine_against`).
+    search : Search
+        How orientations are sought about the given ones.
+    noise_variance : float, optional
+        Per pixel. By default estimated from the residuals of all images; the refined parameters do
+        not depend on it, their covariances do.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    RefinedStack
+
+    Raises
+    ------
+    InputError
+        Shapes that do not fit, no orientations, or images of inverted contrast.
+
+    References
+    ----------
+    Golub and Pereyra, Inverse Problems 19 (2003), variable projection; Kay, "Fundamentals of
+    Statistical Signal Processing", I.3, covariances; Scheres, J. Struct. Biol. 180 (2012).
+    """
+    from tqdm.auto import tqdm
+
+    stack.oriented()
+    n, box = len(stack), stack.box_px
+    if box > density.box_px:
+        raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
+    if noise_variance is not None and not noise_variance > 0:
+        raise InputError(f"noise_variance must be positive, got {noise_variance}")
+    stages = plan(density, box, resolution_angstrom, search)
+    least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
+    q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
+    done = 0
+    with tqdm(total=n, desc="refinement", unit="particle", disable=not progress) as bar:
+        for part in stack.chunks(max(1, POINTS_AT_ONCE // stages.load)):
+            rows = slice(done, done + len(part))
+            q[rows], shifts[rows], grams[rows], fit = _refined(stages, part, search, least)
+            done += len(part)
+            bar.update(len(part))
+    return _judged(stack, q, shifts, grams, fit, noise_variance, stages.resolution_angstrom)
+
+
+def _observed(plan: Plan, stack: ParticleStack) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images' transforms at the plan's frequencies, (n, k), and their CTF there."""
+    images = plan.slices.from_images(stack.images[:])[:, plan.order]
+    ctf = stack.ctf()
+    return images, None if ctf is None else ctf[:, *plan.slices.index][:, plan.order]
+
+
+def _problem(
+    plan: Plan, stage: Stage, observed: np.ndarray, ctf: np.ndarray | None
+) -> LeastSquares:
+    c = stage.count
+    return LeastSquares(
+        stage.slices,
+        plan.frequencies[:c],
+        plan.weights[:c],
+        observed[:, :c],
+        None if ctf is None else ctf[:, :c],
+        plan.slices.box_px,
+    )
+
+
+def _refined(
+    plan: Plan, stack: ParticleStack, search: Search, least_contrast: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, LeastSquares]:
+    """Take a chunk of particles through all stages: (q, shifts, gram, last problem)."""
+    m = len(stack)
+    observed, ctf = _observed(plan, stack)
+    given_q = stack.oriented()[:, None]
+    given_shifts = stack.shifts_px[:, None]
+    # Candidates of each particle: (m, starts, ...).
+    q = rotations.perturb(given_q, search.offsets())
+    shifts = np.repeat(given_shifts, search.starts, axis=1)
+    for stage in plan.stages:
+        fit = _problem(plan, stage, observed, ctf)
+        fit.least_contrast = least_contrast
+        if stage is plan.stages[-1] and stage is not plan.stages[0]:
+            # Coarse detail may lead astray: what was given stays a candidate.
+            q = np.concatenate([q, given_q], axis=1)
+            shifts = np.concatenate([shifts, given_shifts], axis=1)
+        owner = np.repeat(np.arange(m), q.shape[1])
+        found = descend_each(
+            fit, owner, q.reshape(-1, 4), shifts.reshape(-1, 2), search.steps, stage.short
+        )
+        gain = fit.normal(found[2])[0].reshape(m, -1)
+        q, shifts, gram = (x.reshape(m, -1, *x.shape[1:]) for x in found)
+        best = np.arange(m)[:, None], distinct_first(gain, q, shifts)[:, : stage.keep]
+        q, shifts, gram = q[best], shifts[best], gram[best]
+    return q[:, 0], shifts[:, 0], gram[:, 0], fit
+
+
+def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) -> float:
+    """The floor of the contrasts, from how a random sample correlates where it starts."""
+    n = len(stack)
+    rows = np.arange(n)
+    if n > SAMPLE:
+        rows = np.sort(rotations.generator(0, "contrast").choice(n, SAMPLE, replace=False))
+    stage, grams = plan.stages[0], []
+    for part in stack.select(rows).chunks(max(1, POINTS_AT_ONCE // stage.count)):
+        fit = _problem(plan, stage, *_observed(plan, part))
+        grams.append(fit.gram(np.arange(len(part)), part.oriented(), part.shifts_px))
+    gram = np.concatenate(grams)
+    mm, my, yy = gram[:, 0, 0], gram[:, 0, 6], gram[:, 6, 6]
+    if not mm.sum() > 0:
+        raise InputError("the density is zero at the resolution that is used")
+    # Beside what noise of the images' own power would give, in standard deviations.
+    z = my.sum() / max(np.sqrt(np.sum(mm * yy) / fit.samples), 1e-30)
+    if wanted_positive and z < -6:
+        raise InputError(
+            "the images correlate negatively with the density: black and white are exchanged; "
+            "see imaging.flip_contrast"
+        )
+    typical = np.median(my / np.maximum(mm, 1e-30))
+    return LEAST_CONTRAST * max(typical, 0.01 * float(np.sqrt(yy.sum() / mm.sum())))
+
+
+def _judged(
+    stack: ParticleStack,
+    q: np.ndarray,
+    shifts: np.ndarray,
+    grams: np.ndarray,
+    fit: LeastSquares,
+    noise_variance: float | None,
+    resolution_angstrom: float,
+) -> RefinedStack:
+    """How well each particle's parameters are known."""
+    gain, contrast, matrix, _ = fit.normal(grams)
+    left = np.maximum(grams[:, 6, 6] - gain, 0) / (fit.samples - 6)  # six parameters
+    noise = float(left.mean()) if noise_variance is None else float(noise_variance)
+    scale = np.sqrt(np.maximum(np.einsum("nii->ni", matrix), 1e-30))
+    scale = 1 / (scale[:, :, None] * scale[:, None])
+    # What the image says nothing about gets a variance that is large, not infinite.
+    covariances = np.linalg.inv(matrix * scale + 1e-9 * np.eye(5)) * scale * noise
+    power = np.sqrt(np.maximum(grams[:, 0, 0] * grams[:, 6, 6], 1e-30))
+    safe = noise if noise > 0 else 1.0
+    return stack.extended(
+        RefinedStack,
+        quaternions=q,
+        shifts_px=shifts,
+        contrast=contrast,
+        expected_error_rad=evaluation.mean_error_of(covariances[:, :3, :3]),
+        covariances=covariances[:, :3, :3],
+        shift_covariances=covariances[:, 3:, 3:],
+        chi2=left / safe,
+        gain=gain / safe,
+        correlation=grams[:, 0, 6] / power,
+        noise_variance=noise,
+        resolution_angstrom=resolution_angstrom,
+    )

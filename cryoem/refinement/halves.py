@@ -1,0 +1,314 @@
+"""Refinement with the density only reconstructed, half against half: the gold-standard protocol.
+
+Two halves of the particles are kept apart, each refined against the map of its own, and only as far
+as the two maps agree: noise then builds no structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from jaxtyping import Float
+
+from .. import maps, matching, reconstruction, rotations
+from ..density import Density
+from ..errors import InputError
+from ..particles import ParticleStack
+from ..preprocessing import Preprocessing
+from ..rotations import Seed
+from .fit import DEFAULT, RefinedStack, refine
+from .search import Search
+
+__all__ = ["HalvesRefinement", "refine_halves"]
+
+
+@dataclass(frozen=True, eq=False)
+class HalvesRefinement:
+    """What refining two halves against their own maps ends with.
+
+    Attributes
+    ----------
+    particles : RefinedStack
+        Every particle against the map of all, at the end; with its half-set.
+    separate : RefinedStack
+        Every particle against the map of its own half, as the half-maps were made.
+    half_maps : HalfMaps
+        At the separate parameters; independent beyond ``joined_angstrom``.
+    mask : (m, m, m) array
+    fsc : HalfMapFsc
+    density : Density
+        The mean of the half-maps, filtered by ``sqrt(2 FSC / (1 + FSC))``. Its mirror image
+        (:func:`cryoem.maps.mirrored`, at :func:`cryoem.rotations.other_hand`) explains the images
+        as well: no projection tells the hand.
+    held_out_correlation : float
+        Mean correlation of images with projections of what is finer than ``joined_angstrom`` in the
+        map of the *other* half, to which they did not contribute; 1 is out of reach where there is
+        noise.
+    chance_correlation : float
+        The same with every image at another one's orientation.
+    resolutions_angstrom : tuple of float
+        To which each round refined.
+    joined_angstrom : float
+    """
+
+    particles: RefinedStack
+    separate: RefinedStack
+    half_maps: maps.HalfMaps
+    mask: Float[np.ndarray, "m m m"]
+    fsc: maps.HalfMapFsc
+    density: Density
+    held_out_correlation: float
+    chance_correlation: float
+    resolutions_angstrom: tuple[float, ...]
+    joined_angstrom: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """The half-maps of a round, and what each half is refined against next."""
+
+    pair: maps.HalfMaps
+    mask: np.ndarray
+    fsc: maps.HalfMapFsc
+    weight: np.ndarray
+    references: list[Density]
+
+    def masked(self, density: Density) -> Density:
+        return Density(self.mask * density.values, density.voxel_size_angstrom)
+
+
+def refine_halves(
+    stack: ParticleStack,
+    *,
+    rounds: int = 5,
+    resolution_angstrom: float = 30.0,
+    joined_angstrom: float = 40.0,
+    search: Search = DEFAULT,
+    seed: Seed = 0,
+    progress: bool = False,
+) -> HalvesRefinement:
+    """Reconstruct and refine in turns, without letting noise build structure.
+
+    Two halves of the particles are kept apart: each is refined against the map of its own, masked,
+    every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to the
+    resolution at which the FSC, corrected for the mask, falls below 0.143. What is coarser than
+    ``joined_angstrom`` the references share, so that their frames stay together; there the FSC
+    proves nothing. At the end the few particles that match the map of the other half better
+    elsewhere on the sphere are brought there, and all are refined once more, against the map of
+    all.
+
+    Parameters
+    ----------
+    stack : ParticleStack
+        With the orientations to start from, in any frame that a map can use
+        (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
+    rounds : int
+    resolution_angstrom : float
+        Of the first round; later rounds go as far as the FSC.
+    joined_angstrom : float
+    search : Search
+        Of the first round and the end. The others start where the last ended.
+    seed : int or numpy.random.Generator
+        Of the split, and of the random phases.
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    HalvesRefinement
+
+    References
+    ----------
+    Scheres and Chen, Nat. Methods 9 (2012), the two halves; Scheres, J. Struct. Biol. 180 (2012),
+    joining them at low resolution; Rosenthal and Henderson, J. Mol. Biol. 333 (2003), the weights.
+    """
+    from tqdm.auto import tqdm
+
+    stack.oriented()
+    if rounds < 1:
+        raise InputError(f"rounds must be positive, got {rounds}")
+    given = stack.with_half_sets(seed).replace(contrast=None)
+    near = replace(search, starts=1, coarse_to_fine=False)
+    now, used = given, []
+    for turn in tqdm(range(rounds), desc="rounds", disable=not progress):
+        maps_now = _round(now, joined_angstrom, seed)
+        limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
+        limit = max(limit, resolution_angstrom) if turn == 0 else limit
+        used.append(limit)
+        separate = refine_each_half(
+            now,
+            maps_now.references,
+            resolution_angstrom=limit,
+            search=near if turn else search,
+        )
+        # The scale of contrast and density together is free.
+        now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
+    last = _round(now, joined_angstrom, seed)
+    held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
+    return HalvesRefinement(
+        particles=_against_all(last, now, given, used[-1], search),
+        separate=separate,
+        half_maps=last.pair,
+        mask=last.mask,
+        fsc=last.fsc,
+        density=believed(last.pair, last.fsc),
+        held_out_correlation=held_out,
+        chance_correlation=chance,
+        resolutions_angstrom=tuple(used),
+        joined_angstrom=joined_angstrom,
+    )
+
+
+def _round(stack: ParticleStack, joined_angstrom: float, seed: Seed) -> _Round:
+    """Reconstruct the halves, see how far they agree, and filter them to that."""
+    pair = half_maps(stack, independent=True)
+    mask = maps.soft_mask(pair.mean)
+    fsc = maps.half_map_fsc(pair, mask, seed=seed)
+    weight = up_to_crossing(fsc.corrected, 0.143)
+    coarse = fsc.corrected.frequencies <= 1 / joined_angstrom
+    weight[coarse] = np.clip(fsc.corrected.values[coarse], 0.143, 1)
+    shared = _share_low_resolution(pair, joined_angstrom)
+    made = _Round(pair, mask, fsc, weight, [])
+    references = [made.masked(maps.filtered(d, weight)) for d in (shared.first, shared.second)]
+    return replace(made, references=references)
+
+
+def half_maps(stack: ParticleStack, *, independent: bool) -> maps.HalfMaps:
+    """Reconstruct each half-set, with little iteration: FSC and filters do the rest."""
+    first, second = (
+        reconstruction.reconstruct(stack.select(stack.half(half)), iterations=10, ridge=1e-2)
+        for half in (1, 2)
+    )
+    return maps.HalfMaps(first, second, independent)
+
+
+def up_to_crossing(curve: maps.Fsc, threshold: float) -> np.ndarray:
+    """The curve up to where it first falls below ``threshold``, 0 from there on."""
+    below = np.flatnonzero(curve.values < threshold)
+    values = np.clip(curve.values, 0, 1)
+    if len(below):
+        values[below[0] :] = 0
+    return values
+
+
+def believed(pair: maps.HalfMaps, fsc: maps.HalfMapFsc) -> Density:
+    """The mean of half-maps, each shell by what correlates: ``sqrt(2 FSC / (1 + FSC))``."""
+    f = up_to_crossing(fsc.corrected, 0.0)
+    return maps.filtered(pair.mean, np.sqrt(2 * f / (1 + f)))
+
+
+def _share_low_resolution(pair: maps.HalfMaps, resolution_angstrom: float) -> maps.HalfMaps:
+    """Let half-maps share what is coarser, so that their frames do not drift apart."""
+    low = pair.mean.low_passed(resolution_angstrom).values
+    first, second = (
+        Density(d.values - d.low_passed(resolution_angstrom).values + low, d.voxel_size_angstrom)
+        for d in (pair.first, pair.second)
+    )
+    return maps.HalfMaps(first, second, pair.independent)
+
+
+def refine_each_half(
+    stack: ParticleStack,
+    references: Sequence[Density],
+    *,
+    resolution_angstrom: float,
+    search: Search,
+) -> RefinedStack:
+    """Refine half-set 1 against the first reference, half-set 2 against the second."""
+    rows = [stack.half(half) for half in (1, 2)]
+    parts = [
+        refine(
+            stack.select(here), reference, resolution_angstrom=resolution_angstrom, search=search
+        )
+        for here, reference in zip(rows, references, strict=True)
+    ]
+    order = np.argsort(np.concatenate(rows))
+    found: dict[str, object] = {}
+    for f in fields(RefinedStack):  # in the particles' own order
+        values = [getattr(part, f.name) for part in parts]
+        if f.name in ("noise_variance", "resolution_angstrom"):
+            found[f.name] = float(np.mean(values))
+        elif "rows" in f.metadata and isinstance(values[0], np.ndarray) and f.name != "images":
+            found[f.name] = np.concatenate(values)[order]
+    return stack.extended(RefinedStack, **found)
+
+
+def _held_out(
+    last: _Round, stack: ParticleStack, resolution_angstrom: float, joined_angstrom: float
+) -> tuple[float, float]:
+    """Correlation with the map of the other half, to which an image did not contribute.
+
+    Nor to what was not shared of it. By chance: with every image at another one's orientation.
+    """
+    others = [
+        last.masked(
+            Density(
+                maps.filtered(d, last.weight).values
+                - maps.filtered(d.low_passed(0.8 * joined_angstrom), last.weight).values,
+                d.voxel_size_angstrom,
+            )
+        )
+        for d in (last.pair.second, last.pair.first)
+    ]
+    exchanged = stack.with_poses(np.roll(stack.oriented(), 1, axis=0))
+    judge = Search(starts=1, steps=0)
+    held_out, chance = (
+        refine_each_half(at, others, resolution_angstrom=resolution_angstrom, search=judge)
+        for at in (stack, exchanged)
+    )
+    return float(held_out.correlation.mean()), float(chance.correlation.mean())
+
+
+def _against_all(
+    last: _Round,
+    stack: ParticleStack,
+    given: ParticleStack,
+    resolution_angstrom: float,
+    search: Search,
+) -> RefinedStack:
+    """Refine every particle against the map of all, those that were lost found again before."""
+    found = _found_again(stack, given, last.references[::-1], resolution_angstrom, search)
+    # The halves have said how far the map can be believed; so far, all may now use all of it.
+    weight = 2 * last.weight / (1 + last.weight)
+    whole = last.masked(maps.filtered(last.pair.mean, weight))
+    return refine(found, whole, resolution_angstrom=resolution_angstrom, search=search)
+
+
+def _found_again(
+    stack: ParticleStack,
+    given: ParticleStack,
+    others: Sequence[Density],
+    resolution_angstrom: float,
+    search: Search,
+) -> ParticleStack:
+    """Bring back particles that match better elsewhere on the sphere, with their given shifts.
+
+    Judged by the map of the half that a particle is not in: to that of its own it has contributed,
+    where it wrongly is; and there its shift has been led astray too.
+    """
+    q, shifts = stack.oriented().copy(), stack.shifts_px.copy()
+    box, voxel = others[0].box_px, others[0].voxel_size_angstrom
+    small = min(box, max(16, 2 * int(np.ceil(box * voxel / 15.0))))  # detail of 15 A is enough
+    for half, other in zip((1, 2), others, strict=True):
+        mine = stack.half(half)
+        matched = matching.match(given.select(mine), other, Preprocessing(box, small, small, voxel))
+        far = rotations.distance(matched.oriented(), q[mine]) > 2 * search.spread_rad
+        if not far.any():
+            continue
+        rows = mine[far]
+        here, there = (
+            refine(
+                start,
+                other,
+                resolution_angstrom=resolution_angstrom,
+                search=search,
+                noise_variance=1.0,  # of no effect on where they end
+            )
+            for start in (stack.select(rows), matched.select(far))
+        )
+        better = there.gain > here.gain
+        q[rows[better]] = there.oriented()[better]
+        shifts[rows[better]] = there.shifts_px[better]
+    return stack.with_poses(q, shifts)

@@ -1,0 +1,47 @@
+"""How many threads a process uses: one number for FFTs, finufft, BLAS and TensorFlow alike.
+
+It is the number of CPUs that the process may run on, or the environment variable
+``CRYOEM_THREADS``, read when this module is first imported. BLAS finds the CPUs by itself; where
+the variable is set, importing this module holds BLAS to it.
+"""
+
+import os
+from functools import cache
+
+from .errors import InputError
+
+__all__ = ["VARIABLE", "count"]
+
+#: The environment variable that overrides what the system says.
+VARIABLE = "CRYOEM_THREADS"
+
+
+@cache
+def count() -> int:
+    """Threads of every FFT, NUFFT, matrix product and network of this process.
+
+    CPUs that SLURM, ``taskset`` or a container's CPU set keep from the process do not count, nor do
+    the other workers of one machine: give each of those its share in ``CRYOEM_THREADS``. So too
+    under a quota of CPU time (``docker --cpus``), which is not seen here.
+    """
+    asked = os.environ.get(VARIABLE, "").strip()
+    if asked:
+        if not (asked.isascii() and asked.isdigit() and int(asked) > 0):
+            raise InputError(
+                f"the environment variable {VARIABLE} must be a positive integer, got {asked!r}"
+            )
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _limit_blas(threads: int) -> None:
+    import scipy.linalg  # noqa: F401  (its BLAS and NumPy's: only what is loaded can be told)
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(threads, user_api="blas")
+
+
+if os.environ.get(VARIABLE, "").strip():
+    _limit_blas(count())

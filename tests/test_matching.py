@@ -1,0 +1,97 @@
+"""Projection matching against a density that is known."""
+
+import numpy as np
+import pytest
+
+from cryoem import evaluation, imaging, rotations
+from cryoem.io.stacks import open_array
+from cryoem.matching import match
+from cryoem.particles import CtfParameters, ParticleStack
+from cryoem.preprocessing import Preprocessing
+from cryoem.projection import project
+
+BOX, VOXEL = 32, 7.0
+WHOLE = Preprocessing(BOX, BOX, BOX, VOXEL)
+#: 3000 balls of this radius fill SO(3).
+BALL = (6 * np.pi / 3000) ** (1 / 3)
+
+
+@pytest.fixture(scope="module")
+def density(phantom):
+    return phantom.density(BOX, VOXEL)
+
+
+def test_a_reference_matches_itself(density):
+    known = rotations.grid(500)[::50]
+    stack = ParticleStack(3 * project(density, known) + 1, VOXEL)
+    found = match(stack, density, WHOLE, references=500)
+    np.testing.assert_allclose(found.quaternions, known, atol=1e-12)
+    np.testing.assert_allclose(found.scores, 1, atol=1e-5)
+    assert found.images is stack.images
+
+
+def test_matching_is_right_to_its_grid(phantom, density):
+    true = rotations.uniform(300, 3)  # more than are matched at once
+    stack = ParticleStack(phantom.project(true, BOX, VOXEL), VOXEL)
+    found = match(stack, density, WHOLE, references=3000)
+    off = rotations.distance(found.quaternions, true)
+    # The best correlation is near the nearest reference.
+    assert off.mean() < BALL and off.max() < 3 * BALL
+    assert (found.scores > 0.9).all() and (found.scores <= 1 + 1e-5).all()
+
+
+def test_given_shifts_are_undone(density):
+    known = rotations.uniform(8, 4)
+    images, shifts = project(density, known), imaging.triangular_shifts(8, 1, 4.0)
+    moved = ParticleStack(imaging.shift(images, shifts), VOXEL, shifts_px=shifts)
+    plain = match(ParticleStack(images, VOXEL), density, WHOLE, references=500)
+    found = match(moved, density, WHOLE, references=500)
+    np.testing.assert_array_equal(found.quaternions, plain.quaternions)
+    np.testing.assert_array_equal(found.shifts_px, shifts)
+
+
+def test_phases_are_flipped_by_each_images_ctf(phantom, density, tmp_path):
+    n = 60
+    true = rotations.uniform(n, 5)
+    defoci = np.random.default_rng(6).uniform(50_000, 120_000, n)
+    parameters = CtfParameters(defoci, defoci - 2_000, 30.0)
+    images = imaging.apply_ctf(phantom.project(true, BOX, VOXEL), parameters.values(BOX, VOXEL))
+    np.save(tmp_path / "images.npy", images)
+    stack = ParticleStack(open_array(tmp_path / "images.npy"), VOXEL, ctf_parameters=parameters)
+    found, ignored = (
+        evaluation.orientation_errors(
+            match(x, density, WHOLE, references=3000).quaternions, true, over="none"
+        ).mean_rad
+        for x in (stack, stack.replace(ctf_parameters=None))
+    )
+    assert found < 1.2 * BALL
+    assert ignored > 1.5 * found
+    some = np.array([41, 3])
+    np.testing.assert_array_equal(
+        match(stack.select(some), density, WHOLE, references=500).quaternions,
+        match(stack, density, WHOLE, references=500).quaternions[some],
+    )
+
+
+def test_what_was_known_of_other_orientations_is_forgotten(density):
+    stack = ParticleStack(
+        project(density, rotations.uniform(3, 4)),
+        VOXEL,
+        contrast=np.ones(3),
+        expected_error_rad=np.full(3, 0.1),
+    )
+    found = match(stack, density, WHOLE, references=50)
+    assert found.contrast is None and found.expected_error_rad is None
+
+
+def test_noise_matches_badly(density):
+    noise = np.random.default_rng(0).standard_normal((20, BOX, BOX))
+    found = match(ParticleStack(noise, VOXEL), density, WHOLE, references=500)
+    assert found.scores.max() < 0.5
+    np.testing.assert_allclose(np.linalg.norm(found.quaternions, axis=1), 1, atol=1e-12)
+
+
+def test_no_image_has_no_match(density):
+    none = ParticleStack(np.zeros((0, BOX, BOX)), VOXEL)
+    found = match(none, density, WHOLE, references=20)
+    assert found.quaternions.shape == (0, 4) and found.scores.shape == (0,)

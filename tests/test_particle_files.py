@@ -1,0 +1,994 @@
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import gemmi
+import mrcfile
+import numpy as np
+import pandas as pd
+import pytest
+import starfile
+from particle_files import (
+    DEFOCUS,
+    HALF_SET,
+    IMAGES,
+    PIXEL,
+    SHIFTS,
+    Q,
+    cryosparc,
+    in_memory,
+    relion30,
+    relion31,
+)
+
+from cryoem import (
+    ParticleStack,
+    density,
+    fourier,
+    imaging,
+    project,
+    read_density,
+    read_particles,
+    rotations,
+    simulate,
+    write_density,
+    write_particles,
+)
+from cryoem.errors import InputError, StorageError
+from cryoem.io import files, star
+from cryoem.io.stacks import ImageStack
+from cryoem.particles import CtfParameters
+
+
+@pytest.fixture
+def written(tmp_path):
+    return relion31(tmp_path)
+
+
+def rewritten(path, change):
+    """The file with its blocks changed by ``change``, as RELION 3.1 again."""
+    blocks = starfile.read(path, always_dict=True)
+    for name, block in blocks.items():
+        if isinstance(block, dict):
+            blocks[name] = pd.DataFrame([block])
+    change(blocks)
+    starfile.write(blocks, path, overwrite=True)
+    return path
+
+
+# --------------------------------------------------------------------------------------
+# Round trips
+
+
+def test_particles_round_trip(written):
+    back = read_particles(written)
+    np.testing.assert_array_equal(back.images, IMAGES)
+    # Every digit is written: what is lost is lost in the angles' arithmetic.
+    assert rotations.distance(back.quaternions, Q).max() < 1e-13
+    np.testing.assert_allclose(back.shifts_px, SHIFTS, atol=1e-14)
+    assert back.pixel_size_angstrom == PIXEL and back.box_px == 12 and len(back) == 6
+    assert list(back.half_set) == HALF_SET
+    np.testing.assert_array_equal(back.ctf(), in_memory().ctf())
+
+
+def test_the_file_is_relions(written):
+    blocks = starfile.read(written)
+    optics, particles = blocks["optics"].iloc[0], blocks["particles"]
+    assert optics["rlnImagePixelSize"] == PIXEL
+    assert optics["rlnImageSize"] == 12 and optics["rlnImageDimensionality"] == 2
+    assert list(particles["rlnImageName"]) == [f"{i:06d}@particles.mrcs" for i in range(1, 7)]
+    np.testing.assert_array_equal(
+        particles[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]], rotations.to_relion(Q)
+    )
+    assert set(particles["rlnOpticsGroup"]) == {1}
+
+
+def test_the_stack_is_a_stack(written):
+    with mrcfile.open(written.with_suffix(".mrcs")) as mrc:
+        assert mrc.is_image_stack() and int(mrc.header.mode) == 2
+        assert float(mrc.voxel_size.x) == pytest.approx(PIXEL, rel=1e-5)
+
+
+def test_optics_and_ctf_round_trip(tmp_path):
+    microscope = {"voltage_kv": 200.0, "spherical_aberration_mm": 1.4, "amplitude_contrast": 0.07}
+    back = read_particles(relion31(tmp_path, **microscope))
+    wanted = imaging.ctf(12, PIXEL, *DEFOCUS.values(), **microscope)
+    np.testing.assert_array_equal(back.ctf(), wanted)
+    np.testing.assert_array_equal(back.ctf(slice(2, 4)), wanted[2:4])
+    np.testing.assert_array_equal(back.ctf(np.array([5, 0])), wanted[[5, 0]])
+
+
+def test_phase_shift_and_b_factor_enter_the_ctf(written):
+    def change(blocks):
+        blocks["particles"] = blocks["particles"].assign(rlnPhaseShift=90.0, rlnCtfBfactor=50.0)
+
+    back = read_particles(rewritten(written, change))
+    wanted = imaging.ctf(
+        12, PIXEL, *DEFOCUS.values(), phase_shift_degrees=90.0, b_factor_angstrom2=50.0
+    )
+    np.testing.assert_allclose(back.ctf(), wanted, atol=1e-6)
+
+
+def test_without_defocus_there_is_no_ctf(written):
+    def change(blocks):
+        blocks["particles"] = blocks["particles"].drop(columns=[*DEFOCUS])
+
+    assert read_particles(rewritten(written, change)).ctf() is None
+
+
+@pytest.mark.parametrize("other", [relion30, cryosparc, lambda f: cryosparc(f, passthrough=True)])
+def test_the_same_particles_of_every_kind_are_equal(written, tmp_path, other):
+    new, old = read_particles(written), read_particles(other(tmp_path))
+    np.testing.assert_array_equal(old.images, new.images)
+    # .cs keeps single precision: 1e-7 of an angle of pi.
+    assert rotations.distance(old.quaternions, new.quaternions).max() < 1e-6
+    np.testing.assert_allclose(old.shifts_px, new.shifts_px, atol=1e-6)
+    assert old.pixel_size_angstrom == pytest.approx(new.pixel_size_angstrom, abs=1e-9)
+    np.testing.assert_array_equal(old.half_set, new.half_set)
+    np.testing.assert_allclose(old.ctf(), new.ctf(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [relion30, cryosparc])
+def test_what_came_otherwise_is_written_as_relion_31(written, tmp_path, kind):
+    particles = read_particles(kind(tmp_path))
+    write_particles(tmp_path / "new.star", particles)
+    blocks = starfile.read(tmp_path / "new.star", always_dict=True)
+    assert set(blocks) == {"optics", "particles"}
+    assert "rlnOriginXAngst" in blocks["particles"] and "rlnOriginX" not in blocks["particles"]
+    assert blocks["optics"]["rlnVoltage"].iloc[0] == 300
+    back = read_particles(tmp_path / "new.star")
+    np.testing.assert_array_equal(back.quaternions, particles.quaternions)
+    np.testing.assert_array_equal(back.shifts_px, particles.shifts_px)
+    np.testing.assert_array_equal(back.ctf(), particles.ctf())
+
+
+def test_what_cryosparc_alone_knows_is_kept(written, tmp_path):
+    table = read_particles(cryosparc(tmp_path)).columns
+    assert list(table["uid"]) == [5, 3, 9, 1, 7, 11]
+    assert list(table["blob/shape"]) == ["12,12"] * 6
+
+
+def test_a_passthrough_of_other_particles_is_left_alone(written, tmp_path):
+    path = cryosparc(tmp_path, passthrough=True)
+    beside = tmp_path / "J1_passthrough_particles.cs"
+    data = np.load(beside)
+    data["uid"][0] = 1000
+    with beside.open("wb") as file:
+        np.save(file, data)
+    with pytest.raises(InputError, match="blob/path"):
+        read_particles(path)
+
+
+def two_groups(blocks):
+    first = blocks["optics"]
+    blocks["optics"] = pd.concat([first, first.assign(rlnOpticsGroup=7, rlnVoltage=200.0)])
+    blocks["particles"]["rlnOpticsGroup"] = [7, 1, 1, 7, 1, 1]
+
+
+def test_each_optics_group_has_its_microscope(written):
+    back = read_particles(rewritten(written, two_groups))
+    np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, [200, 300, 300, 200, 300, 300])
+
+
+def test_groups_of_a_relion_30_file_follow_its_rows(written, tmp_path):
+    path = relion30(tmp_path)
+
+    def change(blocks):
+        blocks[""]["rlnVoltage"] = [200, 300, 300, 200, 300, 300]
+
+    back = read_particles(rewritten(path, change))
+    np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, [200, 300, 300, 200, 300, 300])
+    assert list(back.columns["rlnOpticsGroup"]) == [1, 2, 2, 1, 2, 2]
+    assert list(back.optics_group) == [0, 1, 1, 0, 1, 1]
+
+
+STRANGE = """# version 30001
+
+data_general
+
+_rlnCoarse  1
+_myNote  'kept as it is'
+
+data_optics
+
+loop_
+_rlnOpticsGroup #1
+_rlnOpticsGroupName #2
+_rlnImagePixelSize #3
+_rlnUnknown #4
+1 first 3.67 007
+2 unused 1.5 x
+
+data_particles
+
+loop_
+_myScore #1
+_rlnImageName #2
+_rlnGroupName #3
+_rlnOpticsGroup #4
+_myText #5
+1e-12 000003@particles.mrcs 0012 1 "two words"
+0.123456789012345 000001@particles.mrcs 0013 1 #7
+-5 000003@particles.mrcs 0014 1 "it's"
+
+data_empty
+
+loop_
+_a #1
+_b #2
+
+"""
+
+
+def test_every_row_column_and_block_is_kept_in_order(written, tmp_path):
+    source = tmp_path / "strange.star"
+    source.write_text(STRANGE.replace("#7", "a#7").replace("two words", "zwei Wörter"), "utf-8")
+    particles = read_particles(source)
+    assert particles.quaternions is None
+    new = tmp_path / "new.star"
+    oriented = particles.with_poses(Q[:3]).with_columns({"cryoemResidualRad": [0.1, 0.2, 0.3]})
+    assert write_particles(new, oriented) is None
+    text = new.read_text("utf-8")
+    assert "_myNote 'kept as it is'" in text and "data_empty" in text
+    blocks = {b.name: b for b in gemmi.cif.read_string(text.replace("ö", "oe"))}
+    loop = blocks["particles"].find_loop("_myScore").get_loop()
+    assert loop.tags == [
+        *("_myScore", "_rlnImageName", "_rlnGroupName", "_rlnOpticsGroup", "_myText"),
+        *("_cryoemResidualRad", "_rlnAngleRot", "_rlnAngleTilt", "_rlnAnglePsi"),
+    ]
+    assert list(loop.values)[:5] == [
+        "1e-12",
+        "000003@particles.mrcs",
+        "0012",
+        "1",
+        '"zwei Woerter"',
+    ]
+    assert list(loop.values)[9:14] == ["0.123456789012345", *loop.values[10:12], "1", "a#7"]
+    assert [loop.values[i] for i in (18, 20, 22)] == ["-5.0", "0014", "it's"]
+    optics = blocks["optics"].find_loop("_rlnUnknown").get_loop()
+    assert list(optics.values)[:4] == ["1", "first", "3.67", "007"] and optics.length() == 2
+    again = read_particles(new)
+    assert rotations.distance(again.quaternions, Q[:3]).max() < 1e-13
+    np.testing.assert_array_equal(again.images, IMAGES[[2, 0, 2]])
+    assert list(again.columns["myText"]) == ["zwei Wörter", "a#7", "it's"]
+    # What was read and is written again does not change any more.
+    write_particles(tmp_path / "again.star", again)
+    assert (tmp_path / "again.star").read_text("utf-8") == text
+
+
+def test_the_images_are_never_read_for_writing(written, tmp_path, monkeypatch):
+    particles = read_particles(written)
+    monkeypatch.setattr(ImageStack, "_read", None)
+    write_particles(tmp_path / "new.star", particles.with_poses(Q[::-1], -SHIFTS))
+    back = read_particles(tmp_path / "new.star")
+    assert rotations.distance(back.quaternions, Q[::-1]).max() < 1e-13
+    np.testing.assert_allclose(back.shifts_px, -SHIFTS, atol=1e-14)
+    assert list(back.columns) == list(particles.columns)
+
+
+# --------------------------------------------------------------------------------------
+# What is written of a file that was read
+
+RELIONS = """# version 30001
+
+data_optics
+
+loop_
+_rlnOpticsGroup #1
+_rlnOpticsGroupName #2
+_rlnVoltage #3
+_rlnSphericalAberration #4
+_rlnAmplitudeContrast #5
+_rlnImagePixelSize #6
+_rlnImageSize #7
+_rlnMtfFileName #8
+_rlnBeamTiltX #9
+_myNumber #10
+7 first 300 2.7 0.1 3.67 12 "a b.star" 0.0012 007
+3 second 200 2.7 0.1 3.6701 12 - -0.5 08
+
+data_particles
+
+loop_
+_rlnCoordinateX #1
+_rlnImageName #2
+_rlnAngleRot #3
+_rlnAngleTilt #4
+_rlnAnglePsi #5
+_rlnRandomSubset #6
+_rlnDefocusV #7
+_rlnDefocusU #8
+_rlnOpticsGroup #9
+_rlnOriginYAngst #10
+_rlnOriginXAngst #11
+_rlnGroupName #12
+_rlnAngleTiltPrior #13
+_cryoemContrast #14
+120.5 000004@particles.mrcs 370.0 90.0 -190.0 2 12000 11000 3 1.1 -0.3 007 12.5 1.01
+3.0 1@particles.mrcs -12.34567 -40.0 725.0 1 13000 14000 7 -0.7 10.123456 1_000 0.0 0.9
+7.25 000002@particles.mrcs 0.1 180.0 0.1 1 9000 9000 3 0.0 2.2 x -3.0 1.0
+
+"""
+
+
+def columns_of(text):
+    return {
+        block.name: {
+            tag: list(item.loop.values)[i :: item.loop.width()]
+            for item in block
+            for i, tag in enumerate(item.loop.tags)
+        }
+        for block in gemmi.cif.read_string(text)
+    }
+
+
+@pytest.fixture
+def relions(written):
+    path = written.with_name("relions.star")
+    path.write_text(RELIONS)
+    return path
+
+
+def test_what_nothing_has_changed_is_written_as_it_stands(relions, tmp_path):
+    new = tmp_path / "new.star"
+    write_particles(new, read_particles(relions))
+    before, after = columns_of(RELIONS), columns_of(new.read_text())
+    assert after["particles"] == before["particles"]
+    assert list(after["particles"]) == list(before["particles"])  # in this order
+    assert after["optics"].pop("_rlnImageDimensionality") == ["2", "2"]
+    assert after["optics"] == before["optics"]
+    write_particles(tmp_path / "again.star", read_particles(new))
+    assert (tmp_path / "again.star").read_text() == new.read_text()
+
+
+def test_some_rows_are_written_as_they_stand(relions, tmp_path):
+    new = tmp_path / "new.star"
+    write_particles(new, read_particles(relions).select(np.array([2, 0])))
+    before, after = columns_of(RELIONS)["particles"], columns_of(new.read_text())["particles"]
+    assert after == {name: [values[2], values[0]] for name, values in before.items()}
+
+
+def test_only_what_has_changed_is_written_anew(relions, tmp_path):
+    stack, new = read_particles(relions), tmp_path / "new.star"
+    half_set, contrast = [1, 2, 2], [2.0, 3.0, 4.0]
+    write_particles(
+        new, stack.replace(half_set=half_set, contrast=contrast).with_poses(Q[:3], SHIFTS[:3])
+    )
+    before, after = columns_of(RELIONS)["particles"], columns_of(new.read_text())["particles"]
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {
+        *("_rlnAngleRot", "_rlnAngleTilt", "_rlnAnglePsi", "_rlnOriginXAngst", "_rlnOriginYAngst"),
+        *("_rlnRandomSubset", "_cryoemContrast"),
+    }
+    back = read_particles(new)
+    assert rotations.distance(back.quaternions, Q[:3]).max() < 1e-13
+    np.testing.assert_allclose(back.shifts_px, SHIFTS[:3], atol=1e-14)
+    np.testing.assert_array_equal(back.half_set, half_set)
+    np.testing.assert_array_equal(back.contrast, contrast)
+
+
+def test_what_a_stack_has_forgotten_is_not_written(relions, tmp_path):
+    new = tmp_path / "new.star"
+    blind = read_particles(relions).without_poses().replace(half_set=None, ctf_parameters=None)
+    write_particles(new, blind)
+    back = read_particles(new)
+    for name in ("quaternions", "half_set", "contrast", "ctf_parameters", "expected_error_rad"):
+        assert getattr(back, name) is None
+    assert not back.shifts_px.any()
+    assert list(back.columns["rlnGroupName"]) == ["007", "1_000", "x"]
+
+
+def test_a_file_without_origins_gets_none(written, tmp_path):
+    def change(blocks):
+        origins = ["rlnOriginXAngst", "rlnOriginYAngst"]
+        blocks["particles"] = blocks["particles"].drop(columns=origins)
+
+    back = read_particles(rewritten(written, change))
+    write_particles(tmp_path / "new.star", back)
+    assert list(read_particles(tmp_path / "new.star").columns) == list(back.columns)
+    write_particles(tmp_path / "new.star", back.with_poses(Q, SHIFTS))
+    np.testing.assert_allclose(read_particles(tmp_path / "new.star").shifts_px, SHIFTS, atol=1e-14)
+
+
+def test_a_ctf_that_becomes_known_is_written(written, tmp_path):
+    def change(blocks):
+        blocks["particles"] = blocks["particles"].drop(columns=[*DEFOCUS])
+
+    bare = read_particles(rewritten(written, change))
+    assert bare.ctf_parameters is None
+    parameters = CtfParameters(
+        *DEFOCUS.values(), voltage_kv=200.0, phase_shift_degrees=np.linspace(0, 50, 6)
+    )
+    write_particles(tmp_path / "new.star", bare.replace(ctf_parameters=parameters))
+    back = read_particles(tmp_path / "new.star")
+    np.testing.assert_array_equal(back.ctf(), parameters.values(12, PIXEL))
+    assert "rlnVoltage" not in back.columns and list(back.origin.optics["rlnVoltage"]) == [200]
+
+
+def test_what_an_optics_group_says_is_said_again_only_where_it_has_changed(written, tmp_path):
+    def change(blocks):
+        blocks["optics"] = blocks["optics"].assign(rlnPhaseShift=90.0)
+
+    stack, new = read_particles(rewritten(written, change)), tmp_path / "new.star"
+    np.testing.assert_array_equal(stack.ctf_parameters.phase_shift_degrees, [90] * 6)
+    write_particles(new, stack)
+    assert "rlnPhaseShift" not in read_particles(new).columns
+    other = CtfParameters(*DEFOCUS.values(), phase_shift_degrees=np.linspace(0, 50, 6))
+    write_particles(new, stack.replace(ctf_parameters=other))
+    np.testing.assert_array_equal(read_particles(new).ctf(), other.values(12, PIXEL))
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_each_group_of_a_new_stack_has_its_microscope(written, tmp_path, in_a_file):
+    stack = read_particles(written) if in_a_file else in_memory()
+    group, voltage = np.array([1, 0, 0, 1, 0, 1]), np.array([200.0, 300, 300, 200, 300, 200])
+    mixed = stack.replace(ctf_parameters=CtfParameters(*DEFOCUS.values(), voltage_kv=voltage))
+    new = tmp_path / "new.star"
+    with pytest.raises(InputError, match=r"new\.star: row 2: rlnVoltage is 300, and 200"):
+        write_particles(new, mixed)
+    if in_a_file:  # whose one group is all that its table has
+        with pytest.raises(InputError, match=r"new\.star: optics_group 1 of 1"):
+            write_particles(new, mixed.replace(optics_group=group))
+        return
+    write_particles(new, mixed.replace(optics_group=group))
+    back = read_particles(new)
+    np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, voltage)
+    np.testing.assert_array_equal(back.optics_group, group)
+    assert list(back.origin.optics["rlnVoltage"]) == [300, 200]
+
+
+def test_a_pixel_size_that_was_corrected_is_written(written, tmp_path):
+    better = read_particles(written).replace(pixel_size_angstrom=3.5)
+    write_particles(tmp_path / "new.star", better)
+    back = read_particles(tmp_path / "new.star")
+    assert back.pixel_size_angstrom == 3.5
+    np.testing.assert_allclose(back.shifts_px, SHIFTS, atol=1e-14)
+
+
+@pytest.mark.parametrize("box", [12, 8])
+def test_images_that_were_changed_are_written_beside(relions, tmp_path, box):
+    # As preprocessing does: cropped and inverted, then brought to fewer pixels.
+    stack = read_particles(relions)
+    images = -imaging.crop(stack.images[:], box)
+    small = imaging.downsample(images, box // 2)
+    for made, pixel in ((images, None), (small, 2 * 3.6701)):
+        new = tmp_path / "new.star"
+        changed = stack.with_images(made, pixel_size_angstrom=pixel)
+        assert write_particles(new, changed) == tmp_path / "new.mrcs"
+        back = read_particles(new)
+        np.testing.assert_array_equal(back.images, made)
+        assert back.box_px == made.shape[1]
+        assert list(back.origin.optics["rlnImageSize"]) == [made.shape[1]] * 2
+        assert back.pixel_size_angstrom == changed.pixel_size_angstrom
+        assert list(back.columns["rlnImageName"]) == [f"{i:06d}@new.mrcs" for i in (1, 2, 3)]
+        with mrcfile.open(tmp_path / "new.mrcs") as mrc:
+            assert float(mrc.voxel_size.x) == pytest.approx(pixel or 3.6701, rel=1e-6)
+        # All else is what it was; origins are in angstrom, and stay.
+        assert rotations.distance(back.quaternions, stack.quaternions).max() < 1e-13
+        origins = [back.columns[name] for name in ("rlnOriginXAngst", "rlnOriginYAngst")]
+        np.testing.assert_allclose(origins, [[-0.3, 10.123456, 2.2], [1.1, -0.7, 0]], atol=1e-12)
+        assert list(back.columns) == list(stack.columns)
+        np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, [200, 300, 200])
+        assert list(back.columns["rlnGroupName"]) == ["007", "1_000", "x"]
+    # The stack that the first file names is as it was.
+    np.testing.assert_array_equal(read_particles(relions).images, stack.images[:])
+
+
+def test_images_of_another_file_are_named_there(written, tmp_path):
+    (tmp_path / "b").mkdir()
+    write_particles(tmp_path / "b" / "other.star", in_memory().replace(images=-IMAGES))
+    other = read_particles(tmp_path / "b" / "other.star").select(np.array([3, 1, 5, 0, 0, 2]))
+    exchanged = read_particles(written).with_images(other.images)
+    assert write_particles(tmp_path / "new.star", exchanged) is None
+    back = read_particles(tmp_path / "new.star")
+    np.testing.assert_array_equal(back.images, -IMAGES[[3, 1, 5, 0, 0, 2]])
+    assert rotations.distance(back.quaternions, Q).max() < 1e-13
+    # As they are where the stack was never in a particle file.
+    bare = ParticleStack(other.images, PIXEL, quaternions=Q)
+    assert write_particles(tmp_path / "bare.star", bare) is None
+    np.testing.assert_array_equal(read_particles(tmp_path / "bare.star").images, back.images)
+
+
+def test_an_array_in_a_file_is_a_stack_of_images(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    back = read_particles(tmp_path / "images.npy")
+    np.testing.assert_array_equal(back.images, IMAGES)
+    np.testing.assert_array_equal(back.select(np.array([4, 2])).images, IMAGES[[4, 2]])
+    assert back.pixel_size_angstrom == 1 and back.quaternions is None and back.origin is None
+    # A particle file cannot name it.
+    assert write_particles(tmp_path / "a.star", back) == tmp_path / "a.mrcs"
+    np.testing.assert_array_equal(read_particles(tmp_path / "a.star").images, IMAGES)
+
+
+# --------------------------------------------------------------------------------------
+# Where images lie
+
+
+def test_rows_may_come_in_any_order(written):
+    order = [5, 1, 1, 3]
+
+    def change(blocks):
+        blocks["particles"] = blocks["particles"].iloc[order]
+
+    back = read_particles(rewritten(written, change))
+    np.testing.assert_array_equal(back.images, IMAGES[order])
+    assert rotations.distance(back.quaternions, Q[order]).max() < 1e-6
+
+
+def test_images_may_lie_in_many_files_of_many_kinds(written, tmp_path):
+    (tmp_path / "a").mkdir()
+    mrcfile.write(tmp_path / "a" / "one.mrc", IMAGES[4])  # a single image
+    mrcfile.write(tmp_path / "two.mrcs", np.round(10 * IMAGES[:2]).astype(np.int16))
+    mrcfile.write(tmp_path / "half.mrcs", IMAGES[2:4].astype(np.float16))
+    big = mrcfile.read(tmp_path / "half.mrcs").astype(np.float32)
+    raw = bytearray((tmp_path / "particles.mrcs").read_bytes())
+    words = np.frombuffer(raw, "<i4").copy()
+    words[:56] = words[:56].byteswap()  # the header's numbers and the values, not its texts
+    words[256:] = words[256:].byteswap()
+    (tmp_path / "big.mrcs").write_bytes(words.tobytes())
+    names = [
+        *("a/one.mrc", "2@two.mrcs", "000001@half.mrcs", "1@two.mrcs"),
+        *("06@big.mrcs", "1@a/one.mrc"),
+    ]
+
+    def change(blocks):
+        blocks["particles"]["rlnImageName"] = names
+
+    back = read_particles(rewritten(written, change))
+    wanted = np.stack(
+        [IMAGES[4], np.round(10 * IMAGES[1]), big[0], np.round(10 * IMAGES[0]), *IMAGES[[5, 4]]]
+    )
+    assert back.images.shape == (6, 12, 12) and len(back.images) == 6
+    assert back.images[:].dtype == np.float32
+    np.testing.assert_array_equal(back.images, wanted)
+    np.testing.assert_array_equal(back.images[1], wanted[1])
+    np.testing.assert_array_equal(back.images[-2], wanted[-2])
+    np.testing.assert_array_equal(back.images[1:4], wanted[1:4])
+    np.testing.assert_array_equal(back.images[np.array([4, 0, 4])], wanted[[4, 0, 4]])
+    assert back.images[3:3].shape == (0, 12, 12)
+    with pytest.raises(IndexError):
+        back.images[6]
+    # Workers are sent the stack, not its images.
+    assert len(pickle.dumps(back.images)) < 5000
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(back.images)), wanted)
+
+
+@pytest.mark.parametrize("place", ["Refine3D/job007", "working directory"])
+def test_names_are_relative_as_users_have_them(written, tmp_path, monkeypatch, place):
+    folder = tmp_path / "project" / "Refine3D" / "job007"
+    folder.mkdir(parents=True)
+    stack = tmp_path / ("project" if place != "working directory" else "elsewhere") / "Extract"
+    stack.mkdir(parents=True)
+    shutil.move(written.with_suffix(".mrcs"), stack / "particles.mrcs")
+    moved = shutil.move(written, folder / "particles.star")
+
+    def change(blocks):
+        blocks["particles"]["rlnImageName"] = [f"{i}@Extract/particles.mrcs" for i in range(1, 7)]
+
+    rewritten(moved, change)
+    if place == "working directory":
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    back = read_particles(moved)
+    np.testing.assert_array_equal(back.images, IMAGES)
+    # What is found from the new file keeps its name, for RELION; what is not is made to be.
+    write_particles(folder / "new.star", back)
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(read_particles(folder / "new.star").images, IMAGES)
+    kept = read_particles(folder / "new.star").columns["rlnImageName"][0]
+    assert (kept == "1@Extract/particles.mrcs") == (place != "working directory")
+
+
+def test_another_stack_of_the_same_name_is_not_taken_for_the_right_one(written, tmp_path):
+    (tmp_path / "b").mkdir()
+    mrcfile.write(tmp_path / "b" / "particles.mrcs", -IMAGES)
+    write_particles(tmp_path / "b" / "new.star", read_particles(written))
+    np.testing.assert_array_equal(read_particles(tmp_path / "b" / "new.star").images, IMAGES)
+
+
+def test_fifty_gigabytes_are_opened_not_read(written):
+    n, box = 195_000, 256
+    stack = written.with_suffix(".mrcs")
+    with mrcfile.new(stack, overwrite=True) as mrc:
+        mrc.set_data(np.ones((1, box, box), np.float32))
+        mrc.set_image_stack()
+        mrc.header.nz = mrc.header.mz = n
+    os.truncate(stack, 1024 + 4 * n * box * box)  # sparse: 51 GB that take no room
+    with stack.open("r+b") as file:
+        file.seek(-4 * box * box, os.SEEK_END)
+        file.write(np.arange(box * box, dtype=np.float32).tobytes())
+
+    def change(blocks):
+        blocks["optics"]["rlnImageSize"] = box
+        blocks["particles"]["rlnImageName"] = [f"{n - i}@particles.mrcs" for i in range(6)]
+
+    rewritten(written, change)
+    before = time.process_time()
+    back = read_particles(written)
+    last = back.images[0]
+    assert time.process_time() - before < 1
+    np.testing.assert_array_equal(last.ravel(), np.arange(box * box))
+
+
+# --------------------------------------------------------------------------------------
+# Conventions: each fails when a sign, a centre or an axis is flipped
+
+
+def test_an_origin_is_what_centres_the_particle(written):
+    # A particle 1.5 pixels to the right is centred by moving it 1.5 pixels to the left.
+    first = starfile.read(written)["particles"].iloc[0]
+    assert first["rlnOriginXAngst"] == pytest.approx(-1.5 * PIXEL)
+    assert first["rlnOriginYAngst"] == pytest.approx(2.0 * PIXEL)
+
+
+@pytest.mark.parametrize("box", [25, 26])
+def test_moving_by_the_origin_brings_the_particle_to_the_centre(tmp_path, box):
+    # One bright pixel, 3 right of the centre and 2 below it, and nothing else to go by.
+    image = np.zeros((1, box, box), np.float32)
+    image[0, box // 2 + 2, box // 2 + 3] = 1
+    path = tmp_path / "a.star"
+    write_particles(path, ParticleStack(image, 2.0, quaternions=Q[:1], shifts_px=[[3, 2]]))
+    row = starfile.read(path)["particles"].iloc[0]
+    origin = np.array([[row["rlnOriginXAngst"], row["rlnOriginYAngst"]]]) / 2.0
+    back = read_particles(path)
+    centred = imaging.shift(back.images[:], origin)[0]
+    assert np.unravel_index(centred.argmax(), centred.shape) == (box // 2, box // 2)
+    np.testing.assert_allclose(origin, -back.shifts_px)
+
+
+@pytest.mark.parametrize("box", [31, 32])
+def test_a_simulated_stack_projected_again_agrees(tmp_path, box):
+    # Simulated exactly, at RELION's angles; read, and projected by another code path.
+    phantom, voxel = density.Phantom.random(3), 6.0
+    angles = np.random.default_rng(1).uniform([0, 0, 0], [360, 180, 360], (8, 3))
+    q = rotations.from_relion(*angles.T)
+    shifts = np.random.default_rng(2).uniform(-3, 3, (8, 2))
+    clean = imaging.shift(phantom.project(q, box, voxel), shifts)
+    path = tmp_path / "a.star"
+    write_particles(path, ParticleStack(clean, voxel, quaternions=q, shifts_px=shifts))
+    table = starfile.read(path)["particles"]
+    np.testing.assert_allclose(
+        table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]] % 360, angles, atol=1e-6
+    )
+    back = read_particles(path)
+
+    def agreement(q, shifts):
+        again = imaging.shift(project(phantom.density(box, voxel), q), shifts)
+        return min(
+            np.corrcoef(a.ravel(), b.ravel())[0, 1]
+            for a, b in zip(again, back.images[:], strict=True)
+        )
+
+    assert agreement(back.quaternions, back.shifts_px) > 0.999
+    for wrong in (
+        (back.quaternions, -back.shifts_px),
+        (back.quaternions, back.shifts_px[:, ::-1]),
+        (rotations.inverse(back.quaternions), back.shifts_px),
+        (rotations.other_hand(back.quaternions), back.shifts_px),
+        (back.quaternions, back.shifts_px + 0.5),
+    ):
+        assert agreement(*wrong) < 0.99
+
+
+#: In a process of its own: ASPIRE imports half of the field, slowly.
+ASPIRE = """
+import sys, numpy as np
+from aspire.source import RelionSource
+s = RelionSource(sys.argv[1])
+images = s.images[:]
+np.savez(
+    sys.argv[2], images=images.asnumpy(), angles=s.angles, offsets=s.offsets,
+    pixel=s.pixel_size, centred=images.shift(-s.offsets).asnumpy(),
+    defocus=[[f.defocus_u, f.defocus_v, f.defocus_ang] for f in s.unique_filters],
+)
+"""
+
+
+@pytest.mark.skipif(find_spec("aspire") is None, reason="ASPIRE is an optional extra")
+def test_aspire_reads_the_same(written, tmp_path):
+    out = tmp_path / "aspire.npz"
+    subprocess.run([sys.executable, "-c", ASPIRE, written, out], check=True, capture_output=True)
+    found = np.load(out)
+    np.testing.assert_array_equal(found["images"], IMAGES)
+    assert found["pixel"] == PIXEL
+    # ASPIRE keeps its rotations in single precision.
+    q = rotations.from_relion(*np.rad2deg(found["angles"]).T)
+    assert rotations.distance(q, Q).max() < 1e-5
+    np.testing.assert_allclose(found["offsets"], -SHIFTS, atol=1e-6)
+    # What undoes ASPIRE's offsets is the move by our origins; below Nyquist, where both agree.
+    np.testing.assert_allclose(
+        fourier.low_pass(found["centred"], 2, 5),
+        fourier.low_pass(imaging.shift(IMAGES, -SHIFTS), 2, 5),
+        atol=1e-5,
+    )
+    u, v, angle = (np.array(values) for values in DEFOCUS.values())
+    np.testing.assert_allclose(found["defocus"], np.stack([u, v, np.deg2rad(angle)], axis=1))
+
+
+def test_one_particle_round_trips(tmp_path):
+    path = tmp_path / "one.star"
+    write_particles(path, in_memory().select(slice(1)))
+    back = read_particles(path)
+    np.testing.assert_array_equal(back.images, IMAGES[:1])
+    assert rotations.distance(back.quaternions, Q[:1]).max() < 1e-13
+
+
+def test_without_angles_they_are_unknown_and_without_origins_zero(written):
+    def change(blocks):
+        blocks["particles"] = blocks["particles"][["rlnImageName"]]
+
+    back = read_particles(rewritten(written, change))
+    assert back.quaternions is None and back.half_set is None and back.ctf_parameters is None
+    assert back.contrast is None and back.expected_error_rad is None
+    assert (back.shifts_px == 0).all()
+
+
+def test_simulated_particles_go_through_the_file(tmp_path):
+    cube = density.Phantom.random(0).density(24, 8.0)
+    seen = simulate(cube, 5, 0, max_shift_px=2, defocus_range_angstrom=(1e4, 2e4))
+    path = tmp_path / "a.star"
+    assert write_particles(path, seen) == tmp_path / "a.mrcs"
+    back = read_particles(path)
+    np.testing.assert_array_equal(back.images, seen.images)
+    np.testing.assert_allclose(back.shifts_px, seen.shifts_px, atol=1e-14)
+    np.testing.assert_array_equal(back.ctf(), seen.ctf())
+
+
+@pytest.mark.parametrize("pixel", [3.67, 1.06, 0.8321, 2.489, 13.25])
+def test_a_pixel_size_goes_from_a_map_to_particles_with_its_digits_and_no_more(tmp_path, pixel):
+    write_density(tmp_path / "map.mrc", density.Phantom.random(0).density(16, pixel))
+    seen = simulate(read_density(tmp_path / "map.mrc"), 2, 0)
+    write_particles(tmp_path / "a.star", seen)
+    text = (tmp_path / "a.star").read_text()
+    optics = gemmi.cif.read_string(text)["optics"]
+    assert list(optics.find_values("_rlnImagePixelSize")) == [str(pixel)]
+    particles = gemmi.cif.read_string(text)["particles"]
+    assert list(particles.find_values("_rlnOriginXAngst")) == ["0.0", "0.0"]
+    assert not {"-0", "-0.0"} & set(text.split())
+    assert read_particles(tmp_path / "a.star").pixel_size_angstrom == pixel
+
+
+def test_contrasts_and_expected_errors_go_through_the_file(tmp_path):
+    known = in_memory().replace(
+        contrast=np.linspace(0.7, 1.3, 6), expected_error_rad=np.linspace(0.01, 2, 6) / 7
+    )
+    write_particles(tmp_path / "a.star", known)
+    table = starfile.read(tmp_path / "a.star")["particles"]
+    assert {"cryoemContrast", "cryoemExpectedErrorRad"} <= set(table)
+    back = read_particles(tmp_path / "a.star")
+    np.testing.assert_array_equal(back.contrast, known.contrast)
+    np.testing.assert_array_equal(back.expected_error_rad, known.expected_error_rad)
+    # And a second time, in place of the first ones and in the same columns.
+    write_particles(tmp_path / "b.star", back.replace(contrast=known.contrast[::-1]))
+    again = read_particles(tmp_path / "b.star")
+    np.testing.assert_array_equal(again.contrast, known.contrast[::-1])
+    np.testing.assert_array_equal(again.expected_error_rad, known.expected_error_rad)
+    assert list(again.columns) == list(back.columns)
+
+
+# --------------------------------------------------------------------------------------
+# Bad input
+
+
+def names(values):
+    def change(blocks):
+        blocks["particles"]["rlnImageName"] = values
+
+    return change
+
+
+def drop(block, *columns):
+    def change(blocks):
+        blocks[block] = blocks[block].drop(columns=[*columns])
+
+    return change
+
+
+def put(block, column, value, row=None):
+    def change(blocks):
+        table = blocks[block]
+        values = list(table[column]) if column in table else [0] * len(table)
+        blocks[block][column] = [value if row in (None, i) else v for i, v in enumerate(values)]
+
+    return change
+
+
+def other_pixel_size(blocks):
+    two_groups(blocks)
+    blocks["optics"]["rlnImagePixelSize"] = [PIXEL, 2.0]
+
+
+def no_rows(blocks):
+    blocks["particles"] = blocks["particles"].iloc[:0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("optics"), "rlnDetectorPixelSize"),
+        (lambda b: b.pop("particles"), "data_particles"),
+        (no_rows, "no particles"),
+        (drop("optics", "rlnImagePixelSize"), "rlnImagePixelSize"),
+        (drop("particles", "rlnImageName"), "rlnImageName"),
+        (drop("optics", "rlnVoltage"), "rlnVoltage"),
+        (drop("particles", "rlnDefocusV"), "rlnDefocusV"),
+        (other_pixel_size, "row 2: rlnImagePixelSize is 3.67.*one pixel size"),
+        (put("optics", "rlnImageSize", 64), "row 1: rlnImageSize is 64.*12 in its stack"),
+        (put("optics", "rlnImageDimensionality", 3), "row 1: rlnImageDimensionality"),
+        (put("particles", "rlnOpticsGroup", 5, row=3), "row 4, column rlnOpticsGroup: group 5"),
+        (put("particles", "rlnAngleTilt", "north", row=2), "row 3, column rlnAngleTilt.*north"),
+        (put("particles", "rlnAnglePsi", float("nan"), row=5), "row 6, column rlnAnglePsi"),
+        (put("particles", "rlnOriginXAngst", "inf", row=0), "row 1, column rlnOriginXAngst"),
+        (put("particles", "rlnDefocusU", 3e7, row=1), "row 2, column rlnDefocusU: got 3"),
+        (put("particles", "rlnDefocusU", 1.5), "column rlnDefocusU.*micrometre"),
+        (put("optics", "rlnAmplitudeContrast", 7), "data_optics: row 1, column rlnAmplitudeC"),
+        (put("optics", "rlnVoltage", 300000), "data_optics: row 1, column rlnVoltage"),
+        (put("optics", "rlnImagePixelSize", -1), "data_optics: row 1, column rlnImagePixelSize"),
+        (put("particles", "rlnRandomSubset", 3, row=4), "row 5, column rlnRandomSubset: got 3"),
+        (put("particles", "rlnRandomSubset", 0, row=0), "row 1, column rlnRandomSubset: got 0"),
+        (put("particles", "rlnRandomSubset", 1.5, row=1), "row 2, column rlnRandomSubset: got 1.5"),
+        (put("particles", "rlnRandomSubset", "x", row=2), "row 3, column rlnRandomSubset: got x"),
+        (put("particles", "cryoemContrast", "nan", row=2), "row 3, column cryoemContrast"),
+        (put("particles", "cryoemExpectedErrorRad", "x", row=1), "row 2, column cryoemExpected"),
+        (names([f"{i + 2:06d}@particles.mrcs" for i in range(6)]), "row 6.*holds 6"),
+        (names([f"{i:06d}@particles.mrcs" for i in range(6)]), "row 1.*image 0"),
+        (names(["particles.mrcs"] * 6), "row 1.*000001@stack"),
+        (names(["one@particles.mrcs"] * 6), "row 1.*000001@stack"),
+        (names([f"{'9' * 5000}@particles.mrcs"] * 6), "row 1.*000001@stack"),
+        (names([*[f"{i + 1}@particles.mrcs" for i in range(5)], "1@gone.mrcs"]), r"row 6.*gone"),
+        (names([*[f"{i + 1}@particles.mrcs" for i in range(5)], "1@ten.mrcs"]), "row 6.*10 x 10"),
+        (names([*["1@particles.mrcs"] * 5, "1@oblong.mrcs"]), "row 6.*12 x 10"),
+        (names(["1@text.mrcs"] * 6), "not a whole MRC"),
+        (names(["1@particles.star"] * 6), "not a whole MRC"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(written, tmp_path, change, message):
+    mrcfile.write(tmp_path / "ten.mrcs", IMAGES[:, 1:11, 1:11])
+    mrcfile.write(tmp_path / "oblong.mrcs", IMAGES[:, 1:11])
+    (tmp_path / "text.mrcs").write_text("not an image\n" * 200)
+    rewritten(written, change)
+    with pytest.raises(InputError, match=rf"(?s)(particles|text)\.(star|mrcs): .*{message}"):
+        read_particles(written)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a star file\n", bytes(range(256)), b"data_\n"])
+def test_what_is_no_star_file_is_refused(tmp_path, content):
+    path = tmp_path / "a.star"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.star"):
+        read_particles(path)
+
+
+def test_a_row_that_is_too_short_is_refused(written):
+    text = written.read_text().rstrip()
+    written.write_text(text[: text.rindex("\t")])
+    with pytest.raises(InputError, match=r"particles\.star.*values"):
+        read_particles(written)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x80\x04K\x01."])
+def test_what_is_no_cs_file_is_refused(tmp_path, content):
+    path = tmp_path / "a.cs"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.cs"):
+        read_particles(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ([("uid", "u8")], "blob/path"),
+        ([("blob/path", "S9"), ("blob/idx", "f4"), ("blob/psize_A", "f4")], "blob/idx"),
+        ([("blob/path", "S9"), ("blob/idx", "u4"), ("blob/psize_A", "f4", 2)], "blob/psize_A"),
+        ("f4", "named fields"),
+    ],
+)
+def test_a_cs_file_without_its_fields_is_refused(tmp_path, dtype, message):
+    with (tmp_path / "a.cs").open("wb") as file:
+        np.save(file, np.zeros(3, dtype))
+    with pytest.raises(InputError, match=rf"a\.cs.*{message}"):
+        read_particles(tmp_path / "a.cs")
+
+
+def test_pickles_are_not_opened(tmp_path):
+    with (tmp_path / "a.cs").open("wb") as file:
+        np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"a\.cs"):
+        read_particles(tmp_path / "a.cs")
+
+
+@pytest.mark.parametrize("keep", [-40, 1024, 100, 0])
+def test_a_truncated_stack_is_refused(written, keep):
+    stack = written.with_suffix(".mrcs")
+    stack.write_bytes(stack.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"particles\.mrcs"):
+        read_particles(written)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(np.nan, "not finite"), (np.inf, "not finite"), (0.0, "constant")]
+)
+def test_an_image_that_is_none_is_named_when_it_is_read(written, value, what):
+    spoilt = IMAGES.copy()
+    spoilt[3] = value
+    with mrcfile.open(written.with_suffix(".mrcs"), "r+") as mrc, np.errstate(invalid="ignore"):
+        mrc.data[:] = spoilt
+    back = read_particles(written)
+    np.testing.assert_array_equal(back.images[:3], IMAGES[:3])
+    with pytest.raises(InputError, match=rf"row 4: image 4 of .*particles\.mrcs.*{what}"):
+        back.images[2:]
+
+
+def test_a_stack_that_shrank_is_named(written):
+    back = read_particles(written)
+    os.truncate(written.with_suffix(".mrcs"), 2000)
+    with pytest.raises(InputError, match=r"particles\.mrcs: has changed"):
+        back.images[5]
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "message"),
+    [
+        ("a.txt", in_memory(), r"a\.txt.*\.star"),
+        ("a.mrcs", in_memory(), r"a\.mrcs.*\.star"),
+        ("a.star", in_memory().select(slice(0)), r"a\.star.*at least one"),
+        ("a.star", in_memory().with_columns({"a": ["x\ny"] * 6}), "cannot stand"),
+        ("a.star", in_memory().with_columns({"a": ["\"'"] * 6}), "cannot stand"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, name, stack, message):
+    with pytest.raises(InputError, match=message):
+        write_particles(tmp_path / name, stack)
+    assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def full_disk(limit):
+    """No file of this process may grow beyond ``limit`` bytes; without this it dies of SIGXFSZ."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("limit", [0, 1500, 4500])  # in the stack's header, in it, in the STAR
+def test_a_full_disk_leaves_what_was_there(written, limit):
+    before = contents(written.parent)
+    assert len(before["particles.star"]) > 800 and len(before["particles.mrcs"]) == 4480
+    many = {f"column{i}": np.arange(6) / 7 for i in range(40)}
+    other = in_memory().replace(images=-IMAGES).with_columns(many)
+    full_disk(limit)
+    try:
+        with pytest.raises(StorageError, match=r"particles\.(star|mrcs): not written"):
+            write_particles(written, other)
+    finally:
+        full_disk(resource.RLIM_INFINITY)
+    assert contents(written.parent) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("gone")])
+def test_an_interrupted_write_leaves_what_was_there(written, monkeypatch, error):
+    def stop(*_):
+        raise error
+
+    before = contents(written.parent)
+    monkeypatch.setattr(star, "texts", stop)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        write_particles(written, in_memory().replace(images=-IMAGES))
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        write_particles(written, read_particles(written).with_poses(Q[::-1]))
+    assert contents(written.parent) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(written):
+    with (
+        pytest.raises(StorageError, match=r"particles\.star.a: cannot be written"),
+        files.atomic(written / "a"),
+    ):
+        pass

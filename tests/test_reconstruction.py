@@ -1,0 +1,193 @@
+"""Reconstruction from the exact phantom's images, which come from another path."""
+
+import numpy as np
+import pytest
+from measures import correlation, relative_error
+from scipy.spatial.transform import Rotation
+
+from cryoem import imaging, maps, rotations
+from cryoem.density import Density, Phantom
+from cryoem.errors import InputError
+from cryoem.io.stacks import ImageStack, open_array
+from cryoem.particles import CtfParameters, ParticleStack
+from cryoem.projection import project
+from cryoem.reconstruction import reconstruct
+from cryoem.symmetry import group
+
+BOX, VOXEL, N = 32, 7.0, 400
+
+
+@pytest.fixture(scope="module")
+def views():
+    return rotations.uniform(N, 1)
+
+
+@pytest.fixture(scope="module")
+def seen(phantom, views):
+    """The phantom's images."""
+    return ParticleStack(phantom.project(views, BOX, VOXEL), VOXEL, quaternions=views)
+
+
+@pytest.fixture(scope="module")
+def defocused(seen):
+    defoci = np.random.default_rng(3).uniform(8_000, 30_000, N)
+    parameters = CtfParameters(defoci, defoci - 500, 40.0)
+    images = imaging.apply_ctf(seen.images, parameters.values(BOX, VOXEL))
+    return seen.replace(images=images, ctf_parameters=parameters)
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_exact_images_give_the_phantom_back(phantom, views, box):
+    voxel = VOXEL * 32 / box
+    stack = ParticleStack(phantom.project(views, box, voxel), voxel, quaternions=views)
+    found = reconstruct(stack)
+    expected = phantom.density(box, voxel)
+    assert found.voxel_size_angstrom == voxel
+    assert maps.fsc(found, expected).mean > 0.99
+    assert correlation(found.values, expected.values) > 0.999
+    # Not only the shape but the scale: interpolation and early stopping leave a percent.
+    slope = np.vdot(found.values, expected.values) / np.vdot(expected.values, expected.values)
+    assert slope == pytest.approx(1, abs=0.02)
+
+
+def test_shifts_are_undone(phantom, seen):
+    shifts = imaging.triangular_shifts(N, 2, 4.0)
+    moved = seen.replace(images=imaging.shift(seen.images, shifts), shifts_px=shifts)
+    expected = phantom.density(BOX, VOXEL)
+    assert maps.fsc(reconstruct(moved, iterations=20), expected).mean > 0.99
+    wrong = reconstruct(moved.replace(shifts_px=-shifts), iterations=20)
+    assert maps.fsc(wrong, expected).mean < 0.9
+
+
+def test_the_ctf_is_undone_where_several_defoci_fill_each_others_zeros(phantom, defocused):
+    expected = phantom.density(BOX, VOXEL)
+    assert maps.fsc(reconstruct(defocused), expected).mean > 0.99
+    ignored = reconstruct(defocused.replace(ctf_parameters=None))
+    assert maps.fsc(ignored, expected).mean < 0.9
+
+
+def test_contrasts_are_undone(phantom, seen):
+    contrast = np.random.default_rng(4).uniform(0.2, 2, N).astype(np.float32)
+    images = contrast[:, None, None] * seen.images
+    given = seen.replace(images=images, contrast=contrast)
+    expected = phantom.density(BOX, VOXEL)
+    found = reconstruct(given, iterations=15)
+    assert relative_error(found.values, expected.values) < 0.03
+    ignored = reconstruct(given.replace(contrast=None), iterations=15)
+    assert relative_error(ignored.values, expected.values) > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_the_unit_of_the_contrasts_does_not_matter(defocused, scale):
+    contrast = np.linspace(0.5, 1.5, N)
+    images = np.asarray(defocused.images) * contrast[:, None, None].astype(np.float32)
+    known = defocused.replace(images=images, contrast=contrast)
+    scaled = known.replace(images=np.float32(scale) * images, contrast=scale * contrast)
+    # So much of a ridge that it tells.
+    a, b, none = (
+        reconstruct(x, iterations=10, ridge=ridge).values
+        for x, ridge in ((known, 0.03), (scaled, 0.03), (known, 1e-4))
+    )
+    assert relative_error(b, a) < 1e-3
+    assert relative_error(none, a) > 0.05
+
+
+def test_images_in_files_give_the_map_of_those_in_memory(defocused, tmp_path, monkeypatch):
+    contrast = np.linspace(0.5, 1.5, N)
+    shifts = imaging.triangular_shifts(N, 5, 2.0)
+    known = defocused.replace(contrast=contrast, shifts_px=shifts)
+    wanted = reconstruct(known, iterations=5).values
+    np.save(tmp_path / "images.npy", known.images)
+    most, read = [], ImageStack._read
+    monkeypatch.setattr(
+        ImageStack, "_read", lambda self, rows: (most.append(len(rows)), read(self, rows))[1]
+    )
+    monkeypatch.setattr("cryoem.projection._POINTS_AT_ONCE", 20_000)
+    found = reconstruct(known.replace(images=open_array(tmp_path / "images.npy")), iterations=5)
+    assert sum(most) == N and max(most) < N / 4  # chunk by chunk
+    np.testing.assert_allclose(found.values, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_half_set_is_reconstructed_from_its_own_images_alone(defocused, in_files, tmp_path):
+    halves = defocused.replace(contrast=np.linspace(0.5, 1.5, N)).with_half_sets(3)
+    rows = halves.half(2)
+    apart = halves.replace(half_set=None).select(np.arange(N)[rows])
+    alone = ParticleStack(
+        np.asarray(halves.images)[rows],
+        VOXEL,
+        quaternions=halves.quaternions[rows],
+        ctf_parameters=halves.ctf_parameters.select(rows),
+        contrast=halves.contrast[rows],
+    )
+    if in_files:
+        np.save(tmp_path / "images.npy", halves.images)
+        apart = halves.replace(images=open_array(tmp_path / "images.npy")).select(rows)
+    found, wanted = (reconstruct(x, iterations=5).values for x in (apart, alone))
+    np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_a_turned_set_of_orientations_gives_the_turned_density(phantom, seen):
+    a = rotations.uniform(1, 9)[0]
+    found = reconstruct(seen.with_poses(rotations.multiply(a, seen.quaternions)), iterations=20)
+    turned = Phantom(
+        Rotation.from_quat(a).apply(phantom.centres_angstrom),
+        phantom.sigmas_angstrom,
+        phantom.weights,
+    )
+    assert maps.fsc(found, turned.density(BOX, VOXEL)).mean > 0.99
+
+
+def test_the_other_hand_gives_the_mirror_image_and_an_inversion_garbage(phantom, seen, views):
+    expected = phantom.density(BOX, VOXEL)
+    hand, garbage = (
+        reconstruct(seen.with_poses(q), iterations=15)
+        for q in (rotations.other_hand(views), rotations.inverse(views))
+    )
+    assert maps.fsc(hand, maps.mirrored(expected)).mean > 0.99
+    # What is left is the envelope, in the first shells.
+    assert maps.fsc(garbage, expected).mean < 0.5
+    assert maps.fsc(garbage, expected).values[8:].max() < 0.5
+
+
+def test_no_signal_gives_no_density(views):
+    found = reconstruct(ParticleStack(np.zeros((N, 16, 16)), 1.0, quaternions=views))
+    assert (found.values == 0).all()
+
+
+def test_one_image_is_explained(phantom, views):
+    image = phantom.project(views[:1], 24, 9.0)
+    found = reconstruct(ParticleStack(image, 9.0, quaternions=views[:1]))
+    assert relative_error(project(found, views[:1]), image) < 0.02
+
+
+def test_what_has_no_orientations_is_refused(seen):
+    with pytest.raises(InputError, match="no orientations"):
+        reconstruct(seen.without_poses())
+    with pytest.raises(InputError, match="at least one image"):
+        reconstruct(seen.select(slice(0)))
+
+
+def test_a_symmetric_map_needs_a_view_of_each_orbit(phantom):
+    one = phantom.density(BOX, VOXEL)
+    copies = [maps.turned(one, g).values for g in group("D2").elements]
+    symmetric = Density(np.mean(copies, axis=0), VOXEL)
+    q = rotations.uniform(60, 3)
+    stack = ParticleStack(project(symmetric, q), VOXEL, quaternions=q)
+    with_it = reconstruct(stack, symmetry="D2", iterations=20)
+    without = reconstruct(stack, iterations=20)
+    off = [relative_error(v.values, symmetric.values) for v in (with_it, without)]
+    assert off[0] < 0.8 * off[1]
+    for g in group("D2").elements:
+        assert relative_error(maps.turned(with_it, g).values, with_it.values) < 0.05
+
+
+def test_an_orbit_is_as_good_as_its_images(phantom):
+    # The ridge is relative to all that is seen, so that it is the same too.
+    q, elements = rotations.uniform(30, 3), group("D2").elements
+    stack = ParticleStack(phantom.project(q, 16, 14.0), 14.0, quaternions=q)
+    orbits = stack.select(np.tile(np.arange(30), len(elements)))
+    orbits = orbits.with_poses(np.concatenate([rotations.multiply(g, q) for g in elements]))
+    options = {"iterations": 10, "ridge": 0.1}
+    found = reconstruct(stack, symmetry="D2", **options).values
+    assert relative_error(found, reconstruct(orbits, **options).values) < 0.01
