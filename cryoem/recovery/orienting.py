@@ -45,8 +45,8 @@ class OrientedStack(ParticleStack):
     Orientations are in the frame's frame: an overall rotation of the density is left open unless
     references fixed it, and the hand unless ``frame.hand_known``. ``expected_error_rad`` is on
     average right, or merely in order where neither the estimator nor copies told its scale.
-    ``shifts_px`` are those that the estimator predicted; the stack's own with ``centred``, and where
-    the estimator predicts none.
+    ``shifts_px`` are those that the estimator predicted; the stack's own with ``centred``, and
+    where the estimator predicts none.
 
     Attributes
     ----------
