@@ -3,7 +3,7 @@
 Each cell is 1,650 test images at full sampling from a seed that nothing was trained or tuned on.
 A cell that was measured with the same weights is not measured again, so that an interrupted run
 goes on; ``--again`` forgets. The shipped particles need nothing; another particle needs its map and
-the weights that ``benchmarks/train_weights.py NAME --map PATH`` made:
+the weights that ``benchmarks/longer_training.py NAME --map PATH`` made:
 
     python benchmarks/accuracy.py 5j0n --map 5j0n.mrc --weights results/weights/5j0n.npz
 """
