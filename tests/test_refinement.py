@@ -1,6 +1,7 @@
 """Refinement against the exact phantom: its images come from another path than the fit's slices."""
 
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from cryoem.refinement import (
     refine_against,
     refine_halves,
 )
-from cryoem.refinement.search import distinct_first
+from cryoem.refinement.search import distinct_first, plan
 
 BOX, VOXEL, N = 40, 5.0, 200
 SHARP = Phantom.random(0, sigma_angstrom=6.0)
@@ -380,6 +381,14 @@ def test_the_first_start_is_the_given_one_and_none_is_farther_than_the_spread():
     assert np.mean(length < 0.4 / 2 ** (1 / 3)) == pytest.approx(0.5, abs=0.07)
 
 
+def test_every_stage_doubles_the_resolution_and_drops_half_of_the_candidates():
+    stages = plan(DENSITY, BOX, FINEST, Search(starts=7, spread_rad=0.6)).stages
+    assert [(s.candidates, s.keep) for s in stages] == [(7, 4), (4, 2), (2 + 1, 1)]
+    # Frequencies of a disc, less its centre, grow with its area.
+    for coarse, fine in pairwise(stages):
+        assert fine.count / coarse.count == pytest.approx(4, rel=0.15)
+
+
 def test_one_maximum_does_not_crowd_out_the_others():
     a, b = rotations.uniform(2, 0)
     near = rotations.perturb(a[None], np.array([[0.02, 0, 0]]))[0]
@@ -487,9 +496,8 @@ def test_the_map_of_halves_is_the_particles(from_halves):
     assert not np.allclose(q.left, [0, 0, 0, 1], atol=0.1)  # in its own frame
     turned = maps.turned(found.density, q.left)
     assert correlation(turned.values, DENSITY.values) > 0.9
-    print(found.held_out_correlation, found.chance_correlation)
     assert found.half_maps.independent and found.fsc.corrected.resolution(0.143).angstrom < 20
-    assert found.held_out_correlation > found.chance_correlation + 0.05
+    assert found.held_out_correlation > found.chance_correlation + 0.15
     assert set(found.particles.half_set) == {1, 2} and len(found.resolutions_angstrom) == 3
     assert found.resolutions_angstrom[0] >= 30.0
 
@@ -511,26 +519,42 @@ def test_the_map_shows_only_what_the_halves_agree_on(from_halves):
     assert_weighted_by_what_agrees(found.density, found.half_maps, found.fsc)
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What ``refine_halves`` asks of ``refine``: (stack, density, resolution) of each call."""
-    calls = []
+class Asked(list):
+    """What is asked of ``refine``, (stack, density, resolution) each time; and of ``match``."""
 
-    def noted(stack, density, *, resolution_angstrom, **options):
-        calls.append((stack, density, resolution_angstrom))
+    def __init__(self):
+        self.matched = []
+
+    def refine(self, stack, density, *, resolution_angstrom, **options):
+        self.append((stack, density, resolution_angstrom))
         return refine(stack, density, resolution_angstrom=resolution_angstrom, **options)
 
-    monkeypatch.setattr(halves, "refine", noted)
-    # Nobody is found elsewhere on the sphere, and nobody is looked for there.
-    monkeypatch.setattr("cryoem.matching.match", lambda stack, *_: stack)
+    def match(self, stack, density, *_):
+        """Nobody is found elsewhere on the sphere."""
+        self.matched.append(density)
+        return stack
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    calls = Asked()
+    monkeypatch.setattr(halves, "refine", calls.refine)
+    monkeypatch.setattr("cryoem.matching.match", calls.match)
     return calls
 
 
-def test_the_curve_that_is_corrected_for_the_mask_steers(asked, monkeypatch):
+@pytest.fixture
+def steered(asked, monkeypatch):
+    """Two rounds that change no pose, on half-maps that are said to agree to 20 A."""
     judged = curves(corrected=20.0)
     monkeypatch.setattr(maps, "half_map_fsc", lambda *_, **__: judged)
     images, _ = noisy(1 / 2)
     found = refine_halves(particles(images=images), rounds=2, search=JUDGE, seed=9)
+    return found, judged, asked
+
+
+def test_the_curve_that_is_corrected_for_the_mask_steers(steered):
+    found, judged, asked = steered
     crossing = judged.corrected.resolution(0.143).angstrom
     assert 20 < crossing < 23
     assert found.resolutions_angstrom == (30.0, crossing)
@@ -545,6 +569,21 @@ def test_the_curve_that_is_corrected_for_the_mask_steers(asked, monkeypatch):
     pair = found.half_maps.first, found.half_maps.second
     for i, (_, reference, _) in enumerate(asked[:4]):
         assert_nearer(reference, pair[i % 2], pair[(i + 1) % 2])
+
+
+def test_particles_are_judged_and_found_again_by_the_map_that_they_are_not_in(steered):
+    found, _, asked = steered
+    pair = found.half_maps.first, found.half_maps.second
+    held_out, by_chance = asked[4:6], asked[6:8]
+    for i in (0, 1):
+        assert_nearer(asked.matched[i], pair[1 - i], pair[i])
+        (stack, judge, _), (exchanged, same, _) = held_out[i], by_chance[i]
+        assert set(stack.half_set) == {i + 1}
+        assert_nearer(judge, pair[1 - i], pair[i])
+        # Nor by what the halves share: shells up to four are coarser than 40 A.
+        assert power(judge)[:5].sum() < 0.2 * power(judge).sum()
+        np.testing.assert_array_equal(same.values, judge.values)
+        assert (rotations.distance(exchanged.quaternions, stack.quaternions) > 1e-6).all()
 
 
 def test_halves_are_refined_apart_but_share_what_is_coarse(asked):
@@ -586,7 +625,9 @@ def test_noise_builds_no_structure():
     curve = found.fsc.corrected
     assert curve.resolution(0.143).angstrom > 25
     assert abs(curve.values[curve.frequencies > 1 / 25].mean()) < 0.06
-    assert abs(found.held_out_correlation - found.chance_correlation) < 0.02
+    # Beside what particles reach; where nothing finer than the joined resolution is used, a mask
+    # mixes some of it in.
+    assert abs(found.held_out_correlation - found.chance_correlation) < 0.08
 
 
 @pytest.mark.parametrize("half_set", [np.ones(N, int), np.full(N, 2)])

@@ -145,7 +145,8 @@ def fit(
         How many in all, rounded up to whole epochs; the length of training is this, not minutes.
     seed : int
         Batch ``step`` depends on (seed, step) alone.
-    batch_size : int
+    batch_size, images_per_epoch : int
+        After every epoch Keras' epoch callbacks run and the checkpoint is written.
     learning_rate : float, the peak
     optimizer : {'adam', 'rmsprop'}
         The paper's is RMSProp at 1e-3.
@@ -153,8 +154,6 @@ def fit(
         Cosine: a short warm-up, then down to zero at the end.
     pairs, noise_weight
         See :class:`PairLoss`; the paper's are ``'uniform'`` and 0.
-    images_per_epoch : int
-        How often Keras' epoch callbacks run and a checkpoint is written.
     checkpoint : path, optional
         A folder. Where it holds a run of these same settings, that run is continued exactly: the
         optimizer's state, the schedule and the batches go on as if nothing had happened.
