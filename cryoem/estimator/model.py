@@ -262,7 +262,7 @@ class Estimator:
     def save(self, path: PathLike) -> None:
         """Write weights, settings and notes to one ``.npz`` file, atomically.
 
-        It holds nothing that could be executed on loading; weights are kept in eight bits.
+        It holds nothing that could be executed on loading; most weights are kept in eight bits.
         """
         weights.write(path, {**self.settings, "notes": self.notes}, self._weights)
 

@@ -1,6 +1,6 @@
 """An estimator's file: one ``.npz`` of arrays and a JSON text, nothing that could be executed.
 
-Matrices are kept as 8-bit integers with a scale for each column, all else as float16.
+Arrays of matrices are kept as 8-bit integers with a scale for each column, all else as float16.
 """
 
 from __future__ import annotations
