@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -137,8 +137,8 @@ class ParticleFile:
     other_blocks: tuple[str, ...] = ()
 
 
-def _zeros() -> np.ndarray:
-    return np.zeros(())  # as many as there are particles, once that is known
+#: Zeros, as many as there are particles.
+ZEROS = cast(np.ndarray, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +175,10 @@ class ParticleStack:
     images: Images = field(metadata=PER_PARTICLE)
     pixel_size_angstrom: float
     quaternions: Float[np.ndarray, "n 4"] | None = field(default=None, metadata=PER_PARTICLE)
-    shifts_px: Float[np.ndarray, "n 2"] = field(default_factory=_zeros, metadata=PER_PARTICLE)
+    shifts_px: Float[np.ndarray, "n 2"] = field(default=ZEROS, metadata=PER_PARTICLE)
     ctf_parameters: CtfParameters | None = field(default=None, metadata=PER_PARTICLE)
     half_set: Int[np.ndarray, " n"] | None = field(default=None, metadata=PER_PARTICLE)
-    optics_group: Int[np.ndarray, " n"] = field(default_factory=_zeros, metadata=PER_PARTICLE)
+    optics_group: Int[np.ndarray, " n"] = field(default=ZEROS, metadata=PER_PARTICLE)
     contrast: Float[np.ndarray, " n"] | None = field(default=None, metadata=PER_PARTICLE)
     expected_error_rad: Float[np.ndarray, " n"] | None = field(default=None, metadata=PER_PARTICLE)
     noise: Noise | None = None
@@ -207,11 +207,9 @@ class ParticleStack:
             return float(value)
         n = len(self)
         if name == "shifts_px":
-            empty = value is None or np.ndim(value) == 0
-            return _finite(name, np.zeros((n, 2)) if empty else value, (n, 2))
+            return _finite(name, np.zeros((n, 2)) if value is None else value, (n, 2))
         if name == "optics_group":
-            empty = value is None or np.ndim(value) == 0
-            value = np.zeros(n, int) if empty else np.asarray(value)
+            value = np.zeros(n, int) if value is None else np.asarray(value)
             if value.shape != (n,) or value.dtype.kind not in "iu" or (value < 0).any():
                 raise InputError(f"optics_group must hold {n} integers from 0, got {value!r}")
         elif name == "columns":
@@ -355,8 +353,9 @@ class ParticleStack:
 
     def half(self, number: int) -> Int[np.ndarray, " m"]:
         """The rows of half-set 1 or 2, at least one."""
-        rows = np.flatnonzero(self.half_set == number)
-        if self.half_set is None or len(rows) == 0:
+        chosen = [] if self.half_set is None else self.half_set == number
+        rows = np.flatnonzero(chosen)
+        if len(rows) == 0:
             raise InputError(f"no particle is in half-set {number}; wanted some in both")
         return rows
 

@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from ..io.stacks import ImageStack
-from ..io.star import length
 from .options import (
     Json,
     Particles,
@@ -106,6 +104,8 @@ def describe(
 
 
 def _of_particles(path: Path, seed: int) -> dict[str, object]:
+    from ..io.stacks import ImageStack
+    from ..io.star import length
     from ..surveying import survey
 
     stack = open_particles(path, True)

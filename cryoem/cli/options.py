@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import CryoemError, InputError
-from ..particles import ParticleStack
+
+if TYPE_CHECKING:
+    from ..particles import ParticleStack
 
 __all__ = ["app"]
 

@@ -229,13 +229,14 @@ def _oriented(
     found = {name: rows[name] for name in rows.dtype.names or ()}
     if not shifted:
         found["shifts_px"] = stack.shifts_px
-    columns = {
-        **stack.columns,
-        "cryoemResidualRad": rows["residuals_rad"],
-        "cryoemLandmarksUsed": rows["used"],
-        "cryoemOutlier": rows["outlier"].astype(int),
-    }
-    return stack.extended(OrientedStack, **found, frame=known.frame, columns=columns, contrast=None)
+    told = stack.with_columns(
+        {
+            "cryoemResidualRad": rows["residuals_rad"],
+            "cryoemLandmarksUsed": rows["used"],
+            "cryoemOutlier": rows["outlier"].astype(int),
+        }
+    )
+    return told.extended(OrientedStack, **found, frame=known.frame, contrast=None)
 
 
 def _parameters(stack: ParticleStack, centred: bool) -> Iterator[np.ndarray]:
