@@ -60,7 +60,7 @@ def noticed(copy, tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="*", choices=[[], *TESTS], default=list(TESTS))
+    parser.add_argument("folders", nargs="*", choices=TESTS, help="default: all")
     parser.add_argument("--number", type=int, default=25, help="of changes, a folder")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def main():
             shutil.copytree(ROOT / part, copy / part)
         for part in ("data", "pyproject.toml"):
             (copy / part).symlink_to(ROOT / part)
-        for folder in options.folders:
+        for folder in options.folders or TESTS:
             every = [
                 (path, *position)
                 for path in sorted((copy / "cryoem" / folder).glob("*.py"))
