@@ -545,11 +545,14 @@ def table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", choices=[*CASES, "many"], help="default: all")
+    every = [*CASES, "many"]
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(every)}; default: all")
     parser.add_argument("--most", type=int, default=1_000_000, help="particles of 'many', at most")
     options = parser.parse_args()
-    cases = options.cases or [*CASES, "many"]
-    path, order = records.RESULTS / "recovery.json", [*CASES, "many"]
+    if unknown := set(options.cases) - set(every):  # choices would refuse none, on Python 3.11
+        parser.error(f"no case {', '.join(unknown)}")
+    cases = options.cases or every
+    path, order = records.RESULTS / "recovery.json", every
     for case in cases:
         made = many(options.most) if case == "many" else apart(CASES[case])
         new = []

@@ -60,10 +60,12 @@ def noticed(copy, tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="*", choices=TESTS, help="default: all")
+    parser.add_argument("folders", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
     parser.add_argument("--number", type=int, default=25, help="of changes, a folder")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    if unknown := set(options.folders) - set(TESTS):  # choices would refuse none, on Python 3.11
+        parser.error(f"no folder {', '.join(unknown)}")
     total = killed = 0
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
