@@ -22,7 +22,7 @@ from cosmic_ray.mutating import MutationVisitor
 ROOT = Path(__file__).parent.parent
 #: The tests that each folder answers to.
 TESTS = {
-    "recovery": ["test_recovery", "test_frame", "test_symmetry"],
+    "recovery": ["test_recovery", "test_frame", "test_symmetry", "test_descent"],
     "refinement": ["test_refinement"],
     "maps": ["test_maps"],
     "io": ["test_particle_files", "test_particles"],

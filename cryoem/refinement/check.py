@@ -8,11 +8,10 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from .. import maps, rotations
-from ..density import Density
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .fit import RefinedStack
-from .halves import half_maps, refine_each_half, up_to_crossing
+from .halves import half_maps, masked, refine_each_half, up_to_crossing
 from .search import Search
 
 __all__ = ["cross_check", "expected_error"]
@@ -69,10 +68,7 @@ def cross_check(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
     mask = maps.soft_mask(pair.mean)
     curve = maps.half_map_fsc(pair, mask, seed=seed).corrected
     weight = up_to_crossing(curve, 0.143)
-    others = [
-        Density(mask * maps.filtered(d, weight).values, d.voxel_size_angstrom)
-        for d in (pair.second, pair.first)
-    ]
+    others = [masked(mask, maps.filtered(d, weight)) for d in (pair.second, pair.first)]
     checked = refine_each_half(
         halves,
         others,

@@ -75,9 +75,6 @@ class _Round:
     weight: np.ndarray
     references: list[Density]
 
-    def masked(self, density: Density) -> Density:
-        return Density(self.mask * density.values, density.voxel_size_angstrom)
-
 
 def refine_halves(
     stack: ParticleStack,
@@ -170,9 +167,13 @@ def _round(stack: ParticleStack, joined_angstrom: float, seed: Seed) -> _Round:
     coarse = fsc.corrected.frequencies <= 1 / joined_angstrom
     weight[coarse] = np.clip(fsc.corrected.values[coarse], 0.143, 1)
     shared = _share_low_resolution(pair, joined_angstrom)
-    made = _Round(pair, mask, fsc, weight, [])
-    references = [made.masked(maps.filtered(d, weight)) for d in (shared.first, shared.second)]
-    return replace(made, references=references)
+    references = [masked(mask, maps.filtered(d, weight)) for d in (shared.first, shared.second)]
+    return _Round(pair, mask, fsc, weight, references)
+
+
+def masked(mask: np.ndarray, density: Density) -> Density:
+    """A density within a mask."""
+    return Density(mask * density.values, density.voxel_size_angstrom)
 
 
 def half_maps(stack: ParticleStack, *, independent: bool) -> maps.HalfMaps:
@@ -243,12 +244,13 @@ def _held_out(
     Nor to what was not shared of it. By chance: with every image at another one's orientation.
     """
     others = [
-        last.masked(
+        masked(
+            last.mask,
             Density(
                 maps.filtered(d, last.weight).values
                 - maps.filtered(d.low_passed(0.8 * joined_angstrom), last.weight).values,
                 d.voxel_size_angstrom,
-            )
+            ),
         )
         for d in (last.pair.second, last.pair.first)
     ]
@@ -272,7 +274,7 @@ def _against_all(
     found = _found_again(stack, given, last.references[::-1], resolution_angstrom, search)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     weight = 2 * last.weight / (1 + last.weight)
-    whole = last.masked(maps.filtered(last.pair.mean, weight))
+    whole = masked(last.mask, maps.filtered(last.pair.mean, weight))
     return refine(found, whole, resolution_angstrom=resolution_angstrom, search=search)
 
 
