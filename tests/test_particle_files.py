@@ -992,3 +992,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(written):
         files.atomic(written / "a"),
     ):
         pass
+
+
+def test_changed_images_never_replace_those_that_they_were_made_from(written):
+    stack = read_particles(written)
+    before = written.with_suffix(".mrcs").read_bytes(), written.read_bytes()
+    with pytest.raises(InputError, match="would be overwritten"):
+        write_particles(written, stack.with_images(-stack.images[:]))
+    assert (written.with_suffix(".mrcs").read_bytes(), written.read_bytes()) == before
+    write_particles(written, stack)  # images that stay where they are
+    write_particles(written.with_name("turned.star"), stack.with_images(-stack.images[:]))
+    turned = read_particles(written.with_name("turned.star"))
+    np.testing.assert_array_equal(turned.images[:], -stack.images[:])

@@ -268,6 +268,7 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     import mrcfile
 
     beside = path.with_suffix(".mrcs")
+    _refuse_to_overwrite(beside, stack)
     numbered = [f"{i + 1:06d}@{beside.name}" for i in range(len(stack))]
     table["rlnImageName"] = np.array(numbered, object)
     # Neither replaces its predecessor before both are whole.
@@ -278,6 +279,19 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
             mrc.voxel_size = stack.pixel_size_angstrom
         write_star(path, blocks, others)
     return beside
+
+
+def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
+    """Refuse a stack that holds the images which the particles came from."""
+    if stack.origin is None or not beside.exists():
+        return
+    folders = [*_folders(stack.origin.path), Path.cwd()]
+    names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
+    if any(found.samefile(beside) for name in names if (found := _find(name, folders))):
+        raise InputError(
+            f"{beside}: holds the images of {stack.origin.path}, which these were made from, and "
+            "would be overwritten; wanted another name for the STAR file"
+        )
 
 
 def _unknown(stack: ParticleStack) -> Iterator[tuple[str, ...]]:
