@@ -228,7 +228,8 @@ def test_refinement_goes_without_a_reference(folder, tmp_path):
     before = json.loads(run(*judge, folder / "off.star").stdout)
     after = json.loads(run(*judge, tmp_path / "refined.star").stdout)
     assert after["one_sided_mean_rad"] < before["one_sided_mean_rad"]
-    assert "hand is open" in (tmp_path / "refined.html").read_text()
+    report = (tmp_path / "refined.html").read_text()
+    assert "hand is open" in report and "hardly beyond 40 A" in report  # one round, to 30 A
 
 
 def test_training_takes_its_ranges_from_particles(folder, tmp_path):
@@ -256,7 +257,8 @@ def test_training_takes_a_particle_that_ships(tmp_path, monkeypatch):
     assert asked["network"].passes == 2 and asked["source"].max_shift_px == 8
     assert {path.name for path in tmp_path.iterdir()} == {"m.npz", "m.json"}
     told = json.loads((tmp_path / "m.json").read_text())
-    assert told["command"].startswith("cryoem train 4JSV --symmetry C1 --images 8 --seed 5")
+    command = "cryoem train 4JSV -o m.npz --symmetry C1 --images 8 --seed 5"
+    assert told["command"].startswith(command)
     assert told["source"]["snr_range"] == [1 / 128, 1] and told["mae_rad"] == [1.0, 0.5]
     model = load_estimator(out)
     assert model.preprocessing.frame_px == 116 and model.symmetry == "C1"

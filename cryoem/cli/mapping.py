@@ -100,8 +100,7 @@ def refine_particles(
         found = refine_halves(stack, rounds=rounds, seed=seed, progress=not quiet)
         notes = [
             "No reference: the hand is open; the mirror image explains the images as well. "
-            f"Correlation with projections of the other half's map {found.held_out_correlation:.3f}"
-            f", by chance {found.chance_correlation:.3f}."
+            + _held_out(found)
         ]
     else:
         reference = read_density(map_file).sampled_as(stack.box_px, stack.pixel_size_angstrom)
@@ -129,4 +128,17 @@ def refine_particles(
         f"{output}: expected error {np.mean(refined.expected_error_rad):.3f} rad; "
         f"{summary['resolution_fsc0143_angstrom']:.1f} A at FSC 0.143, {summary['half_maps']}; "
         + (f"{map_path}" if found.density is not None else "no map: see the note")
+    )
+
+
+def _held_out(found: HalvesRefinement) -> str:
+    """Tell whether images match the map of the half that they are not in."""
+    if np.isnan(found.held_out_correlation):
+        return (
+            f"The halves agree hardly beyond {found.joined_angstrom:.0f} A, which they share: "
+            "nothing else tells structure from noise."
+        )
+    return (
+        "Correlation with projections of the other half's map "
+        f"{found.held_out_correlation:.3f}, by chance {found.chance_correlation:.3f}."
     )

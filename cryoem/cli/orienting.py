@@ -82,7 +82,8 @@ def train_estimator(
         model, source, images=images, seed=seed, checkpoint=checkpoint, progress=not quiet
     )
     model.notes = {
-        "command": f"cryoem train {Path(density).name} --symmetry {symmetry} --images {images}"
+        "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry}"
+        f" --images {images}"
         + (f" --like {like.name}" if like else "")
         + f" --seed {seed} --precision {precision}",
         "images": images,

@@ -9,9 +9,11 @@ takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from .. import evaluation, rotations
 from ..density import Density
@@ -63,6 +65,16 @@ class RefinedStack(ParticleStack):
     correlation: Float[np.ndarray, " n"] = field(metadata=PER_PARTICLE)
     noise_variance: float
     resolution_angstrom: float
+
+    def with_images(self, images: ArrayLike, *, pixel_size_angstrom: float | None = None) -> Self:
+        """The same particles in other images; in other pixels the noise is not known (NaN)."""
+        new = super().with_images(images, pixel_size_angstrom=pixel_size_angstrom)
+        scale = self.pixel_size_angstrom / new.pixel_size_angstrom
+        if scale == 1:
+            return new
+        return new.replace(
+            shift_covariances=scale**2 * self.shift_covariances, noise_variance=np.nan
+        )
 
 
 def refine(

@@ -45,7 +45,8 @@ class HalvesRefinement:
     held_out_correlation : float
         Mean correlation of images with projections of what is finer than ``joined_angstrom`` in the
         map of the *other* half, to which they did not contribute; 1 is out of reach where there is
-        noise.
+        noise. NaN where the rounds, or the half-maps, went hardly beyond ``joined_angstrom``: there
+        is then nothing to judge by.
     chance_correlation : float
         The same with every image at another one's orientation.
     resolutions_angstrom : tuple of float
@@ -200,11 +201,17 @@ def believed(pair: maps.HalfMaps, fsc: maps.HalfMapFsc) -> Density:
     return maps.filtered(pair.mean, np.sqrt(2 * f / (1 + f)))
 
 
+def _finer(density: Density, resolution_angstrom: float) -> Density:
+    """Leave out what is coarser than ``resolution_angstrom``."""
+    coarse = density.low_passed(resolution_angstrom).values
+    return Density(density.values - coarse, density.voxel_size_angstrom)
+
+
 def _share_low_resolution(pair: maps.HalfMaps, resolution_angstrom: float) -> maps.HalfMaps:
     """Let half-maps share what is coarser, so that their frames do not drift apart."""
     low = pair.mean.low_passed(resolution_angstrom).values
     first, second = (
-        Density(d.values - d.low_passed(resolution_angstrom).values + low, d.voxel_size_angstrom)
+        Density(_finer(d, resolution_angstrom).values + low, d.voxel_size_angstrom)
         for d in (pair.first, pair.second)
     )
     return maps.HalfMaps(first, second, pair.independent)
@@ -243,17 +250,14 @@ def _held_out(
 
     Nor to what was not shared of it. By chance: with every image at another one's orientation.
     """
-    others = [
-        masked(
-            last.mask,
-            Density(
-                maps.filtered(d, last.weight).values
-                - maps.filtered(d.low_passed(0.8 * joined_angstrom), last.weight).values,
-                d.voxel_size_angstrom,
-            ),
-        )
-        for d in (last.pair.second, last.pair.first)
-    ]
+    finest = max(resolution_angstrom, last.fsc.corrected.resolution(0.143).angstrom)
+    cutoff = 0.8 * joined_angstrom  # with an edge that begins where what is shared ends
+    if finest > cutoff / 1.2:
+        return np.nan, np.nan
+    others = []
+    for half_map in (last.pair.second, last.pair.first):
+        fine = masked(last.mask, _finer(maps.filtered(half_map, last.weight), cutoff))
+        others.append(_finer(fine, cutoff))  # the mask spreads over shells
     exchanged = stack.with_poses(np.roll(stack.oriented(), 1, axis=0))
     judge = Search(starts=1, steps=0)
     held_out, chance = (
