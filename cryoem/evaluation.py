@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from . import imaging, rotations
 from .density import Density
 from .errors import InputError
+from .noise import Noise
 from .projection import Projector
 from .rotations import Seed
 from .symmetry import Group, group
@@ -292,7 +293,7 @@ def _mean_lengths(covariances: np.ndarray) -> np.ndarray:
 def cramer_rao(
     density: Density,
     quaternions: ArrayLike,
-    noise_variance: float,
+    noise: Noise | float,
     *,
     box_px: int | None = None,
     ctf: ArrayLike | None = None,
@@ -301,16 +302,18 @@ def cramer_rao(
 ) -> Float[np.ndarray, "n a a"]:
     """Cramer-Rao bound: the smallest error covariance of orientations from noisy images.
 
-    With white noise of variance ``s2`` the Fisher information of an image about its rotation
-    vector ``w`` (detector frame, ``R exp([w])``) is ``I_ab = <dP/dw_a, dP/dw_b> / s2``; no unbiased
-    estimator that knows the density has a smaller covariance than its inverse.
+    The Fisher information of an image about its rotation vector ``w`` (detector frame,
+    ``R exp([w])``) is ``I_ab = <W dP/dw_a, W dP/dw_b>``, with ``W`` what makes the noise white and
+    of variance 1; no unbiased estimator that knows the density has a smaller covariance than its
+    inverse.
 
     Parameters
     ----------
     density : Density, a cube
     quaternions : (n, 4) array, unit, xyzw
-    noise_variance : float
-        Per pixel of the image that is used.
+    noise : Noise or float
+        Of the image that is used; a number is the variance per pixel of white noise. With several
+        optics groups, that of the first.
     box_px : int, optional
         Edge of the images; see :func:`cryoem.projection.project`.
     ctf : (n, box_px, box_px // 2 + 1) array, optional
@@ -330,20 +333,26 @@ def cramer_rao(
     ----------
     Any text on estimation, for instance Kay, "Fundamentals of Statistical Signal Processing", I.3.
     """
-    if not noise_variance > 0:
-        raise InputError(f"noise_variance must be positive, got {noise_variance}")
+    if not isinstance(noise, Noise):
+        if not noise > 0:
+            raise InputError(f"the noise's variance must be positive, got {noise}")
+        noise = Noise.white(noise)
     q = rotations.check(quaternions)
     projector = Projector(density, box_px)
+    transfer = None if ctf is None else np.asarray(ctf)
+    if not noise.is_white:
+        gain = noise.whitening(box_px or density.box_px)[0]
+        transfer = gain if transfer is None else gain * transfer
 
     def seen(rotation_vector: np.ndarray, shift_px: np.ndarray) -> np.ndarray:
         images = projector.project(rotations.perturb(q, np.tile(rotation_vector, (len(q), 1))))
         if shift_px.any():
             images = imaging.shift(images, np.tile(shift_px, (len(q), 1)))
-        return images if ctf is None else imaging.apply_ctf(images, ctf)
+        return images if transfer is None else imaging.apply_ctf(images, transfer)
 
     gradients = []
     for axis in step * np.eye(5)[: 5 if shifts else 3]:
         change = seen(axis[:3], axis[3:]) - seen(-axis[:3], -axis[3:])
         gradients.append((change / (2 * step)).reshape(len(q), -1))
     g = np.stack(gradients, axis=1).astype(np.float64)  # (n, 3 or 5, pixels)
-    return np.linalg.inv(np.einsum("nap,nbp->nab", g, g) / noise_variance)
+    return np.linalg.inv(np.einsum("nap,nbp->nab", g, g) / noise.variances[0])

@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike
 
 from . import imaging, rotations
 from .errors import InputError
+from .noise import Noise
 from .rotations import Seed
 
 __all__ = [
     "PER_PARTICLE",
     "CtfParameters",
     "Images",
-    "Noise",
     "ParticleFile",
     "ParticleStack",
     "Rows",
@@ -104,19 +104,6 @@ class CtfParameters:
         """The functions on the half grid of ``rfft2``; see :func:`cryoem.imaging.ctf`."""
         parameters = {f.name: getattr(self, f.name) for f in fields(self)}
         return imaging.ctf(box_px, pixel_size_angstrom, **parameters)
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The noise of a stack's images: white.
-
-    Attributes
-    ----------
-    variance : float
-        Per pixel.
-    """
-
-    variance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,6 +329,15 @@ class ParticleStack:
         if self.ctf_parameters is None:
             return None
         return self.ctf_parameters.select(rows).values(self.box_px, self.pixel_size_angstrom)
+
+    def whitening(self) -> Float[np.ndarray, "n y x"] | None:
+        """What whitens the images' noise, (n, size, size // 2 + 1), or None: unknown, or white.
+
+        Whatever compares a whitened image with projections must whiten these too.
+        """
+        if self.noise is None or self.noise.is_white:
+            return None
+        return self.noise.whitening(self.box_px)[self.noise.of(self.optics_group)]
 
     def oriented(self) -> Float[np.ndarray, "n 4"]:
         """The orientations, or ``InputError`` where they are unknown or there is no particle."""

@@ -34,8 +34,8 @@ def reconstruct(
     Parameters
     ----------
     stack : ParticleStack
-        With orientations; its shifts, CTF and contrasts are used. Images in files are read in
-        chunks.
+        With orientations; its shifts, CTF and contrasts are used, and the noise, where optics
+        groups differ in it. Images in files are read in chunks.
     symmetry : str
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
@@ -93,13 +93,18 @@ def _normal_equations(
 
     size = stack.box_px
     slices = projection.Slices(size)
+    weights = np.broadcast_to(slices.weights / size**2, (1, len(slices.weights)))
+    if stack.noise is not None and len(stack.noise.power) > 1:
+        # What all images have alike changes nothing but the meaning of the ridge.
+        power = stack.noise.at(np.linalg.norm(slices.frequencies, axis=1) / size)
+        weights = (weights * power.mean(axis=0) / power).astype(np.float32)
     right = np.zeros((size,) * 3, np.float32)
     kernel = np.zeros((2 * size,) * 3, np.float32)
     parts = slices.chunks(len(stack))
     for rows in tqdm(parts, desc="back-projection", unit="chunk", disable=not progress):
         part = stack.select(rows)
         y = slices.from_images(part.images[:])
-        gain = np.broadcast_to(slices.weights / size**2, y.shape)
+        gain = weights[part.optics_group] if len(weights) > 1 else weights
         a = np.ones((1, 1), np.float32)
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]
@@ -108,7 +113,7 @@ def _normal_equations(
         ctf = part.ctf()
         if ctf is not None:
             a = a * ctf[:, *slices.index]
-        y, squared = y * gain * a, gain * a**2
+        y, squared = y * gain * a, np.broadcast_to(gain * a**2, y.shape)
         for g in orbit.elements:
             q = rotations.multiply(g, part.oriented())
             right += slices.backproject(y, q, size)

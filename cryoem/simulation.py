@@ -19,7 +19,8 @@ from jaxtyping import Float
 from . import fourier, imaging, rotations
 from .density import Density
 from .errors import InputError
-from .particles import CtfParameters, Noise, ParticleStack
+from .noise import Noise, coloured
+from .particles import CtfParameters, ParticleStack
 from .preprocessing import Preprocessing
 from .projection import Projector, project
 from .symmetry import group
@@ -28,6 +29,10 @@ from .symmetry import group
 LITTLE = 0.02
 
 __all__ = ["TrainingImages", "simulate"]
+
+#: Coloured noise for training: its share, its excess at low frequencies, and the length where half
+#: of that is left (:func:`cryoem.noise.coloured`).
+COLOURED, EXCESS, LENGTH_ANGSTROM = 0.7, (1.0, 40.0), (25.0, 80.0)
 
 #: What JSON can hold of a setting.
 Settings = float | str | list[float] | Mapping[str, float] | None
@@ -41,6 +46,7 @@ def simulate(
     snr: float = np.inf,
     max_shift_px: float = 0.0,
     defocus_range_angstrom: tuple[float, float] | None = None,
+    noise_excess: float = 0.0,
     coverage: str = "uniform",
 ) -> ParticleStack:
     """Simulate particle images at the density's own sampling, with the truth about them.
@@ -59,6 +65,9 @@ def simulate(
     defocus_range_angstrom : (low, high), optional
         Draw a defocus for each image, uniformly, and apply its CTF (300 kV, 2.7 mm, amplitude
         contrast 0.1).
+    noise_excess : float
+        How much louder than the white part the noise is at low frequencies, half of it gone at 40 A
+        (:func:`cryoem.noise.coloured`); 0: white. Micrographs have 3 to 30.
     coverage : str
         See :func:`cryoem.rotations.sample`.
 
@@ -72,6 +81,8 @@ def simulate(
         raise InputError(f"n must be positive, got {n}")
     if not snr > 0:
         raise InputError(f"snr must be positive (infinity for clean images), got {snr}")
+    if not noise_excess >= 0:
+        raise InputError(f"noise_excess must not be negative, got {noise_excess}")
     _check_defocus(defocus_range_angstrom)
     views, moves, noise = (rotations.generator(seed, u) for u in ("views", "shifts", "noise"))
     q = rotations.sample(n, views, coverage)
@@ -86,7 +97,12 @@ def simulate(
         values = parameters.values(density.box_px, density.voxel_size_angstrom)
         images = imaging.apply_ctf(images, values)
     variance = 0.0 if np.isinf(snr) else float(images.var()) / snr
-    if variance:
+    spectrum = None
+    if variance and noise_excess:
+        spectrum = coloured(variance, noise_excess, 40 / density.voxel_size_angstrom)
+        images = images + spectrum.draw(n, density.box_px, noise)
+    elif variance:
+        spectrum = Noise.white(variance)
         images = imaging.add_noise(images, noise, variance=variance)
     return ParticleStack(
         images,
@@ -94,7 +110,7 @@ def simulate(
         quaternions=q,
         shifts_px=shifts,
         ctf_parameters=parameters,
-        noise=Noise(variance) if variance else None,
+        noise=spectrum,
     )
 
 
@@ -120,6 +136,10 @@ class TrainingImages:
         flipping phases leaves of it.
     ctf_fraction : float
         The share of images with a CTF, where there is a range of defocus.
+    noise : {'white', 'coloured'} or Noise
+        Its spectrum. Coloured: another one for each image, as micrographs have them, from white to
+        forty times louder at low frequencies. Images with noise are then whitened, as
+        :func:`cryoem.orient` does before a network reads them.
     coverage : str
         See :func:`cryoem.rotations.sample`.
     symmetry : str
@@ -137,9 +157,12 @@ class TrainingImages:
         shifted_fraction: float = 0.5,
         defocus_range_angstrom: tuple[float, float] | None = None,
         ctf_fraction: float = 0.5,
+        noise: Literal["white", "coloured"] | Noise = "white",
         coverage: str = "uniform",
         symmetry: str = "C1",
     ) -> None:
+        if not (isinstance(noise, Noise) or noise in ("white", "coloured")):
+            raise InputError(f"noise must be 'white', 'coloured' or a Noise, got {noise!r}")
         _check_ranges(
             snr_range,
             clean_fraction=clean_fraction,
@@ -154,6 +177,7 @@ class TrainingImages:
         self.shifted_fraction = shifted_fraction
         self.defocus_range_angstrom = defocus_range_angstrom
         self.ctf_fraction = ctf_fraction
+        self.noise = noise
         self.coverage = coverage
         self.group = group(symmetry)
         self._projector = _projector(density, preprocessing)
@@ -174,6 +198,9 @@ class TrainingImages:
             "defocus_range_angstrom": self.defocus_range_angstrom
             and list(self.defocus_range_angstrom),
             "ctf_fraction": self.ctf_fraction,
+            "noise": [float(f"{x:.4g}") for x in self.noise.power.mean(axis=0)]
+            if isinstance(self.noise, Noise)
+            else self.noise,
             "coverage": self.coverage,
             "symmetry": self.group.name,
             "signal_variance": float(f"{self.signal_variance:.5g}"),
@@ -258,9 +285,12 @@ class TrainingImages:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images with noise, and their noise-to-signal ratios."""
         n, p = len(images), self.preprocessing
-        low, high = np.log(self.snr_range)
-        ratio = 1 / np.exp(rng.uniform(low, high, n))
+        ratio = 1 / _log_uniform(rng, self.snr_range, n)
         ratio *= rng.random(n) >= self.clean_fraction
+        noisy = ratio > 0
+        if self.noise != "white" and noisy.any():
+            gain = self._whitening(rng, int(noisy.sum()))
+            images[noisy] = imaging.apply_ctf(images[noisy], gain)
         # White noise of variance s2 at full sampling has s2 (down / frame)^2 after down-sampling,
         # on the disc of frequencies that the down-sampling keeps.
         variance = ratio * signal * (p.down_px / p.frame_px) ** 2
@@ -268,6 +298,28 @@ class TrainingImages:
         noise = fourier.low_pass(noise, 2, p.crop_px / 2)
         images += noise * np.sqrt(variance, dtype=np.float32)[:, None, None]
         return images, ratio
+
+    def _whitening(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """What whitening the frame does to what the network reads of ``n`` images."""
+        p = self.preprocessing
+        k = fourier.radius((p.crop_px, p.crop_px), half=True) / p.crop_px
+        k *= p.down_px / p.frame_px  # cycles per pixel of the frame
+        if isinstance(self.noise, Noise):
+            return self.noise.gain(k).mean(axis=0)
+        excess = _log_uniform(rng, EXCESS, n) * (rng.random(n) < COLOURED)
+        length = _log_uniform(rng, LENGTH_ANGSTROM, n) / p.pixel_size_angstrom
+        # A table of the mean over the frame, which is what its variance is.
+        frame = fourier.radius((64, 64)).ravel() / 64
+        squares = np.bincount(np.rint(frame * 256).astype(int)) / frame.size
+        radii = np.arange(len(squares)) / 256
+        mean = (1 / (1 + (length[:, None] * radii) ** 2)) @ squares
+        grid = 1 / (1 + (length[:, None, None] * k) ** 2)
+        power = (1 + excess[:, None, None] * grid) / (1 + excess * mean)[:, None, None]
+        return np.asarray(power**-0.5, np.float32)
+
+
+def _log_uniform(rng: np.random.Generator, limits: tuple[float, float], n: int) -> np.ndarray:
+    return np.exp(rng.uniform(np.log(limits[0]), np.log(limits[1]), n))
 
 
 def _check_defocus(defocus_range_angstrom: tuple[float, float] | None) -> None:

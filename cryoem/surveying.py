@@ -6,18 +6,26 @@ Training for it takes its ranges from here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 
 from . import imaging, rotations
+from .errors import InputError
+from .noise import Noise, background_noise
 from .particles import ParticleStack
 from .rotations import Seed
 
-__all__ = ["Survey", "TrainingRanges", "contrast", "survey"]
+__all__ = ["Survey", "TrainingRanges", "contrast", "survey", "with_noise"]
 
 #: Standard errors at which a sign, or a signal, is believed.
 CERTAIN = 5.0
+#: Rings that differ by this share are equally quiet.
+LITTLE = 2e-3
+#: Pixels of background from which a spectrum can be measured.
+ENOUGH = 20_000
+#: SNR from which noise is no matter, and its spectrum is not looked for.
+LOUD = 10.0
 
 
 class TrainingRanges(TypedDict, total=False):
@@ -28,6 +36,7 @@ class TrainingRanges(TypedDict, total=False):
     max_shift_px: float
     defocus_range_angstrom: tuple[float, float]
     ctf_fraction: float
+    noise: Literal["white", "coloured"] | Noise
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,15 @@ class Survey:
         How many were looked at.
     contrast : {'white on black', 'black on white', 'not to be told'}
     noise_variance : float
-        Per pixel, mean over the images.
+        Per pixel, where it is quietest.
+    noise : Noise or None
+        Its spectrum; None where no noise is to be seen beside the particles, or nothing else is.
     snr : float
-        (Variance of the whole frame - noise variance) / noise variance.
+        Variance that the particles add, over the whole frame, / noise variance.
     snr_error : float
         Its standard error over the images.
+    particle_diameter_angstrom : float
+        Of the circle outside which images are no louder than where they are quietest.
     max_shift_px : float
         The largest component of any particle's shift; 0 where the file says none.
     defocus_range_angstrom : (low, high) or None
@@ -54,8 +67,10 @@ class Survey:
     images: int
     contrast: str
     noise_variance: float
+    noise: Noise | None
     snr: float
     snr_error: float
+    particle_diameter_angstrom: float
     max_shift_px: float
     defocus_range_angstrom: tuple[float, float] | None
 
@@ -65,13 +80,25 @@ class Survey:
         SNR from a quarter of the mean to four times it: single particles differ by their thickness
         of ice. Shifts are those of the file, and at least 2 px, for what centred particles by is
         known to a pixel or two. No image is clean.
+
+        Raises
+        ------
+        InputError
+            There is no noise to be seen.
         """
+        if not self.noise_variance > 0:
+            raise InputError(
+                "the corners of the images are constant: their noise cannot be measured, so that "
+                "nothing can be trained for it; wanted images as they were extracted, not masked"
+            )
         snr = max(self.snr, self.snr_error)
         found: TrainingRanges = {
             "snr_range": (snr / 4, snr * 4),
             "clean_fraction": 0.0,
             "max_shift_px": max(2.0, self.max_shift_px),
         }
+        if self.noise is not None:
+            found["noise"] = self.noise
         if self.defocus_range_angstrom is not None:
             found["defocus_range_angstrom"] = self.defocus_range_angstrom
             found["ctf_fraction"] = 1.0
@@ -81,10 +108,9 @@ class Survey:
 def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Survey:
     """Look at some images, drawn at random, and at what is known of all particles.
 
-    The noise is what varies outside the circle that the frame holds, where no particle reaches; the
-    signal is what the whole frame varies beyond that. So the background must be flat, as after
-    RELION's extraction, and the noise of one strength all over the frame. At SNR 1/100 a thousand
-    images of 116 px tell the SNR to about a tenth of it.
+    A particle adds to the variance of the pixels that it covers. So the noise is what varies in the
+    quietest ring about the centre: in the corners others may stand. At SNR 1/100 a thousand images
+    of 116 px tell the SNR to about a tenth of it.
 
     Parameters
     ----------
@@ -101,24 +127,86 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
     rows = np.sort(rotations.generator(seed, "survey").choice(n, min(images, n), replace=False))
     seen = np.asarray(stack.images[rows])
     sign, _ = contrast(seen)
-    outside = _radius(stack.box_px) > stack.box_px / 2
-    noise = seen[:, outside].var(axis=1, dtype=np.float64)
-    whole = seen.var(axis=(1, 2), dtype=np.float64)
-    ratio = (whole - noise) / noise.mean()
+    quiet = _Rings(seen)
     parameters = stack.ctf_parameters
     defocus = None
     if parameters is not None:
         mean = (parameters.defocus_u_angstrom + parameters.defocus_v_angstrom) / 2
         defocus = (float(mean.min()), float(mean.max()))
+    noise = None
+    enough = len(rows) * quiet.background.sum() >= ENOUGH
+    if enough and quiet.noise > 0 and quiet.signal.mean() < LOUD * quiet.noise:
+        noise = background_noise(seen, quiet.background, group=stack.optics_group[rows])
+    ratio = quiet.signal / quiet.noise if quiet.noise > 0 else np.full(len(rows), np.inf)
     return Survey(
         images=len(rows),
         contrast={1: "white on black", -1: "black on white", 0: "not to be told"}[sign],
-        noise_variance=float(noise.mean()),
+        noise_variance=quiet.noise,
+        noise=noise,
         snr=float(ratio.mean()),
-        snr_error=float(ratio.std() / np.sqrt(len(rows))),
+        snr_error=float(ratio.std() / np.sqrt(len(rows))) if quiet.noise > 0 else np.nan,
+        particle_diameter_angstrom=2 * quiet.radius_px * stack.pixel_size_angstrom,
         max_shift_px=float(np.abs(stack.shifts_px).max()),
         defocus_range_angstrom=defocus,
     )
+
+
+def with_noise(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
+    """The stack with a noise: its own, or what is measured where no particle reaches."""
+    if stack.noise is not None or len(stack) == 0:
+        return stack
+    return stack.replace(noise=survey(stack, seed=seed).noise)
+
+
+class _Rings:
+    """How loud images are at each distance from their centre.
+
+    Attributes
+    ----------
+    noise : float
+        The variance of the quietest rings.
+    radius_px : float
+        Where they begin.
+    background : (size, size) array of bool
+        From there on.
+    signal : (n,) array
+        What is louder than that within, over the whole frame.
+    """
+
+    def __init__(self, images: np.ndarray) -> None:
+        n, size = images.shape[:2]
+        radius = _radius(size)
+        # Rings of equal width out to where a circle still fits; the corners are the last one.
+        width = max(1.0, size / 32)
+        number = np.minimum(radius / width, size / 2 / width).astype(int)
+        count = np.bincount(number.ravel())
+        corners = images[:, radius > size / 2]
+        # The mean of a frame is known better than that of its corners, which it is above alike.
+        level = images.mean(axis=(1, 2), dtype=np.float64)
+        above = float(np.mean(level - corners.mean(axis=1, dtype=np.float64)))
+        squares = np.zeros((n, len(count)))
+        for i, image in enumerate(images):
+            square = (image - (level[i] - above)) ** 2
+            squares[i] = np.bincount(number.ravel(), square.ravel())
+        loud = squares.mean(axis=0) / count
+        error = squares.std(axis=0) / count / np.sqrt(n)
+        enough = count * n >= 1000 if (count * n >= 1000).any() else count > 0
+        quietest = int(np.argmin(np.where(enough, loud, np.inf)))
+        # Not to be told from the quietest: by their errors, or by what hardly matters.
+        near = loud <= loud[quietest] * (1 + LITTLE) + 2 * np.hypot(error, error[quietest])
+        first = last = quietest
+        while first > 0 and near[first - 1]:
+            first -= 1
+        while last + 1 < len(near) and near[last + 1]:
+            last += 1
+        ring = slice(first, last + 1)
+        self.noise = float(squares[:, ring].sum() / n / count[ring].sum())
+        if np.mean(np.ptp(corners, axis=1) == 0) > 0.5:  # they have been masked
+            self.noise = 0.0
+        self.radius_px = float(first * width)
+        self.background = number >= first
+        inside = squares[:, :first] - self.noise * count[:first]
+        self.signal = inside.sum(axis=1) / count.sum() - above**2
 
 
 def contrast(images: np.ndarray) -> tuple[int, float]:

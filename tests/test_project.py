@@ -36,6 +36,7 @@ LAYERS = [
     io.files
     fourier rotations symmetry distances
     imaging
+    noise
     particles
     io
     density structures projection preprocessing simulation surveying

@@ -48,6 +48,12 @@ def simulate_particles(
     defocus: Annotated[
         tuple[float, float] | None, typer.Option(help="Range, angstrom; default: no CTF.")
     ] = None,
+    noise_excess: Annotated[
+        float,
+        typer.Option(
+            help="How much louder the noise is at low frequencies; 0: white, micrographs: 3 to 30."
+        ),
+    ] = 0.0,
     coverage: Annotated[
         str, typer.Option(help="uniform, euler, half, quarter or preferred.")
     ] = "uniform",
@@ -68,6 +74,7 @@ def simulate_particles(
         snr=snr,
         max_shift_px=shift,
         defocus_range_angstrom=defocus,
+        noise_excess=noise_excess,
         coverage=coverage,
     )
     images = write_particles(output, stack)

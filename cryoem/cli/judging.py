@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 
 from ..errors import InputError
@@ -19,6 +20,9 @@ from .options import (
     open_particles,
     print_figures,
 )
+
+if TYPE_CHECKING:
+    from ..particles import ParticleStack
 
 
 @app.command("evaluate")
@@ -106,7 +110,6 @@ def describe(
 def _of_particles(path: Path, seed: int) -> dict[str, object]:
     from ..io.stacks import ImageStack
     from ..io.star import length
-    from ..surveying import survey
 
     stack = open_particles(path, True)
     assert isinstance(stack.images, ImageStack) and stack.origin is not None
@@ -120,8 +123,24 @@ def _of_particles(path: Path, seed: int) -> dict[str, object]:
         "angles": stack.quaternions is not None,
         "half_sets": stack.half_set is not None,
         "columns": ", ".join(stack.columns),
-        **vars(survey(stack, seed=seed)),
+        **_surveyed(stack, seed),
     }
+
+
+def _surveyed(stack: ParticleStack, seed: int) -> dict[str, object]:
+    """What a survey says, the noise as its power at some resolutions."""
+    from ..surveying import survey
+
+    found = dict(vars(survey(stack, seed=seed)))
+    noise = found.pop("noise")
+    if noise is not None:
+        pixel = stack.pixel_size_angstrom
+        periods = [p for p in (200, 100, 50, 30, 20, 15, 10, 7, 5, 4, 3) if p >= 2 * pixel]
+        power = noise.at(np.array([pixel / p for p in periods])).mean(axis=0)
+        found["noise_power_by_angstrom"] = {
+            str(p): float(f"{value:.4g}") for p, value in zip(periods, power, strict=True)
+        }
+    return found
 
 
 def _of_stack(path: Path) -> dict[str, object]:

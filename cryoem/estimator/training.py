@@ -35,6 +35,7 @@ def broad_ranges(box_px: int) -> TrainingRanges:
 
     A quarter of the images without noise, the others at SNR 1 to 1/128; shifts of up to 8 px in a
     frame of 116, in proportion for others; two fifths with a CTF, 0.5 to 3 micrometres under focus.
+    The noise is coloured as micrographs' is.
 
     Parameters
     ----------
@@ -52,6 +53,7 @@ def broad_ranges(box_px: int) -> TrainingRanges:
         "max_shift_px": 8.0 * box_px / 116,
         "defocus_range_angstrom": (5_000.0, 30_000.0),
         "ctf_fraction": 0.4,
+        "noise": "coloured",
     }
 
 

@@ -58,8 +58,11 @@ class Job:
     landmarks: FramedLandmarks | None = None
 
     def images(self, stack: ParticleStack) -> np.ndarray:
-        """Read the images of a chunk, centred if they are to be."""
+        """Read the images of a chunk, whitened, and centred if they are to be."""
         images = np.asarray(stack.images[:], np.float32)
+        whitening = stack.whitening()
+        if whitening is not None:
+            images = imaging.apply_ctf(images, whitening)
         moved = self.centred and stack.shifts_px.any()
         return imaging.shift(images, -stack.shifts_px) if moved else images
 

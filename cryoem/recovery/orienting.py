@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from .. import rotations
+from .. import rotations, surveying
 from ..density import Density
 from ..errors import InputError
 from ..io.files import PathLike
@@ -104,7 +104,8 @@ def orient(
     ----------
     estimator : Estimator
     stack : ParticleStack
-        Its images, CTF and, with ``centred``, its shifts are used; its orientations are not.
+        Its images, CTF, noise (measured where it is unknown) and, with ``centred``, its shifts are
+        used; its orientations are not.
     reference : Density, a cube of the images' box, optional
         Orient against its projections: frame and hand are the density's, and the particle may be
         symmetric.
@@ -140,11 +141,11 @@ def orient(
     MissingToolError
         A scheduler was named and Dask is missing.
     """
-    n = len(stack)
     if chunk < 1:
         raise InputError(f"chunk must be positive, got {chunk}")
-    if n < 2 * ENOUGH:
+    if (n := len(stack)) < 2 * ENOUGH:
         raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {n}")
+    stack = surveying.with_noise(stack)
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)
     rng = rotations.generator(seed, "landmarks")
     some = stack.select(np.sort(rng.choice(n, min(landmarks, n), replace=False, shuffle=False)))
@@ -153,8 +154,7 @@ def orient(
     if work is not None:
         settings = _settings(job, stack, images, reference)
         kept = WorkFolder(Path(work), {**settings, "copies": copies, "seed": seed})
-    known = kept.landmarks(estimator.head, estimator.symmetry)
-    if known is None:
+    if (known := kept.landmarks(estimator.head, estimator.symmetry)) is None:
         known = _framed(job.estimator, images, some.ctf(), reference, copies, seed)
         kept.keep(known)
     job = replace(job, landmarks=known)
@@ -247,6 +247,9 @@ def _parameters(stack: ParticleStack, centred: bool) -> Iterator[np.ndarray]:
             yield getattr(stack.ctf_parameters, f.name)
     if centred:
         yield stack.shifts_px
+    if stack.noise is not None and not stack.noise.is_white:
+        yield stack.noise.power
+        yield stack.optics_group
 
 
 def _sha256(*arrays: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from .. import evaluation, rotations
 from ..density import Density
 from ..errors import InputError
+from ..noise import Noise, from_powers
 from ..particles import PER_PARTICLE, ParticleStack
 from .least_squares import LeastSquares, descend_each
 from .search import Plan, Search, Stage, distinct_first, plan
@@ -28,6 +29,10 @@ __all__ = ["RefinedStack", "refine"]
 LEAST_CONTRAST = 0.1
 #: From how many images, at most, the median contrast is taken.
 SAMPLE = 500
+#: How many images of an optics group tell the noise's spectrum, and how many are too few to.
+NOISE_SAMPLE, ENOUGH = 120, 30
+#: Noise below this share of the images' power is as good as none.
+CLEAN = 1e-2
 POINTS_AT_ONCE = 2_000_000
 DEFAULT = Search()
 
@@ -50,7 +55,8 @@ class RefinedStack(ParticleStack):
     correlation : (n,) array
         Of each image with its projection, over the frequencies that were used.
     noise_variance : float
-        Per pixel: what was given, or estimated from the residuals.
+        Per pixel: what was given, or estimated from the residuals. The stack's ``noise`` has the
+        spectrum.
     resolution_angstrom : float
         The finest detail that was used.
     """
@@ -88,12 +94,13 @@ def refine(
 ) -> RefinedStack:
     """Refine orientations, shifts and contrasts against a density.
 
-    Converges from about 0.3 rad. The noise is taken as white; an image's mean is not used.
+    Converges from about 0.3 rad. Every frequency counts by its noise; an image's mean is not used.
 
     Parameters
     ----------
     stack : ParticleStack
-        With the orientations and shifts to start from. Images in files are read in chunks.
+        With the orientations and shifts to start from. Images in files are read in chunks. Where
+        its noise is not known, the spectrum is estimated from the residuals of a random sample.
     density : Density, a cube
         Of the images' extent; its box may be larger, where the images are down-sampled. Contrast is
         1 for images in the units of :func:`cryoem.projection.project`.
@@ -103,8 +110,8 @@ def refine(
     search : Search
         How orientations are sought about the given ones.
     noise_variance : float, optional
-        Per pixel. By default estimated from the residuals of all images; the refined parameters do
-        not depend on it, their covariances do.
+        Per pixel; scales the spectrum. By default estimated from the residuals of all images; the
+        refined parameters do not depend on it, their covariances do.
     progress : bool
         Show a bar.
 
@@ -131,6 +138,8 @@ def refine(
     if noise_variance is not None and not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     stages = plan(density, box, resolution_angstrom, search)
+    if stack.noise is None:
+        stack = stack.replace(noise=_residual_noise(stages, stack, search))
     least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
     q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
     done = 0
@@ -144,10 +153,52 @@ def refine(
 
 
 def _observed(plan: Plan, stack: ParticleStack) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images' transforms at the plan's frequencies, (n, k), and their CTF there."""
+    """The images' transforms at the plan's frequencies, (n, k), and what multiplies the model.
+
+    Both are whitened. Where the noise is white, the latter is the CTF, or None.
+    """
     images = plan.slices.from_images(stack.images[:])[:, plan.order]
     ctf = stack.ctf()
-    return images, None if ctf is None else ctf[:, *plan.slices.index][:, plan.order]
+    transfer = None if ctf is None else ctf[:, *plan.slices.index][:, plan.order]
+    if stack.noise is not None and not stack.noise.is_white:
+        radius = np.linalg.norm(plan.frequencies, axis=1) / stack.box_px
+        gain = stack.noise.gain(radius)[stack.noise.of(stack.optics_group)]
+        images = images * gain
+        transfer = gain if transfer is None else gain * transfer
+    return images, transfer
+
+
+def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
+    """The noise's spectrum, from what refining a random sample leaves of its images.
+
+    Beyond the plan's resolution, all of them.
+    """
+    groups = int(stack.optics_group.max()) + 1
+    sample = stack.replace(noise=Noise.white(1.0))
+    if len(stack) > NOISE_SAMPLE * min(groups, 10):
+        rng = rotations.generator(0, "noise")
+        rows = rng.choice(len(stack), NOISE_SAMPLE * min(groups, 10), replace=False)
+        sample = sample.select(np.sort(rows))
+    least = _least_contrast(plan, sample, wanted_positive=search.steps > 0)
+    shells = np.rint(np.linalg.norm(plan.slices.frequencies, axis=1)).astype(int)
+    weights, box = plan.slices.weights, stack.box_px
+    left, count, loud = np.zeros((groups, shells.max() + 1)), np.zeros(groups), 0.0
+    for part in sample.chunks(max(1, POINTS_AT_ONCE // plan.load)):
+        q, shifts, _, fit = _refined(plan, part, search, least)
+        power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
+        loud += float((power @ weights).sum())
+        power[:, plan.order] = fit.residuals(q, shifts)
+        for g in np.unique(part.optics_group):
+            here = part.optics_group == g
+            left[g] += np.bincount(shells, weights * power[here].sum(axis=0))
+            count[g] += here.sum()
+    if groups > 1:  # groups that few images are of are given what all have
+        left = np.where(count[:, None] >= ENOUGH, left, left.sum(axis=0))
+        count = np.where(count >= ENOUGH, count, count.sum())
+    left /= count[:, None] * np.bincount(shells, weights)
+    left[:, 0] = left[:, 1]  # an image's mean is not used
+    # Where hardly any noise is, none is quieter than another.
+    return from_powers(np.maximum(left, CLEAN * loud / (len(sample) * weights.sum())), box)
 
 
 def _problem(
@@ -237,8 +288,12 @@ def _judged(
     covariances = np.linalg.inv(matrix * scale + 1e-9 * np.eye(5)) * scale * noise
     power = np.sqrt(np.maximum(grams[:, 0, 0] * grams[:, 6, 6], 1e-30))
     safe = noise if noise > 0 else 1.0
+    spectrum = stack.noise
+    if spectrum is not None and noise > 0:
+        spectrum = Noise(spectrum.power * (noise / spectrum.variance))
     return stack.extended(
         RefinedStack,
+        noise=spectrum,
         quaternions=q,
         shifts_px=shifts,
         contrast=contrast,

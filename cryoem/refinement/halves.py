@@ -15,6 +15,7 @@ from jaxtyping import Float
 from .. import maps, matching, reconstruction, rotations
 from ..density import Density
 from ..errors import InputError
+from ..noise import Noise
 from ..particles import ParticleStack
 from ..preprocessing import Preprocessing
 from ..rotations import Seed
@@ -135,14 +136,11 @@ def refine_halves(
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
         limit = max(limit, resolution_angstrom) if turn == 0 else limit
         used.append(limit)
-        separate = refine_each_half(
-            now,
-            maps_now.references,
-            resolution_angstrom=limit,
-            search=near if turn else search,
-        )
+        at = near if turn else search
+        separate = refine_each_half(now, maps_now.references, resolution_angstrom=limit, search=at)
         # The scale of contrast and density together is free.
-        now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
+        contrast = separate.contrast / np.median(separate.contrast)
+        now = separate.replace(contrast=contrast, noise=given.noise)
     last = _round(now, joined_angstrom, seed)
     held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
     return HalvesRefinement(
@@ -240,6 +238,8 @@ def refine_each_half(
             found[f.name] = float(np.mean(values))
         elif "rows" in f.metadata and isinstance(values[0], np.ndarray) and f.name != "images":
             found[f.name] = np.concatenate(values)[order]
+    spectra = [part.noise.power for part in parts if part.noise is not None]
+    found["noise"] = Noise(np.mean(spectra, axis=0))
     return stack.extended(RefinedStack, **found)
 
 

@@ -102,10 +102,11 @@ class LeastSquares:
         self._turn = np.complex64(-2j * np.pi / box_px)
         # Parseval: sums over these are sums over pixels.
         self.samples = float(weights.sum())
+        self._box_px = box_px
         self._root = np.sqrt(weights).astype(np.float32) / box_px
 
-    def gram(self, who: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-        """Inner products of image, model and its five slopes: (m, 7, 7), float64."""
+    def _columns(self, who: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Model, its five slopes and image at every frequency, (m, 7, k)."""
         value, gradient = self.slices.at(Rotation.from_quat(q).as_matrix())
         kx, ky = self._kx, self._ky
         phase = np.exp(
@@ -125,8 +126,20 @@ class LeastSquares:
         # The shift is taken out of the image, not put into the model.
         columns[:, 6] = self.observed[who] * phase
         columns *= self._root
-        real = columns.view(np.float32)
+        return columns
+
+    def gram(self, who: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Inner products of model, its five slopes and image: (m, 7, 7), float64."""
+        real = self._columns(who, q, shifts).view(np.float32)
         return (real @ real.transpose(0, 2, 1)).astype(np.float64)
+
+    def residuals(self, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """What is left of every particle's image, (m, k): squares, as variances per pixel."""
+        who = np.arange(len(q))
+        contrast = self.normal(self.gram(who, q, shifts))[1]
+        columns = self._columns(who, q, shifts)
+        left = columns[:, 6] - contrast[:, None].astype(np.float32) * columns[:, 0]
+        return np.abs(left) ** 2 / (self._root * self._box_px) ** 2
 
     def normal(self, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Gain (m,), contrast (m,), normal matrix (m, 5, 5) and slope (m, 5) of the best contrast.

@@ -1,0 +1,219 @@
+"""Noise of known spectra: what is measured, drawn and whitened is what was put in."""
+
+import numpy as np
+import pytest
+import scipy.fft
+from measures import relative_error
+
+from cryoem import evaluation, fourier, imaging, projection, reconstruction, rotations, simulate
+from cryoem.density import Phantom
+from cryoem.errors import InputError
+from cryoem.matching import match
+from cryoem.noise import Noise, background_noise, coloured
+from cryoem.particles import ParticleStack
+from cryoem.preprocessing import Preprocessing
+from cryoem.recovery.chunks import Job
+from cryoem.refinement import refine
+from cryoem.surveying import survey, with_noise
+
+BOX, VOXEL, N = 40, 5.0, 200
+SHARP = Phantom.random(0, sigma_angstrom=6.0)
+DENSITY = SHARP.density(BOX, VOXEL)
+TRUE = rotations.uniform(N, 1)
+CLEAN = SHARP.project(TRUE, BOX, VOXEL).astype(np.float32)
+LENGTH = 40 / VOXEL
+
+
+def shell_power(images):
+    """Mean power of each shell, in the units of a variance."""
+    n, size = images.shape[:2]
+    power = (np.abs(scipy.fft.fft2(images)) ** 2).sum(axis=0).ravel() / (n * size**2)
+    shells = np.rint(fourier.radius((size, size))).astype(int).ravel()
+    return np.bincount(shells, power) / np.bincount(shells)
+
+
+def outside(size, share):
+    axis = np.arange(size) - size // 2
+    return np.hypot(axis[:, None], axis) > share * size / 2
+
+
+def in_noise(excess, snr, seed=2):
+    """The phantom's images in coloured noise, and the noise."""
+    noise = coloured(float(CLEAN.var()) / snr, excess, LENGTH)
+    return CLEAN + noise.draw(N, BOX, seed), noise
+
+
+@pytest.mark.parametrize("excess", [0.0, 3.0, 30.0])
+def test_coloured_noise_is_as_loud_as_asked_for_at_every_frequency(excess):
+    noise = coloured(2.5, excess, 8.0)
+    assert noise.variance == pytest.approx(2.5) and noise.is_white == (excess == 0)
+    k = np.array([0.02, 0.1, 0.4])
+    a, _, c = noise.at(k)[0]
+    assert a / c == pytest.approx(
+        (1 + excess / (1 + 0.16**2)) / (1 + excess / (1 + 3.2**2)), rel=0.02
+    )
+    images = noise.draw(400, 48, 0)
+    assert images.var() == pytest.approx(2.5, rel=0.02)
+    found = shell_power(images)[1:24]
+    wanted = noise.at(np.arange(1, 24) / 48)[0]
+    np.testing.assert_allclose(found, wanted, rtol=0.12)  # shell 1 has 8 x 400 / 2 samples
+    np.testing.assert_allclose(found[5:], wanted[5:], rtol=0.05)
+
+
+@pytest.mark.parametrize("size", [47, 48])
+def test_whitening_makes_it_white_and_keeps_its_variance(size):
+    noise = coloured(2.0, 10.0, 8.0)
+    white = imaging.apply_ctf(noise.draw(400, size, 1), noise.whitening(size)[0])
+    np.testing.assert_allclose(shell_power(white)[1 : size // 2], 2.0, rtol=0.1)
+    np.testing.assert_array_equal(Noise.white(3.0).whitening(size), 1)
+
+
+@pytest.mark.parametrize("size", [63, 64])
+@pytest.mark.parametrize("excess", [0.0, 10.0])
+def test_a_spectrum_is_measured_where_no_particle_is(size, excess):
+    noise = coloured(2.0, excess, 8.0)
+    images = noise.draw(400, size, 3) + 5
+    images[:, ~outside(size, 0.8)] += 40  # what stands in the middle is of no account
+    found = background_noise(images, outside(size, 0.8))
+    k = np.arange(1, size // 2) / size
+    ratio = found.at(k)[0] / noise.at(k)[0]
+    np.testing.assert_allclose(ratio, 1, atol=0.15)
+    np.testing.assert_allclose(ratio[5:], 1, atol=0.04)
+
+
+def test_each_optics_group_has_a_spectrum_of_its_own():
+    loud, quiet = coloured(4.0, 10.0, 8.0), coloured(1.0, 0.0, 8.0)
+    both = Noise(np.concatenate([loud.power, quiet.power]))
+    group = np.arange(400) % 2
+    found = background_noise(both.draw(400, 48, 0, group=group), outside(48, 0.7), group=group)
+    assert found.variances == pytest.approx([4.0, 1.0], rel=0.05)
+    low, high = found.at(0.02), found.at(0.4)
+    assert low[0] / high[0] > 4 and low[1] == pytest.approx(high[1], rel=0.15)
+    # Group 1 of 0, 1, 2 is not there: it is given what all have.
+    apart = background_noise(both.draw(400, 48, 0, group=group), outside(48, 0.7), group=2 * group)
+    assert apart.variances[1] == pytest.approx(2.5, rel=0.05)
+    stack = ParticleStack(np.ones((3, 8, 8)), 1.0, optics_group=[0, 1, 2], noise=found)
+    with pytest.raises(InputError, match="optics_group 2, counted from 0, has no noise"):
+        stack.whitening()
+
+
+@pytest.mark.parametrize(
+    "power", [np.zeros((1, 4)), np.full((1, 4), np.nan), np.ones((1, 1)), -1.0]
+)
+def test_a_power_that_is_none_is_refused(power):
+    with pytest.raises(InputError, match="power must be positive"):
+        Noise(power)
+
+
+def test_a_background_without_pixels_is_refused():
+    with pytest.raises(InputError, match="background must hold some pixels"):
+        background_noise(np.ones((2, 8, 8)), np.zeros((8, 8), bool))
+
+
+# --------------------------------------------------------------------------------------
+# What the steps of the method make of it
+
+
+def test_the_limit_counts_every_frequency_by_its_noise():
+    q, step = TRUE[:5], 1e-3
+    noise = coloured(1e3, 10.0, LENGTH)
+    found = evaluation.cramer_rao(DENSITY, q, noise)
+    power = noise.at(fourier.radius((BOX, BOX)) / BOX)[0]
+    for i in range(5):
+        slopes = []
+        for axis in np.eye(3):
+            w = step * axis * np.array([[-1.0], [1.0]])
+            before, after = projection.project(DENSITY, rotations.perturb(q[[i, i]], w))
+            slopes.append(scipy.fft.fft2(after - before) / (2 * step))
+        fisher = [[np.sum(a * b.conj() / power).real / BOX**2 for b in slopes] for a in slopes]
+        np.testing.assert_allclose(found[i], np.linalg.inv(fisher), rtol=0.02)
+    white = evaluation.cramer_rao(DENSITY, q, Noise.white(7.0))
+    np.testing.assert_allclose(white, evaluation.cramer_rao(DENSITY, q, 7.0))
+
+
+def test_refinement_ends_at_the_limit_of_coloured_noise():
+    images, noise = in_noise(30.0, 1.0)
+    w = np.random.default_rng(3).standard_normal((N, 3))
+    start = rotations.perturb(TRUE, 0.2 * w / np.linalg.norm(w, axis=1, keepdims=True))
+    stack = ParticleStack(images, VOXEL, quaternions=start)
+    limit = evaluation.cramer_rao(DENSITY, TRUE, noise, shifts=True)[:, :3, :3]
+    bound = evaluation.mean_error_of(limit).mean()
+    error, expected, found = {}, {}, {}
+    for name, known in (("white", Noise.white(1.0)), ("unknown", None), ("known", noise)):
+        found[name] = refine(stack.replace(noise=known), DENSITY, resolution_angstrom=2 * VOXEL)
+        error[name] = rotations.distance(found[name].quaternions, TRUE).mean()
+        expected[name] = found[name].expected_error_rad.mean()
+    # Who takes it for white is further off, and does not know.
+    assert error["white"] > 1.1 * bound and expected["white"] < 0.75 * error["white"]
+    for name in ("unknown", "known"):  # 200 particles: the mean is known to 3 %
+        assert error[name] < 1.08 * bound
+        assert expected[name] == pytest.approx(error[name], rel=0.1)
+    k = np.arange(1, BOX // 2) / BOX
+    np.testing.assert_allclose(found["unknown"].noise.at(k)[0] / noise.at(k)[0], 1, atol=0.25)
+
+
+def test_matching_whitens_images_and_references():
+    noise = coloured(float(CLEAN.var()) * 8, 200.0, 20.0)
+    stack = ParticleStack(CLEAN + noise.draw(N, BOX, 2), VOXEL)
+    whole = Preprocessing(BOX, BOX, BOX, VOXEL)
+    white, unknown, known = (
+        rotations.distance(
+            match(stack.replace(noise=noise), DENSITY, whole, references=4000).quaternions, TRUE
+        ).mean()
+        for noise in (Noise.white(1.0), None, noise)
+    )
+    assert known < 0.75 * white and unknown < 0.75 * white
+
+
+def test_a_map_believes_quiet_images_more():
+    loud = Noise(np.array([[1.0, 1.0], [25.0, 25.0]]) * float(CLEAN.var()))
+    group = np.arange(N) % 2
+    images = CLEAN + loud.draw(N, BOX, 5, group=group)
+    stack = ParticleStack(images, VOXEL, quaternions=TRUE, optics_group=group)
+    maps = [
+        reconstruction.reconstruct(stack.replace(noise=noise), iterations=15).low_passed(20.0)
+        for noise in (None, loud)
+    ]
+    wanted = DENSITY.low_passed(20.0).values
+    apart, weighted = (relative_error(found.values, wanted) for found in maps)
+    assert weighted < 0.6 * apart
+
+
+def test_the_noise_is_told_from_the_particle_with_neighbours_about():
+    rng = np.random.default_rng(0)
+    noise = coloured(float(CLEAN.var()) / 0.05, 10.0, LENGTH)
+    images = 0.0
+    for x, y in ((0, 0), (14, 26), (-27, 9)):  # neighbours are cut off by the frame's edge
+        views = SHARP.project(rotations.uniform(1000, rng), 64, VOXEL)
+        images = images + np.roll(views, (x, y), axis=(1, 2)) * (1 if x == 0 else 0.7)
+    alone = SHARP.project(TRUE, 64, VOXEL).var()
+    images = (images + noise.draw(1000, 64, 1)).astype(np.float32)
+    found = survey(ParticleStack(images, VOXEL))
+    assert found.snr == pytest.approx(alone / noise.variance, rel=0.4)
+    assert found.noise.at(0.02)[0] / found.noise.at(0.4)[0] > 5
+    assert with_noise(ParticleStack(images, VOXEL)).noise == found.noise
+
+
+def test_images_without_noise_have_no_spectrum():
+    assert survey(ParticleStack(CLEAN, VOXEL)).noise is None
+    assert simulate(DENSITY, 10, 0).noise is None
+    assert simulate(DENSITY, 10, 0, snr=1, noise_excess=5).noise.at(0.01) > 1
+    with pytest.raises(InputError, match="noise_excess must not be negative"):
+        simulate(DENSITY, 10, 0, snr=1, noise_excess=-1)
+
+
+def test_masked_images_cannot_be_trained_for():
+    images = CLEAN + np.random.default_rng(0).standard_normal(CLEAN.shape)
+    images[:, outside(BOX, 0.9)] = 0
+    with pytest.raises(InputError, match="corners of the images are constant"):
+        survey(ParticleStack(images, VOXEL)).training()
+
+
+def test_an_estimator_reads_whitened_images():
+    images, noise = in_noise(10.0, 1.0)
+    stack = ParticleStack(images[:20], VOXEL, noise=noise)
+    gain = stack.whitening()
+    assert gain.shape == (20, BOX, BOX // 2 + 1) and stack.replace(noise=None).whitening() is None
+    assert stack.replace(noise=Noise.white(2.0)).whitening() is None
+    read = Job(None, False).images(stack)
+    np.testing.assert_allclose(read, imaging.apply_ctf(images[:20], gain), rtol=1e-5)
