@@ -338,3 +338,76 @@ def test_an_image_that_is_none_is_named(folder, tmp_path):
     done = run("reconstruct", path, "-o", tmp_path / "m.mrc", code=1)
     assert "row 5" in done.stderr and "constant" in done.stderr
     assert not (tmp_path / "m.mrc").exists()
+
+
+@pytest.fixture
+def inputs(folder, trained, tmp_path):
+    """A map, an estimator and particles in every kind of file, their stack a link to another."""
+    few = read_particles(folder / "off.star").select(slice(40))
+    write_particles(tmp_path / "p.star", few.with_images(few.images[:]))
+    text = (tmp_path / "p.star").read_text()
+    stack = (tmp_path / "p.mrcs").read_bytes()
+    (tmp_path / "one.mrc").write_bytes(stack)
+    (tmp_path / "one.star").write_text(text.replace("p.mrcs", "one.mrc"))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "two.mrcs").write_bytes(stack)
+    (tmp_path / "two.mrcs").symlink_to("far/two.mrcs")
+    (tmp_path / "two.star").write_text(text.replace("p.mrcs", "two.mrcs"))
+    (tmp_path / "hard.mrc").hardlink_to(tmp_path / "far" / "two.mrcs")
+    (tmp_path / "linked.star").symlink_to("p.star")
+    (tmp_path / "map.mrc").write_bytes((folder / "map.mrc").read_bytes())
+    (tmp_path / "map.mrcs").write_bytes((folder / "map.mrc").read_bytes())
+    (tmp_path / "map_half2.mrc").write_bytes((folder / "map.mrc").read_bytes())
+    (tmp_path / "run").mkdir()
+    np.save(tmp_path / "run" / "particles.npy", few.images[:])
+    trained[0].save(tmp_path / "run" / "landmarks.npz")
+    trained[0].save(tmp_path / "model.npz")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("reconstruct one.star -o one.mrc", ("one.mrc", "the input")),
+        ("reconstruct p.star -o p.mrcs", ("--output p.mrcs", ".mrc or .map")),
+        ("reconstruct two.star -o hard.mrc", ("hard.mrc", "two.mrcs")),
+        ("reconstruct p.star -o p.star", ("--output p.star", ".mrc or .map")),
+        ("refine one.star -o one.star --rounds 1", ("one.star", "the input")),
+        ("refine two.star -o hard.star --rounds 1", ("hard.mrc", "two.mrcs")),
+        ("refine p.star -o linked.star --rounds 1", ("linked.star", "p.star")),
+        ("refine p.star -o map.star --map map.mrc", ("map.mrc", "the input")),
+        ("refine p.star -o map.star --map map_half2.mrc", ("map_half2.mrc", "the input")),
+        ("refine p.star -o out.mrc", ("--output out.mrc", ".star")),
+        ("orient p.star --model model.npz -o p.star", ("p.star", "the input")),
+        ("orient p.star --model model.npz -o out.npz", ("--output out.npz", ".star")),
+        ("orient run/particles.npy --model model.npz -o a.star --work run",
+         ("--work: run/particles.npy", "the input")),
+        ("orient p.star --model run/landmarks.npz -o a.star --work run", ("--work", "the input")),
+        ("orient p.star --model model.npz -o a.star --work a.star", ("where a.star does",)),
+        ("orient p.star --model model.npz -o a.star --work p.star", ("p.star", "cannot be")),
+        ("orient p.star --model model.npz -o far", ("--output far", ".star")),
+        ("simulate map.mrcs -o map.star", ("map.mrcs", "the input")),
+        ("train map.mrc -o map.mrc", ("--output map.mrc", ".npz")),
+        ("train map.mrc -o a.npz --checkpoint a.npz", ("where a.npz does",)),
+        ("density 4jsv -o a.star", ("--output a.star", ".mrc or .map")),
+        ("refine p.star -o nowhere.star/a.star", ()),
+        ("refine p.star -o map.mrc/a.star", ("map.mrc/a.star: cannot be written",)),
+        ("reconstruct p.star -o /proc/a.mrc", ("/proc/a.mrc: cannot be written",)),
+    ],
+)  # fmt: skip
+def test_outputs_never_replace_inputs(inputs, monkeypatch, arguments, says):
+    monkeypatch.chdir(inputs)
+    for name in ("cryoem.reconstruction.reconstruct", "cryoem.refinement.refine_halves",
+                 "cryoem.refinement.refine_against", "cryoem.recovery.orient",
+                 "cryoem.simulation.simulate", "cryoem.estimator.train"):  # fmt: skip
+        monkeypatch.setattr(name, lambda *_, name=name, **__: pytest.fail(f"{name} was begun"))
+    before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
+    if not says:
+        with pytest.raises(pytest.fail.Exception, match="was begun"):
+            CliRunner().invoke(cli.app, [*arguments.split(), "-q"], catch_exceptions=False)
+    else:
+        quiet = [] if arguments.startswith(("simulate", "density")) else ["-q"]
+        done = run(*arguments.split(), *quiet, code=1)
+        assert all(text in done.stderr for text in says), done.stderr
+        assert "Traceback" not in done.output
+    assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .options import MapFile, MapOut, Seed, StarOut, app
+from .options import MapFile, MapOut, Seed, StarOut, app, check_outputs, star_files
 
 
 @app.command("density")
@@ -29,6 +29,7 @@ def make_density(
     from .. import density as densities
     from .. import structures
 
+    check_outputs({"--output": [output]}, [model])
     assembled = None if assembly.lower() == "none" else assembly
     atoms = structures.load(model, assembly=assembled, symmetry=symmetry)
     made = densities.from_atoms(
@@ -66,6 +67,7 @@ def simulate_particles(
 
     if defocus is not None and not defocus[0] <= defocus[1]:
         raise InputError(f"--defocus: wanted LOW HIGH, got {defocus[0]:g} {defocus[1]:g}")
+    check_outputs({"--output": star_files(output)}, [map_file])
     cube = read_density(map_file)
     stack = simulate(
         cube,

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from .options import MapOut, Particles, Quiet, Seed, StarOut, Symmetry, app, open_oriented
+from .options import (
+    MapOut,
+    Particles,
+    Quiet,
+    Seed,
+    StarOut,
+    Symmetry,
+    app,
+    check_outputs,
+    open_oriented,
+    star_files,
+)
 
 if TYPE_CHECKING:
     from ..maps import HalfMapFsc, HalfMaps
@@ -36,6 +47,8 @@ def reconstruct_map(
     from ..reconstruction import reconstruct
 
     stack = open_oriented(particles_file, quiet)
+    written = [output, *_half_files(output)] if half_maps else [output]
+    check_outputs({"--output": written}, [particles_file], stack)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
         write_density(output, found)
@@ -54,6 +67,12 @@ def reconstruct_map(
     )
 
 
+def _half_files(output: Path) -> tuple[Path, Path, Path]:
+    """The half-maps of a map, and their FSC."""
+    first, second = (output.with_stem(f"{output.stem}_half{half}") for half in (1, 2))
+    return first, second, output.with_name(f"{output.stem}_fsc.star")
+
+
 def _write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
     """Write the mean of two half-maps, the two, and their FSC, which is returned."""
     from ..density import write_density
@@ -61,9 +80,10 @@ def _write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
 
     curves = half_map_fsc(pair, soft_mask(pair.mean), seed=seed)
     write_density(output, pair.mean)
-    write_density(output.with_stem(f"{output.stem}_half1"), pair.first)
-    write_density(output.with_stem(f"{output.stem}_half2"), pair.second)
-    write_fsc(output.with_name(f"{output.stem}_fsc.star"), curves)
+    first, second, table = _half_files(output)
+    write_density(first, pair.first)
+    write_density(second, pair.second)
+    write_fsc(table, curves)
     return curves
 
 
@@ -93,7 +113,11 @@ def refine_particles(
     from ..io.particles import write_particles
     from ..refinement import refine_against, refine_halves
 
-    stack = open_oriented(particles_file, quiet).with_half_sets(seed)
+    stack = open_oriented(particles_file, quiet)
+    map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
+    written = [*star_files(output, stack), map_path, *_half_files(map_path), page]
+    check_outputs({"--output": written}, [particles_file, map_file], stack)
+    stack = stack.with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:
@@ -110,12 +134,11 @@ def refine_particles(
         test = found.test
     refined = found.particles
     write_particles(output, refined)
-    map_path = output.with_suffix(".mrc")
     if found.density is not None:
         _write_halves(map_path, found.half_maps, seed)
         write_density(map_path, found.density)
     summary = report.write_map(
-        output.with_suffix(".html"),
+        page,
         f"{len(stack):,} particles of {particles_file.name}",
         found.half_maps,
         found.fsc,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,14 +59,37 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+def _ending_in(*suffixes: str) -> Callable[[Path], Path]:
+    """A check of a file to write: by its name's end it is what is written."""
+
+    def checked(output: Path) -> Path:
+        if output.suffix not in suffixes:
+            raise InputError(
+                f"--output {output}: wanted a name that ends in {' or '.join(suffixes)}"
+            )
+        return output
+
+    return checked
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Particles = Annotated[
     Path, typer.Argument(metavar="PARTICLES", help="Particle file: .star or .cs.")
 ]
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Density: an MRC map.")]
-StarOut = Annotated[Path, typer.Option("--output", "-o", help="STAR file to write.")]
-MapOut = Annotated[Path, typer.Option("--output", "-o", help="MRC map to write.")]
+StarOut = Annotated[
+    Path, typer.Option("--output", "-o", help="STAR file to write.", callback=_ending_in(".star"))
+]
+MapOut = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="MRC map to write.", callback=_ending_in(".mrc", ".map")),
+]
+EstimatorOut = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Estimator to write (.npz).", callback=_ending_in(".npz")),
+]
 Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -86,6 +110,59 @@ def print_figures(found: Mapping[str, object], as_json: bool) -> None:
         values = value if isinstance(value, tuple) else (value,)
         texts = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
         typer.echo(f"{name.replace('_', ' '):{width}}  {' to '.join(texts)}")
+
+
+def check_outputs(
+    written: Mapping[str, Iterable[Path]],
+    read: Iterable[str | Path | None],
+    particles: ParticleStack | None = None,
+) -> None:
+    """Refuse to write onto what is read, or two files onto one, before anything is computed.
+
+    Parameters
+    ----------
+    written : dict of str to paths
+        The files that an option says are written.
+    read : iterable of paths
+        Files that are read; what is none (None, a shipped particle's name) is passed over.
+    particles : ParticleStack, optional
+        Its image stacks are read.
+    """
+    from ..io import files
+    from ..io.stacks import ImageStack
+
+    outputs = [(option, path) for option, paths in written.items() for path in paths]
+    places: dict[Path, Path] = {}
+    for option, path in outputs:
+        place = Path(os.path.realpath(path))
+        if other := next((places[p] for p in (place, *place.parents) if p in places), None):
+            raise InputError(f"{option}: {path} would stand where {other} does; wanted two names")
+        places[place] = path
+        files.check_writable(path)
+    there = {_identity(path): (option, path) for option, path in outputs if path.exists()}
+    images = None if particles is None else particles.images
+    stacks = [layout.path for layout in images.layouts] if isinstance(images, ImageStack) else []
+    for name in (*read, *stacks) if there else ():
+        if name is not None and os.path.exists(name) and (found := there.get(_identity(name))):
+            raise InputError(
+                f"{found[0]}: {found[1]} would be written, and is the input {name}; "
+                "wanted another name"
+            )
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """What all links to a file share."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def star_files(output: Path, particles: ParticleStack | None = None) -> list[Path]:
+    """What is written of particles: the STAR file and, of images that it cannot name, a stack."""
+    from ..io.stacks import ImageStack
+
+    images = None if particles is None else particles.images
+    named = isinstance(images, ImageStack) and not images.is_array
+    return [output] if named else [output, output.with_suffix(".mrcs")]
 
 
 def open_particles(path: Path, quiet: bool) -> ParticleStack:

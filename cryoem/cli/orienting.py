@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from ..errors import InputError
-from .options import Particles, Quiet, Seed, StarOut, app, open_particles, refuse_black, say
+from .options import (
+    EstimatorOut,
+    Particles,
+    Quiet,
+    Seed,
+    StarOut,
+    app,
+    check_outputs,
+    open_particles,
+    refuse_black,
+    say,
+    star_files,
+)
+
+if TYPE_CHECKING:
+    from ..density import Density
+    from ..particles import ParticleStack
+    from ..preprocessing import Preprocessing
+    from ..surveying import TrainingRanges
 
 #: Radians between copies of one image, from which they are nowhere: 2.1 where all is chance.
 AT_RANDOM = 1.0
+
+#: What a run keeps in the folders of --work and --checkpoint.
+WORK = ("landmarks.npz", "particles.npy", "done.json")
+CHECKPOINTS = ("checkpoint.npz", "second/checkpoint.npz")
 
 
 @app.command("train")
@@ -21,7 +43,7 @@ def train_estimator(
     density: Annotated[
         str, typer.Argument(metavar="MAP", help="MRC map, or 4jsv, 1i10: as they ship.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Estimator to write (.npz).")],
+    output: EstimatorOut,
     images: Annotated[int, typer.Option(help="How many images to train on.")] = 640_000,
     like: Annotated[
         Path | None,
@@ -49,25 +71,20 @@ def train_estimator(
     the default a model worth keeping. Its training is told in OUTPUT.json beside it.
     """
     from ..density import read_density
-    from ..estimator import Estimator, broad_ranges, train
+    from ..estimator import Estimator, train
     from ..io import files
     from ..preprocessing import preprocessing_for
     from ..simulation import TrainingImages
     from ..structures import SHIPPED, load_density
-    from ..surveying import survey
 
+    stack = None if like is None else open_particles(like, quiet)
+    told = output.with_suffix(".json")
+    kept = [checkpoint / name for name in CHECKPOINTS] if checkpoint else []
+    check_outputs({"--output": [output, told], "--checkpoint": kept}, [density, like], stack)
     shipped = SHIPPED.get(density.lower())
     cube = load_density(density) if shipped else read_density(Path(density))
     symmetry = symmetry or (shipped.symmetry if shipped else "C1")
-    if like is None:
-        cube = cube.in_box(max(cube.values.shape))
-        ranges = broad_ranges(cube.box_px)
-    else:
-        stack = open_particles(like, quiet)
-        cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
-        found = survey(stack, seed=seed)
-        refuse_black(like, found.contrast)
-        ranges = found.training()
+    cube, ranges = _as_seen(cube, like, stack, seed)
     say(quiet, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in ranges.items()))
     preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
     source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
@@ -93,9 +110,25 @@ def train_estimator(
         "source": source.settings,
     }
     model.save(output)
-    with files.atomic(output.with_suffix(".json")) as temporary:
+    with files.atomic(told) as temporary:
         temporary.write_text(json.dumps({**model.notes, **history}, indent=1) + "\n")
     typer.echo(f"{output}: mean absolute error of distances {history['mae_rad'][-1]:.3f} rad")
+
+
+def _as_seen(
+    cube: Density, like: Path | None, stack: ParticleStack | None, seed: int
+) -> tuple[Density, TrainingRanges]:
+    """The density as particles show it, and the ranges to train over: theirs, or broad ones."""
+    from ..estimator import broad_ranges
+    from ..surveying import survey
+
+    if like is None or stack is None:
+        cube = cube.in_box(max(cube.values.shape))
+        return cube, broad_ranges(cube.box_px)
+    cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
+    found = survey(stack, seed=seed)
+    refuse_black(like, found.contrast)
+    return cube, found.training()
 
 
 @app.command("orient")
@@ -134,6 +167,15 @@ def orient_particles(
     from ..surveying import survey
 
     stack = open_particles(particles_file, quiet)
+    folder = output.with_suffix(".work") if work is None else work
+    check_outputs(
+        {
+            "--output": star_files(output, stack),
+            "--work": [folder / name for name in WORK],
+        },
+        [particles_file, model, reference],
+        stack,
+    )
     found = survey(stack, images=300, seed=seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
     refuse_black(particles_file, found.contrast)
@@ -144,18 +186,12 @@ def orient_particles(
     from ..recovery import orient
 
     estimator = load_estimator(model)
-    wanted, pixel = estimator.preprocessing, stack.pixel_size_angstrom
-    if stack.box_px != wanted.frame_px or abs(pixel / wanted.pixel_size_angstrom - 1) > 0.01:
-        raise InputError(
-            f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
-            f"A; {particles_file} has {stack.box_px} px of {pixel:g} A; see train --like"
-        )
+    _check_fit(model, estimator.preprocessing, particles_file, stack)
     known = None if reference is None else read_density(reference)
-    folder = output.with_suffix(".work") if work is None else work
     oriented = orient(
         estimator,
         stack,
-        reference=known and known.sampled_as(stack.box_px, pixel),
+        reference=known and known.sampled_as(stack.box_px, stack.pixel_size_angstrom),
         centred=centred,
         seed=seed,
         work=folder,
@@ -175,3 +211,13 @@ def orient_particles(
         f"{np.median(oriented.expected_error_rad):.3f} rad (median), "
         f"{oriented.outlier.sum():,} outliers"
     )
+
+
+def _check_fit(model: Path, wanted: Preprocessing, path: Path, stack: ParticleStack) -> None:
+    """Refuse images of another size, or other pixels, than the estimator was made for."""
+    pixel = stack.pixel_size_angstrom
+    if stack.box_px != wanted.frame_px or abs(pixel / wanted.pixel_size_angstrom - 1) > 0.01:
+        raise InputError(
+            f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
+            f"A; {path} has {stack.box_px} px of {pixel:g} A; see train --like"
+        )

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError, StorageError
 
-__all__ = ["atomic", "existing", "read_npz", "sha256"]
+__all__ = ["atomic", "check_writable", "existing", "read_npz", "sha256"]
 
 #: What a path may be given as.
 PathLike = str | os.PathLike[str]
@@ -60,6 +60,21 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_writable(path: PathLike) -> None:
+    """Raise ``StorageError`` where no file can be put at ``path``; nothing is left there."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise StorageError(f"{path}: is a folder; wanted the name of a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def existing(path: PathLike) -> Path:
