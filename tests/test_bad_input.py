@@ -67,7 +67,7 @@ def test_bad_arguments_are_named(call, says):
 
 
 def test_what_cannot_be_written_leaves_no_file(tmp_path):
-    stack = ParticleStack(IMAGES, 4.0, columns={"a": ["\"'"] * 3})
+    stack = ParticleStack(IMAGES, 4.0, columns={"a": ["a\" b' c"] * 3})
     with pytest.raises(InputError, match=r"cannot stand in a STAR file"):
         write_particles(tmp_path / "a.star", stack)
     assert list(tmp_path.iterdir()) == []

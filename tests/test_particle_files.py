@@ -1,5 +1,7 @@
+import dataclasses
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -235,7 +237,7 @@ def test_every_row_column_and_block_is_kept_in_order(written, tmp_path):
     oriented = particles.with_poses(Q[:3]).with_columns({"cryoemResidualRad": [0.1, 0.2, 0.3]})
     assert write_particles(new, oriented) is None
     text = new.read_text("utf-8")
-    assert "_myNote 'kept as it is'" in text and "data_empty" in text
+    assert "_myNote  'kept as it is'" in text and "data_empty" in text
     blocks = {b.name: b for b in gemmi.cif.read_string(text.replace("ö", "oe"))}
     loop = blocks["particles"].find_loop("_myScore").get_loop()
     assert loop.tags == [
@@ -260,6 +262,67 @@ def test_every_row_column_and_block_is_kept_in_order(written, tmp_path):
     # What was read and is written again does not change any more.
     write_particles(tmp_path / "again.star", again)
     assert (tmp_path / "again.star").read_text("utf-8") == text
+
+
+#: Names that a reader of STAR files may take for something else.
+NASTY = (
+    *("data_1/a.mrc", "data_", "DATA_x", "loop_", "loop_a", "save_a", "stop_", "global_"),
+    *("_a", "#a", "#", "$a", ";a", ";", "[", "]a", "'", '"', "'a", '"a', "a'", 'a"', "''", '""'),
+    *("a b", " a", "a ", "a\tb", "it's", "it's a 'b'", 'a "b" c', "\"'", "'a' \"b\"", "\"a 'b'c"),
+    *("", "?", ".", "None", "nan", "1e5x", "007", "a#b", "a;b", "a,b", "a@b", "\\", "%20", "%"),
+    *("Wörter", "名前 a", "a\xa0b", "a\u2028b", "\ufeffa", "\x85", "data_ö"),
+)
+
+
+@pytest.mark.parametrize("name", NASTY, ids=ascii)
+def test_any_name_that_is_written_is_read(written, tmp_path, name):
+    texts = np.array([name, "plain", name, name, name, "plain"], object)
+    columns = {"myFirst": texts, **read_particles(written).columns, "myLast": texts}
+    particles = dataclasses.replace(read_particles(written), columns=columns)
+    write_particles(tmp_path / "a.star", particles)
+    back = read_particles(tmp_path / "a.star")
+    assert list(back.columns) == list(columns) and len(back) == 6
+    for column in ("myFirst", "myLast"):
+        assert list(back.columns[column]) == list(texts)
+    if name.isascii():  # a reader of CIF takes it for the same
+        block = gemmi.cif.read_file(str(tmp_path / "a.star")).find_block("particles")
+        for column in ("_myFirst", "_myLast"):
+            values = map(gemmi.cif.as_string, block.find_values(column))
+            assert list(values) == ["" if t in "?." else t for t in texts]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\0b", "\x0b", "\ud800", "a\" b' c"], ids=ascii)
+def test_a_name_that_no_file_can_hold_is_refused(written, tmp_path, name):
+    particles = read_particles(written).with_columns({"myName": ["a", name, *"bcde"]})
+    with pytest.raises(InputError, match=r"a\.star: data_particles: column myName, row 2: .*stand"):
+        write_particles(tmp_path / "a.star", particles)
+    assert not (tmp_path / "a.star").exists()
+
+
+@pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_rows_are_read_as_relion_reads_them(written, head, end):
+    names = ["data_1/a.mrc", "loop_", "save_a", "_a", "$a", "#a"]
+    more = ["'a b'", "a'b", "'it's a'", '"', "[a]", ";a"]
+    text = """
+data_particles
+
+loop_
+_myFirst #1
+_rlnImageName #2
+_rlnImagePixelSize
+_myLast #4 what it is
+_myText #5
+"""
+    for i, (name, other) in enumerate(zip(names, more, strict=True)):
+        text += f"{name} {i + 1}@particles.mrcs  1.5\t{name} {other}  {'# a note' * (i == 1)}\n"
+    text += "\n# the end\n\ndata_more\n\n_a 'data_ b'\n"
+    written.write_bytes(head + end.join(text.encode().split(b"\n")))
+    found = read_particles(written)
+    assert len(found) == 6 and found.pixel_size_angstrom == 1.5
+    assert list(found.columns["myFirst"]) == list(found.columns["myLast"]) == names
+    assert list(found.columns["myText"]) == ["a b", "a'b", "it's a", '"', "[a]", ";a"]
+    assert found.origin.other_blocks == ("data_more\n\n_a 'data_ b'\n",)
 
 
 def test_the_images_are_never_read_for_writing(written, tmp_path, monkeypatch):
@@ -864,6 +927,22 @@ def test_what_is_no_star_file_is_refused(tmp_path, content):
         read_particles(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("data_particles", "data_optics", "two blocks data_optics"),
+        ("_rlnAngleRot", "_rlnAngleTilt", "data_particles: two columns rlnAngleTilt"),
+        ("data_optics", "1 2\ndata_optics", "line 4: wanted a block's name, data_..., got '1 2'"),
+        ("loop_\n_rlnImageName", "1 2\n_rlnImageName", "wanted loop_, or a column's name"),
+        ("000003@", "one 000003@", "data_particles: row 3: holds 12 values, wanted 11"),
+    ],
+)
+def test_what_is_no_table_is_refused(written, old, new, message):
+    written.write_text(written.read_text().replace(old, new, 1))
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_particles(written)
+
+
 def test_a_row_that_is_too_short_is_refused(written):
     text = written.read_text().rstrip()
     written.write_text(text[: text.rindex("\t")])
@@ -938,7 +1017,7 @@ def test_a_stack_that_shrank_is_named(written):
         ("a.mrcs", in_memory(), r"a\.mrcs.*\.star"),
         ("a.star", in_memory().select(slice(0)), r"a\.star.*at least one"),
         ("a.star", in_memory().with_columns({"a": ["x\ny"] * 6}), "cannot stand"),
-        ("a.star", in_memory().with_columns({"a": ["\"'"] * 6}), "cannot stand"),
+        ("a.star", in_memory().with_columns({"a": ["a\" b' c"] * 6}), "cannot stand"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, name, stack, message):

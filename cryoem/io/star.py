@@ -3,15 +3,18 @@
 A table is a dict of columns in the order of the file. A column holds numbers where that loses
 nothing, and text elsewhere. RELION 3.0's particles are brought into the form of RELION 3.1: a table
 of particles and one of optics groups, origins in angstrom.
+
+Files are read as RELION reads them, a line of a loop a row. To a reader of CIF a name such as
+``data_1/a.mrc`` begins a block.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
-import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,9 +22,6 @@ from numpy.typing import ArrayLike
 from ..errors import InputError
 from . import files
 from .files import PathLike
-
-if TYPE_CHECKING:
-    import gemmi
 
 __all__ = [
     "ORIGINS",
@@ -123,30 +123,52 @@ def write_star(
         for name, table in blocks.items():
             file.write(f"\n# version 30001\n\ndata_{name}\n\nloop_\n")
             file.writelines(f"_{column} #{i + 1}\n" for i, column in enumerate(table))
-            columns = [texts(np.asarray(column)) for column in table.values()]
+            columns = [
+                texts(np.asarray(column), f"{path}: data_{name}: column {column_name}, ")
+                for column_name, column in table.items()
+            ]
             file.writelines("\t".join(row) + "\n" for row in zip(*columns, strict=True))
             file.write("\n")
         for block in others:
             file.write(f"\n{block}\n")
 
 
-def texts(values: np.ndarray) -> list[str]:
-    """Values as they stand in a STAR file: shortest decimals, quotation marks where needed."""
+def texts(values: np.ndarray, where: str = "") -> list[str]:
+    """Values as they stand in a STAR file: shortest decimals, quotation marks where needed.
+
+    Raises
+    ------
+    InputError
+        Naming ``where`` and the row of a text that a STAR file cannot hold.
+    """
     if values.dtype.kind in "iuf":
         return [str(value) for value in (values.tolist() if values.itemsize == 8 else values)]
-    return [text if _PLAIN.fullmatch(text) else _quoted(text) for text in map(str, values)]
+    return [
+        text if _PLAIN.fullmatch(text) else _quoted(text, f"{where}row {row + 1}: ")
+        for row, text in enumerate(map(str, values))
+    ]
 
 
-#: What needs no quotation marks.
-_PLAIN = re.compile(r"""[^\s_#$'";\[\]]\S*""")
+#: What needs no quotation marks: a program may take it for nothing but a value.
+_PLAIN = re.compile(
+    r"""(?!data_|loop_|save_|stop_|global_)[^\s_#$'";\[\]\x00-\x1f\ud800-\udfff]"""
+    r"""[^\s\x00-\x1f\ud800-\udfff]*""",
+    re.IGNORECASE,
+)
+#: What no quotation marks help.
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0a-\x1f\ud800-\udfff]")
 
 
-def _quoted(text: str) -> str:
-    for mark in "\"'":
-        if mark not in text and len(text.splitlines()) < 2:
-            return mark + text + mark
+def _quoted(text: str, where: str) -> str:
+    if not _UNWRITABLE.search(text):
+        # A mark ends a text where a blank follows it; RELION knows that, others only plain cases.
+        for within in ("", "[ \t]"):
+            for mark in "\"'":
+                if not re.search(mark + within, text):
+                    return mark + text + mark
     raise InputError(
-        f"{text!r} cannot stand in a STAR file: it holds both quotation marks or lines"
+        f"{where}{text!r} cannot stand in a STAR file: it holds a line's end, a control character, "
+        "or both quotation marks before blanks"
     )
 
 
@@ -163,23 +185,10 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     others : tuple of str
         The other blocks, as they stand.
     """
-    from gemmi import cif
-
-    try:
-        raw = path.read_text("utf-8").encode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a readable STAR file ({error})") from error
-    # gemmi reads ASCII; other characters go through it in disguise.
-    disguised = not raw.isascii()
-    if disguised:
-        raw = urllib.parse.quote_from_bytes(raw, safe=_ASCII).encode()
-    try:
-        blocks = {block.name.strip(): block for block in cif.read_string(raw)}
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable STAR file ({error})") from error
+    blocks = _blocks(path)
     name = "particles"
     if name not in blocks and "optics" not in blocks:  # RELION 3.0: one block of any name
-        named = [n for n, b in blocks.items() if b.find_loop("_rlnImageName")]
+        named = [n for n, lines in blocks.items() if any(map(_IMAGE_NAME.match, lines))]
         if len(named) != 1:
             raise InputError(
                 f"{path}: no block data_particles; wanted RELION's particles, got "
@@ -189,56 +198,152 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     for wanted in {name, "optics"} if "optics" in blocks else {name}:
         if wanted not in blocks:
             raise InputError(f"{path}: no block data_{wanted}; wanted a RELION 3.1 file")
-    particles = _table(path, blocks.pop(name), disguised)
-    if length(particles) == 0:
-        raise InputError(f"{path}: no particles")
-    if "optics" not in blocks:
-        optics, particles = split_optics(_with_pixel_size(path, particles))
-    else:
-        optics = _table(path, blocks.pop("optics"), disguised)
-        if length(optics) == 0:
-            raise InputError(f"{path}: data_optics is empty")
-    others = [block.as_string().strip() + "\n" for block in blocks.values()]
-    return optics, particles, tuple(map(_undisguised, others) if disguised else others)
+    try:
+        particles = _table(f"{path}: data_{name}: ", blocks.pop(name))
+        if length(particles) == 0:
+            raise InputError(f"{path}: no particles")
+        if "optics" not in blocks:
+            optics, particles = split_optics(_with_pixel_size(path, particles))
+        else:
+            optics = _table(f"{path}: data_optics: ", blocks.pop("optics"))
+            if length(optics) == 0:
+                raise InputError(f"{path}: data_optics is empty")
+        return optics, particles, tuple(map(_as_it_stands, blocks.values()))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a readable STAR file ({error})") from error
 
 
-_ASCII = bytes(c for c in range(128) if c != ord("%"))
+_IMAGE_NAME = re.compile(rb"\s*_rlnImageName(\s|$)")
+_BLOCK = re.compile(rb"\s*data_(\S*)\s*(#.*)?", re.IGNORECASE)
 
 
-def _undisguised(text: str) -> str:
-    return urllib.parse.unquote(text)
+def _blocks(path: Path) -> dict[str, list[bytes]]:
+    """The lines of each block, the first of them its name's."""
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    starts = [
+        i for i, line in enumerate(lines) if b"data_" in line.lower() and _BLOCK.fullmatch(line)
+    ]
+    for i, line in enumerate(lines[: starts[0] if starts else None]):
+        if line.strip() and not line.lstrip().startswith(b"#"):
+            raise InputError(
+                f"{path}: not a readable STAR file (line {i + 1}: wanted a block's name, data_..., "
+                f"got {line[:40].decode(errors='replace')!r})"
+            )
+    blocks: dict[str, list[bytes]] = {}
+    for start, stop in pairwise([*starts, len(lines)]):
+        found = _BLOCK.fullmatch(lines[start])
+        assert found is not None
+        name = found[1].decode(errors="replace")
+        if name in blocks:
+            raise InputError(f"{path}: not a readable STAR file (two blocks data_{name})")
+        blocks[name] = lines[start:stop]
+    return blocks
 
 
-def _table(path: Path, block: gemmi.cif.Block, disguised: bool) -> Table:
+def _as_it_stands(lines: list[bytes]) -> str:
+    """A block without the comment before the next one."""
+    last = max(i for i, line in enumerate(lines) if line.strip() and not line.startswith(b"#"))
+    return b"\n".join(lines[: last + 1]).decode() + "\n"
+
+
+def _table(where: str, lines: Sequence[bytes]) -> Table:
     """A block's loop, or its pairs as one row."""
-    columns: dict[str, list[str]] = {}
-    for item in block:
-        if item.loop is not None:
-            width, values = item.loop.width(), list(item.loop.values)
-            columns.update({tag: values[i::width] for i, tag in enumerate(item.loop.tags)})
-        elif item.pair is not None:
-            columns[item.pair[0]] = [item.pair[1]]
+    columns: dict[str, list[bytes]] = {}
+    at = 1
+    while at < len(lines):
+        first, *more = lines[at].split(None, 1) or [b"#"]
+        at += 1
+        if first.lower() == b"loop_":
+            labels, at = _labels(lines, at)
+            values, at = _rows(where, lines, at, len(labels))
+            found = {label: values[i :: len(labels)] for i, label in enumerate(labels)}
+        elif first.startswith(b"_") and more and not more[0].startswith(b"#"):
+            labels, found = [first], {first: _values(more[0])[:1]}
+        elif first.startswith(b"#"):
+            continue
+        else:
+            raise InputError(
+                f"{where}not readable: wanted loop_, or a column's name and value, got "
+                f"{lines[at - 1][:40].decode(errors='replace')!r}"
+            )
+        names = [label[1:].decode() for label in labels]
+        if twice := [n for i, n in enumerate(names) if n in names[:i] or n in columns]:
+            raise InputError(f"{where}two columns {twice[0]}")
+        columns |= {name: found[label] for name, label in zip(names, labels, strict=True)}
     if len({len(column) for column in columns.values()}) > 1:
-        raise InputError(f"{path}: data_{block.name} holds several tables; wanted one")
-    return {tag[1:]: _typed(column, disguised) for tag, column in columns.items()}
+        raise InputError(f"{where}holds several tables; wanted one")
+    return {name: _typed(column) for name, column in columns.items()}
 
 
-def _typed(values: list[str], disguised: bool = False) -> np.ndarray:
+def _labels(lines: Sequence[bytes], at: int) -> tuple[list[bytes], int]:
+    """The names of a loop's columns, from line ``at``, and the line that follows them."""
+    labels: list[bytes] = []
+    for at in range(at, len(lines)):  # noqa: B020
+        first, *more = lines[at].split(None, 1) or [b"#"]
+        named = first.startswith(b"_") and (not more or more[0].startswith(b"#"))
+        if not named and not first.startswith(b"#"):
+            return labels, at
+        if named:
+            labels.append(first)
+    return labels, len(lines)
+
+
+def _rows(where: str, lines: Sequence[bytes], at: int, width: int) -> tuple[list[bytes], int]:
+    """The values of a loop, from line ``at``, row after row, and the line that follows them.
+
+    What follows a blank line may be more rows, as CIF has it, or no part of the loop.
+    """
+    values: list[bytes] = []
+    apart = False
+    for at in range(at, len(lines)):  # noqa: B020
+        row = _values(lines[at])
+        if len(row) != width or width == 1 or apart:
+            bare = lines[at].lstrip()
+            if not row or (bare.startswith(b"#") and (apart or len(row) != width)):
+                apart = apart or not row
+                continue
+            row = _values(lines[at], comments=True)
+            if bare.lower().split() == [b"loop_"] or (bare[:1] == b"_" and apart and len(row) < 3):
+                return values, at
+            if len(row) != width:
+                raise InputError(
+                    f"{where}row {len(values) // max(width, 1) + 1}: holds {len(row)} values, "
+                    f"wanted {width}, one for each column"
+                )
+            apart = False
+        values += row
+    return values, len(lines)
+
+
+#: A quotation mark ends a value where a blank follows it.
+_VALUE = re.compile(rb"""'((?:[^']|'(?=\S))*)'(?=\s|$)|"((?:[^"]|"(?=\S))*)"(?=\s|$)|(\S+)""")
+
+
+def _values(line: bytes, *, comments: bool = False) -> list[bytes]:
+    """Split a line at blanks that are not within quotation marks; it may end in a comment."""
+    if not (comments or b"'" in line or b'"' in line):
+        return line.split()
+    found: Iterable[re.Match[bytes]] = _VALUE.finditer(line)
+    if comments:
+        found = takewhile(lambda value: not value[0].startswith(b"#"), found)
+    return [value[value.lastindex or 0] for value in found]
+
+
+def _typed(values: list[bytes]) -> np.ndarray:
     """Numbers where that loses nothing (7 and -1.50, but neither 007 nor 1_000), else text."""
-    if set("".join(values)) <= set("+-.0123456789eE"):
+    if not b"".join(values).translate(None, b"+-.0123456789eE"):
         try:
-            whole = np.array(values, np.int64)
-            if list(map(str, whole.tolist())) == values:
+            whole = np.array(list(map(int, values)), np.int64)
+            if list(map(str, whole.tolist())) == [value.decode() for value in values]:
                 return whole
         except (ValueError, OverflowError):
             try:
-                decimals = np.array(values, np.float64)
+                decimals = np.array(list(map(float, values)))
                 if np.isfinite(decimals).all():
                     return decimals
             except ValueError:
                 pass
-    plain = [v[1:-1] if len(v) > 1 and v[0] in "'\"" else v for v in values]
-    return np.array([_undisguised(t) for t in plain] if disguised else plain, object)
+    return np.array([value.decode() for value in values], object)
 
 
 def _with_pixel_size(path: Path, table: Table) -> Table:
