@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -196,6 +197,62 @@ def test_from_orientations_to_a_map(folder, tmp_path):
     assert found["resolution_fsc05_angstrom"] < 25 and not found["mirrored"]
     # Normal turns of 0.1 rad an axis are 0.16 rad in the mean.
     assert found["unaligned_mean_rad"] == pytest.approx(0.16, abs=0.01)
+
+
+def with_names(folder, path, change, rows=None):
+    """The particles of a folder under other image names, in other rows."""
+    true = read_particles(folder / "particles.star").select(slice(30))
+    write_particles(path, true if rows is None else true.select(rows))
+    path.write_text(re.sub(r"\S+@\S+", lambda name: change(*name[0].split("@")), path.read_text()))
+    return path
+
+
+def test_orientations_are_compared_image_by_image(folder, tmp_path):
+    stack = (folder / "particles.mrcs").read_bytes()
+    for name in ("particles", "other", "job/a/p", "job/b/p", "a/p", "b/p"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / f"{name}.mrcs").write_bytes(stack)
+
+    def compare(first, second):
+        done = run("evaluate", first, "--truth", second, "--json")
+        return json.loads(done.stdout)["unaligned_mean_rad"], done.stderr
+
+    def halves(within):
+        def change(number, _):
+            return f"{number}@{within}{'a' if int(number) > 15 else 'b'}/p.mrcs"
+
+        return change
+
+    order = np.random.default_rng(0).permutation(30)
+    rows = with_names(folder, tmp_path / "1.star", lambda n, s: f"{n}@particles.mrcs")
+    moved = with_names(
+        folder, tmp_path / "2.star", lambda n, s: f"{int(n)}@./particles.mrcs", order
+    )
+    far = with_names(folder, tmp_path / "job/3.star", lambda n, s: f"{n}@../particles.mrcs", order)
+    near = with_names(folder, tmp_path / "4.star", halves(""))
+    deep = with_names(folder, tmp_path / "5.star", halves("job/"), order)
+    for first, second in ((moved, rows), (rows, far), (deep, near)):
+        assert compare(first, second) == (0, "")
+    # No name in common, or one that stands twice: by row, as is said.
+    other = with_names(folder, tmp_path / "6.star", lambda n, s: f"{n}@other.mrcs")
+    off, note = compare(other, rows)
+    assert off == 0 and "note" in note and "by row: they share no image name" in note
+    twice = with_names(folder, tmp_path / "7.star", lambda n, s: "1@other.mrcs")
+    off, note = compare(twice, twice)
+    assert off == 0 and "by row: image names are not unique" in note
+
+
+def test_orientations_of_other_images_are_not_compared(folder, tmp_path):
+    shutil.copy(folder / "particles.mrcs", tmp_path)
+    rows = with_names(folder, tmp_path / "1.star", lambda n, s: f"{n}@particles.mrcs")
+    fewer = with_names(
+        folder, tmp_path / "2.star", lambda n, s: f"{n}@particles.mrcs", np.arange(29, 3, -1)
+    )
+    said = run("evaluate", fewer, "--truth", rows, code=1).stderr
+    assert "0 images are only in" in said and "2.star, 4 only in" in said
+    assert "row 1 of" in said and "1.star shows 000001@particles.mrcs" in said
+    said = run("evaluate", rows, "--truth", fewer, code=1).stderr
+    assert "4 images are only in" in said and "0 only in" in said and "1.star shows 0000" in said
 
 
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,18 +37,20 @@ def evaluate_particles(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare orientations with true ones, row by row, and a map with a reference.
+    """Compare orientations with true ones, image by image, and a map with a reference.
+
+    Rows are paired by image names, whatever their folders; where names do not tell, by their order.
 
     Errors are angles: after a rotation of the density and its hand are fitted (one-sided: what a
     map forgives) and with nothing fitted; random orientations set the scale.
     """
     from .. import evaluation
 
-    q, true = (open_oriented(p, True).oriented() for p in (particles_file, truth))
-    if len(q) != len(true):
-        raise InputError(f"{particles_file} has {len(q)} rows, {truth} has {len(true)}")
     if (map_file is None) != (reference is None):
         raise InputError("--map and --reference come together")
+    found_there, known = open_oriented(particles_file, True), open_oriented(truth, True)
+    q = found_there.oriented()
+    true = known.oriented()[_paired(particles_file, found_there, truth, known)]
     found: dict[str, object] = {"particles": len(q), "symmetry": symmetry}
     one_sided = evaluation.orientation_errors(q, true, over="one-sided", symmetry=symmetry)
     unaligned = evaluation.orientation_errors(q, true, over="none", symmetry=symmetry)
@@ -60,6 +64,46 @@ def evaluate_particles(
     if map_file is not None and reference is not None:
         found |= _compare_maps(map_file, reference, seed)
     print_figures(found, as_json)
+
+
+def _paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleStack) -> np.ndarray:
+    """For each particle, the row of ``known`` that shows the same image."""
+    names, others = _image_names(particles), _image_names(known)
+    why = "image names are not unique"
+    # As few of the folders as tell images apart: on another machine files lie elsewhere.
+    for depth in range(2, max(map(len, (*names, *others)), default=1) + 1):
+        mine, theirs = ([name[:depth] for name in n] for n in (names, others))
+        row = {name: i for i, name in enumerate(theirs)}
+        if len(row) < len(theirs) or len(set(mine)) < len(mine):
+            continue
+        alone = [i for i, name in enumerate(mine) if name not in row]
+        missing = sorted(row[name] for name in set(row).difference(mine))
+        if not alone and not missing:
+            return np.array([row[name] for name in mine])
+        if len(alone) == len(mine):
+            why = "they share no image name"
+            break
+        where, only, stack = (path, alone, particles) if alone else (truth, missing, known)
+        raise InputError(
+            f"{len(alone)} images are only in {path}, {len(missing)} only in {truth}; row "
+            f"{only[0] + 1} of {where} shows {stack.columns['rlnImageName'][only[0]]}"
+        )
+    if len(particles) != len(known):
+        raise InputError(f"{path} has {len(particles)} rows, {truth} has {len(known)}, and {why}")
+    warnings.warn(f"{path} and {truth} are paired by row: {why}", stacklevel=2)
+    return np.arange(len(particles))
+
+
+def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:
+    """The number of each image in its stack, the stack's name, and its folders from within."""
+    found: list[tuple[object, ...]] = []
+    parts: dict[str, tuple[str, ...]] = {}
+    for name in map(str, particles.columns.get("rlnImageName", ())):
+        number, _, stack = name.rpartition("@")
+        if stack not in parts:
+            parts[stack] = Path(os.path.normpath(stack)).parts[::-1]
+        found.append((int(number or 1), *parts[stack]))
+    return found
 
 
 def _compare_maps(map_file: Path, reference: Path, seed: int) -> dict[str, object]:
