@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -66,7 +67,7 @@ class Density:
         """Edge of the cube in voxels; ``InputError`` where the density is no cube."""
         if len(set(self.values.shape)) != 1:
             raise InputError(
-                f"the density must be a cube here, got {self.values.shape}; see Density.in_box"
+                f"the density must be a cube here, got {self.values.shape}; wanted it padded to one"
             )
         return self.values.shape[0]
 
@@ -202,11 +203,11 @@ def from_atoms(
 
     d = 2 * voxel_size_angstrom if resolution_angstrom is None else resolution_angstrom
     if not voxel_size_angstrom > 0:
-        raise InputError(f"voxel_size_angstrom must be positive, got {voxel_size_angstrom}")
-    if d < 2 * voxel_size_angstrom:
+        raise InputError(f"the voxel size must be positive, got {voxel_size_angstrom:g} A")
+    if not d >= 2 * voxel_size_angstrom:
         raise InputError(
-            f"resolution_angstrom {d} is finer than a voxel of {voxel_size_angstrom} A can carry; "
-            f"wanted at least {2 * voxel_size_angstrom}"
+            f"a resolution of {d:g} A is finer than voxels of {voxel_size_angstrom:g} A can carry; "
+            f"wanted at least {2 * voxel_size_angstrom:g} A"
         )
     model = model.clone()
     positions = np.array([a.pos.tolist() for c in model for r in c for a in r])
@@ -218,7 +219,7 @@ def from_atoms(
     if box < 2 * reach / voxel_size_angstrom:
         raise InputError(
             f"the particle is {2 * reach:.0f} A across and does not fit into a box of {box} voxels "
-            f"of {voxel_size_angstrom} A; wanted box_px >= {compact}"
+            f"of {voxel_size_angstrom} A; wanted a box of at least {compact}"
         )
     edge = compact * voxel_size_angstrom
     move = gemmi.Position(*(edge / 2 - centre))
@@ -257,7 +258,8 @@ def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) ->
     -------
     Density
         In the file's own shape, which need not be a cube; the axes are brought into the order
-        z, y, x; a header origin is not used. What had to be assumed is said in a warning.
+        z, y, x; a header's origin or start is not used. What had to be assumed is said in a
+        warning.
 
     Raises
     ------
@@ -298,18 +300,35 @@ def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) ->
         samples = np.array([int(header[a]) for a in ("mx", "my", "mz")], dtype=float)
         sizes = np.divide(cell, samples, out=np.zeros(3), where=samples > 0)
         if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-            raise InputError(f"{path}: the header gives no voxel size; pass voxel_size_angstrom")
+            raise InputError(f"{path}: its header gives no voxel size; wanted {_TOLD}")
         if np.ptp(sizes) > 0.01 * sizes.mean():
-            raise InputError(
-                f"{path}: voxels must be cubes, got {sizes} A; pass voxel_size_angstrom"
-            )
+            raise InputError(f"{path}: voxels must be cubes, got {sizes} A; wanted {_TOLD}")
         voxel_size_angstrom = _shortest(float(sizes.mean()), cell, samples)
     if int(header.ispg) == 0:
         warnings.warn(f"{path}: the header says a stack (ispg 0); read as one map", stacklevel=2)
+    if starts := _starts(header, values.shape[::-1], voxel_size_angstrom):
+        warnings.warn(f"{path}: {starts} is not used: its middle is the origin", stacklevel=2)
     try:
         return Density(values, voxel_size_angstrom)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+#: Who may tell the voxel size otherwise: the command line's option, the function's argument.
+_TOLD = "it there, or told (--voxel-size, voxel_size_angstrom)"
+
+
+def _starts(header: Any, shape: Sequence[int], voxel_size: float) -> str:
+    """What a header says of where the map starts, unless that is 0 or puts 0 into the middle."""
+    first = [int(header[f"n{axis}start"]) for axis in "xyz"]  # of columns, rows and sections
+    edges = [int(header[f"n{axis}"]) for axis in "xyz"]
+    if any(first) and (np.abs(first + np.array(edges) / 2) > 1).any():
+        return f"the start of its header, voxel {first},"
+    origin = [float(header.origin[axis]) for axis in "xyz"]
+    off = np.array(origin) + np.array(shape) / 2 * voxel_size
+    if any(origin) and not (np.abs(off) <= voxel_size).all():
+        return f"the origin of its header, ({', '.join(f'{x:g}' for x in origin)}) A,"
+    return ""
 
 
 def _shortest(size: float, cell: np.ndarray, samples: np.ndarray) -> float:

@@ -255,6 +255,47 @@ def test_orientations_of_other_images_are_not_compared(folder, tmp_path):
     assert "4 images are only in" in said and "0 only in" in said and "1.star shows 0000" in said
 
 
+def test_what_a_map_does_not_say_is_noted_and_can_be_told(folder, tmp_path):
+    cube = read_density(folder / "map.mrc")
+    write_density(tmp_path / "one.mrc", dataclasses.replace(cube, voxel_size_angstrom=1.0))
+    with mrcfile.new(tmp_path / "none.mrc") as mrc:
+        mrc.set_data(cube.values)
+    true = folder / "particles.star"
+    commands = (
+        ("refine", true, "--resolution", 30, "-q", "-o", tmp_path / "a.star", "--map"),
+        ("evaluate", true, "--truth", true, "--map", folder / "map.mrc", "--json", "--reference"),
+        ("simulate", "-n", 3, "-o", tmp_path / "b.star"),
+    )
+    for command in commands:
+        said = run(*command, tmp_path / "none.mrc", code=1).stderr
+        assert "none.mrc: its header gives no voxel size" in said and "--voxel-size" in said
+        if command[0] != "simulate":  # whose particles are what the map says
+            said = run(*command, tmp_path / "one.mrc").stderr
+            assert "voxels of 1 A" in said and "pixels are 7 A. See --voxel-size" in said
+        for name in ("none.mrc", "one.mrc"):
+            assert "voxels of" not in run(*command, tmp_path / name, "--voxel-size", 7).stderr
+        said = run(*command, tmp_path / "one.mrc", "--voxel-size", 0, code=1).stderr
+        assert "--voxel-size: wanted a positive number of angstrom, got 0" in said
+    assert read_particles(tmp_path / "b.star").pixel_size_angstrom == 7
+    assert read_density(tmp_path / "a.mrc").voxel_size_angstrom == 7
+    said = run("train", "4jsv", "-o", tmp_path / "m.npz", "--voxel-size", 2, code=1).stderr
+    assert "--voxel-size" in said and "4jsv has its own" in said
+
+
+def test_a_map_that_is_no_cube_is_padded_to_one(folder, tmp_path):
+    cube = read_density(folder / "map.mrc")
+    path = tmp_path / "flat.mrc"
+    write_density(path, dataclasses.replace(cube, values=cube.values[4:28]))
+    true = folder / "particles.star"
+    note = "flat.mrc: 32 x 32 x 24 voxels; padded to a cube of 32 about their middle"
+    assert note in run("simulate", path, "-n", 3, "-o", tmp_path / "b.star").stderr
+    assert read_particles(tmp_path / "b.star").box_px == 32
+    done = run("evaluate", true, "--truth", true, "--map", folder / "map.mrc", "--json",
+               "--reference", path)  # fmt: skip
+    assert note in done.stderr and json.loads(done.stdout)["mean_fsc"] > 0.95
+    assert json.loads(run("info", path, "--json").stdout)["shape_zyx"] == [24, 32, 32]
+
+
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
     run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry", "C2",
         "-q")  # fmt: skip
@@ -361,6 +402,14 @@ def test_black_particles_are_refused(folder, black, tmp_path, command):
             "--defocus: wanted LOW HIGH, got 20000 10000",
         ),
         (("train", "{}/no.mrc", "-o", "{}/x.npz"), 1, "no.mrc: no such file"),
+        (
+            ("refine", "{}/few.star", "--resolution", "0", "-o", "{}/x.star"),
+            1,
+            "--resolution: wanted a positive number of angstrom, got 0",
+        ),
+        (("density", "4jsv", "--voxel-size", "nan", "-o", "{}/x.mrc"), 1, "--voxel-size: wanted"),
+        (("density", "4jsv", "--resolution", "7", "-o", "{}/x.mrc"), 1, "at least 7.34 A"),
+        (("density", "4jsv", "--box", "5", "-o", "{}/x.mrc"), 1, "a box of at least 42"),
         (("evaluate", "{}/few.star", "--truth", "{}/particles.star"), 1, "10 rows"),
         (("density", "nonsense", "-o", "{}/x.mrc"), 1, "nonsense"),
         (("reconstruct", "{}/few.star", "-o", "{}/x.mrc", "--symmetry", "Q3"), 1, "Q3"),

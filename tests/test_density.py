@@ -1,5 +1,6 @@
 import gzip
 import http.server
+import re
 import shutil
 import threading
 import warnings
@@ -68,7 +69,7 @@ def test_what_is_no_density_is_refused(values, voxel):
 
 
 def test_a_slab_has_no_box():
-    with pytest.raises(InputError, match="in_box"):
+    with pytest.raises(InputError, match="a cube"):
         _ = Density(np.zeros((4, 5, 6)), 1.0).box_px
 
 
@@ -215,7 +216,7 @@ def test_loading_leaves_the_model_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"voxel_size_angstrom": 4.0, "box_px": 20}, "does not fit.*box_px >="),
+        ({"voxel_size_angstrom": 4.0, "box_px": 20}, "does not fit.*at least"),
         ({"voxel_size_angstrom": 4.0, "resolution_angstrom": 7.0}, "finer"),
         ({"voxel_size_angstrom": 0.0}, "positive"),
         ({"voxel_size_angstrom": -1.0}, "positive"),
@@ -572,3 +573,29 @@ def test_a_truncated_map_is_refused(tmp_path, name):
     path.write_bytes(gzip.compress(whole)[:-40] if name.endswith("gz") else whole[:-40])
     with pytest.raises(InputError, match=r"a\.mrc"):
         density.read_density(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "origin", "says"),
+    [
+        ((0, 0, 0), (0, 0, 0), None),
+        ((-3, -2, -2), (0, 0, 0), None),
+        ((0, 0, 0), (-9, -7.5, -6), None),
+        ((-3, -3, -2), (-9, -6, -6), None),
+        ((7, 0, 0), (0, 0, 0), r"voxel \[7, 0, 0\]"),
+        ((-3, -2, 2), (0, 0, 0), r"voxel \[-3, -2, 2\]"),
+        ((0, 0, 0), (30, 30.5, 30), r"origin of its header, \(30, 30.5, 30\) A"),
+        ((0, 0, 0), (0, 0, np.nan), r"origin of its header, \(0, 0, nan\) A"),
+    ],
+)
+def test_a_start_that_is_not_used_is_said(tmp_path, start, origin, says):
+    fields = dict(zip(("nxstart", "nystart", "nzstart"), start, strict=True))
+    write(tmp_path / "a.mrc", VALUES, **fields)
+    with mrcfile.open(tmp_path / "a.mrc", "r+") as mrc:
+        mrc.header.origin = origin
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        density.read_density(tmp_path / "a.mrc")
+    assert len(notes) == (says is not None)
+    for note in notes:
+        assert re.search(f"a.mrc: .*{says}.* is not used", str(note.message))

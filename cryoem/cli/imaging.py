@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .options import MapFile, MapOut, Seed, StarOut, app, check_outputs, star_files
+from .options import (
+    MapFile,
+    MapOut,
+    MapVoxelSize,
+    Seed,
+    StarOut,
+    app,
+    check_outputs,
+    open_map,
+    positive,
+    star_files,
+)
 
 
 @app.command("density")
@@ -16,8 +27,13 @@ def make_density(
         str, typer.Argument(metavar="MODEL", help="PDB or mmCIF file, PDB id, or 4jsv, 1i10.")
     ],
     output: MapOut,
-    voxel_size: Annotated[float, typer.Option(help="Angstrom.")] = 3.67,
-    resolution: Annotated[float, typer.Option(help="Angstrom, at least two voxels.")] = 8.0,
+    voxel_size: Annotated[
+        float, typer.Option(help="Angstrom.", callback=positive("--voxel-size"))
+    ] = 3.67,
+    resolution: Annotated[
+        float,
+        typer.Option(help="Angstrom, at least two voxels.", callback=positive("--resolution")),
+    ] = 8.0,
     assembly: Annotated[str, typer.Option(help="Biological assembly; 'none': as it stands.")] = "1",
     symmetry: Annotated[
         str | None,
@@ -58,17 +74,17 @@ def simulate_particles(
     coverage: Annotated[
         str, typer.Option(help="uniform, euler, half, quarter or preferred.")
     ] = "uniform",
+    voxel_size: MapVoxelSize = None,
     seed: Seed = 0,
 ) -> None:
     """Simulate particles with known orientations: a STAR file and its stack beside it."""
-    from ..density import read_density
     from ..io.particles import write_particles
     from ..simulation import simulate
 
     if defocus is not None and not defocus[0] <= defocus[1]:
         raise InputError(f"--defocus: wanted LOW HIGH, got {defocus[0]:g} {defocus[1]:g}")
     check_outputs({"--output": star_files(output)}, [map_file])
-    cube = read_density(map_file)
+    cube = open_map(map_file, voxel_size)
     stack = simulate(
         cube,
         n,
@@ -81,4 +97,7 @@ def simulate_particles(
     )
     images = write_particles(output, stack)
     assert images is not None
-    typer.echo(f"{output}: {n:,} particles of {cube.box_px} px; images in {images.name}")
+    typer.echo(
+        f"{output}: {n:,} particles of {cube.box_px} px of {cube.voxel_size_angstrom:g} A; "
+        f"images in {images.name}"
+    )

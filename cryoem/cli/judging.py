@@ -14,16 +14,19 @@ import typer
 from ..errors import InputError
 from .options import (
     Json,
+    MapVoxelSize,
     Particles,
     Seed,
     Symmetry,
     app,
+    open_map,
     open_oriented,
     open_particles,
     print_figures,
 )
 
 if TYPE_CHECKING:
+    from ..density import Density
     from ..particles import ParticleStack
 
 
@@ -33,6 +36,7 @@ def evaluate_particles(
     truth: Annotated[Path, typer.Option(help="Particle file with the true orientations.")],
     map_file: Annotated[Path | None, typer.Option("--map", help="Map to judge.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Map to judge it by.")] = None,
+    voxel_size: MapVoxelSize = None,
     symmetry: Symmetry = "C1",
     seed: Seed = 0,
     as_json: Json = False,
@@ -62,7 +66,8 @@ def evaluate_particles(
         }
     found["random_mean_rad"] = evaluation.random_error(true, seed, symmetry=symmetry)
     if map_file is not None and reference is not None:
-        found |= _compare_maps(map_file, reference, seed)
+        judged, by = (open_map(path, voxel_size, known) for path in (map_file, reference))
+        found |= _compare_maps(judged, by, seed)
     print_figures(found, as_json)
 
 
@@ -106,13 +111,11 @@ def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:
     return found
 
 
-def _compare_maps(map_file: Path, reference: Path, seed: int) -> dict[str, object]:
+def _compare_maps(found: Density, wanted: Density, seed: int) -> dict[str, object]:
     """Figures of a map that is laid onto a reference."""
     from .. import maps
-    from ..density import read_density
 
-    wanted = read_density(reference)
-    judged = read_density(map_file).sampled_as(wanted.box_px, wanted.voxel_size_angstrom)
+    judged = found.sampled_as(wanted.box_px, wanted.voxel_size_angstrom)
     laid = maps.register(judged, wanted, seed=seed)
     curve = maps.fsc(laid.density, wanted)
     half, fine = curve.resolution(0.5), curve.resolution(0.143)

@@ -10,6 +10,7 @@ import typer
 
 from .options import (
     MapOut,
+    MapVoxelSize,
     Particles,
     Quiet,
     Seed,
@@ -17,7 +18,9 @@ from .options import (
     Symmetry,
     app,
     check_outputs,
+    open_map,
     open_oriented,
+    positive,
     star_files,
 )
 
@@ -96,9 +99,14 @@ def refine_particles(
         typer.Option("--map", help="Reference; default: the particles' own maps, half by half."),
     ] = None,
     resolution: Annotated[
-        float, typer.Option(help="Angstrom; the reference is used to this and no finer.")
+        float,
+        typer.Option(
+            help="Angstrom; the reference is used to this and no finer.",
+            callback=positive("--resolution"),
+        ),
     ] = 15.0,
     rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
+    voxel_size: MapVoxelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -109,7 +117,7 @@ def refine_particles(
     where the images do not agree beyond it, there is a warning and no map.
     """
     from .. import report
-    from ..density import read_density, write_density
+    from ..density import write_density
     from ..io.particles import write_particles
     from ..refinement import refine_against, refine_halves
 
@@ -127,7 +135,8 @@ def refine_particles(
             + _held_out(found)
         ]
     else:
-        reference = read_density(map_file).sampled_as(stack.box_px, stack.pixel_size_angstrom)
+        reference = open_map(map_file, voxel_size, stack)
+        reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
         found = refine_against(
             stack, reference, resolution_angstrom=resolution, seed=seed, progress=not quiet
         )

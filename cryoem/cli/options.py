@@ -16,6 +16,7 @@ import typer
 from ..errors import CryoemError, InputError
 
 if TYPE_CHECKING:
+    from ..density import Density
     from ..particles import ParticleStack
 
 __all__ = ["app"]
@@ -73,6 +74,17 @@ def _ending_in(*suffixes: str) -> Callable[[Path], Path]:
     return checked
 
 
+def positive(name: str) -> Callable[[float | None], float | None]:
+    """A check of an option in angstrom."""
+
+    def checked(value: float | None) -> float | None:
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name}: wanted a positive number of angstrom, got {value:g}")
+        return value
+
+    return checked
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Particles = Annotated[
@@ -91,6 +103,14 @@ EstimatorOut = Annotated[
     typer.Option("--output", "-o", help="Estimator to write (.npz).", callback=_ending_in(".npz")),
 ]
 Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, ...")]
+MapVoxelSize = Annotated[
+    float | None,
+    typer.Option(
+        "--voxel-size",
+        help="Angstrom, of the map; default: what its header says.",
+        callback=positive("--voxel-size"),
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -181,6 +201,31 @@ def open_oriented(path: Path, quiet: bool) -> ParticleStack:
     if stack.quaternions is None:
         raise InputError(f"{path}: no columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi; see orient")
     return stack
+
+
+def open_map(
+    path: Path, voxel_size: float | None, particles: ParticleStack | None = None
+) -> Density:
+    """Read a map as a cube, and say where its header may be wrong for these particles."""
+    from ..density import read_density
+
+    cube = read_density(path, voxel_size_angstrom=voxel_size)
+    pixel = 1.0 if particles is None else particles.pixel_size_angstrom
+    if voxel_size is None and cube.voxel_size_angstrom == 1 and abs(pixel - 1) > 0.01:
+        warnings.warn(
+            f"{path}: its header says voxels of 1 A, as files do where the size was not told; the "
+            f"particles' pixels are {pixel:g} A. See --voxel-size",
+            stacklevel=2,
+        )
+    shape = cube.values.shape
+    if len(set(shape)) > 1:
+        warnings.warn(
+            f"{path}: {' x '.join(map(str, shape[::-1]))} voxels; padded to a cube of {max(shape)} "
+            "about their middle",
+            stacklevel=2,
+        )
+        cube = cube.in_box(max(shape))
+    return cube
 
 
 def refuse_black(path: Path, contrast: str) -> None:

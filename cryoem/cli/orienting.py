@@ -12,12 +12,14 @@ import typer
 from ..errors import InputError
 from .options import (
     EstimatorOut,
+    MapVoxelSize,
     Particles,
     Quiet,
     Seed,
     StarOut,
     app,
     check_outputs,
+    open_map,
     open_particles,
     refuse_black,
     say,
@@ -58,6 +60,7 @@ def train_estimator(
     precision: Annotated[
         str, typer.Option(help="float32 or mixed_bfloat16 (on CPUs that have it).")
     ] = "float32",
+    voxel_size: MapVoxelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -70,7 +73,6 @@ def train_estimator(
     centred: a bar for each. The bar shows the time to expect. Some 25,000 images give a first idea,
     the default a model worth keeping. Its training is told in OUTPUT.json beside it.
     """
-    from ..density import read_density
     from ..estimator import Estimator, train
     from ..io import files
     from ..preprocessing import preprocessing_for
@@ -82,7 +84,9 @@ def train_estimator(
     kept = [checkpoint / name for name in CHECKPOINTS] if checkpoint else []
     check_outputs({"--output": [output, told], "--checkpoint": kept}, [density, like], stack)
     shipped = SHIPPED.get(density.lower())
-    cube = load_density(density) if shipped else read_density(Path(density))
+    if shipped and voxel_size:
+        raise InputError(f"--voxel-size: is told of an MRC map; {density} has its own")
+    cube = load_density(density) if shipped else open_map(Path(density), voxel_size, stack)
     symmetry = symmetry or (shipped.symmetry if shipped else "C1")
     cube, ranges = _as_seen(cube, like, stack, seed)
     say(quiet, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in ranges.items()))
@@ -123,7 +127,6 @@ def _as_seen(
     from ..surveying import survey
 
     if like is None or stack is None:
-        cube = cube.in_box(max(cube.values.shape))
         return cube, broad_ranges(cube.box_px)
     cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
     found = survey(stack, seed=seed)
@@ -155,6 +158,7 @@ def orient_particles(
             "--centred", help="Search no shifts: the file's origins, if it has any, are right."
         ),
     ] = False,
+    voxel_size: MapVoxelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -180,14 +184,13 @@ def orient_particles(
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
     refuse_black(particles_file, found.contrast)
 
-    from ..density import read_density
     from ..estimator import load_estimator
     from ..io.particles import write_particles
     from ..recovery import orient
 
     estimator = load_estimator(model)
     _check_fit(model, estimator.preprocessing, particles_file, stack)
-    known = None if reference is None else read_density(reference)
+    known = None if reference is None else open_map(reference, voxel_size, stack)
     oriented = orient(
         estimator,
         stack,

@@ -71,7 +71,7 @@ def reference_bias(
     if first > last:
         raise InputError(
             f"nothing is left beyond {resolution_angstrom} A in voxels of "
-            f"{maps.first.voxel_size_angstrom} A; wanted a coarser resolution_angstrom"
+            f"{maps.first.voxel_size_angstrom} A; wanted a coarser resolution of the reference"
         )
     shells = Shells(n)
     shell, weight = shells.number, shells.weight

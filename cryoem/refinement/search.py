@@ -122,7 +122,7 @@ def plan(density: Density, box_px: int, resolution_angstrom: float, search: Sear
     """Lay out the stages of a search against a density, up to a resolution."""
     extent = density.box_px * density.voxel_size_angstrom
     if not extent / resolution_angstrom >= 2:
-        raise InputError(f"resolution_angstrom must be below {extent / 2:g}, half the box's edge")
+        raise InputError(f"the resolution must be below {extent / 2:g} A, half the box's edge")
     slices = projection.Slices(box_px)
     radius = np.linalg.norm(slices.frequencies, axis=1)
     finest = min(extent / resolution_angstrom, float(radius.max()))
