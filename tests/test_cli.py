@@ -22,6 +22,7 @@ from cryoem import (
     write_density,
     write_particles,
 )
+from cryoem.cli import options
 
 COMMANDS = ("density", "simulate", "train", "orient", "reconstruct", "refine", "evaluate", "info")
 
@@ -128,6 +129,25 @@ def test_info_tells_what_other_files_hold(folder, trained, tmp_path):
     assert found["notes"] == {"density": "a phantom"}
     np.savez(tmp_path / "other.npz", a=[1])
     assert "not an estimator" in run("info", tmp_path / "other.npz", code=1).stderr
+
+
+def test_what_is_no_number_is_null_in_json_and_words_in_print(capsys):
+    nan, inf = float("nan"), float("inf")
+    found = {"snr": inf, "error": np.float64(nan), "range": (nan, -inf), "n": 3, "none": None,
+             "deep": {"of": [1.5, nan, {"a": inf}]}, "text": "nan", "shift_px": 1.25}  # fmt: skip
+    options.print_figures(found, as_json=True)
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert told == found | {"snr": None, "error": None, "range": [None, None]} | {
+        "deep": {"of": [1.5, None, {"a": None}]}
+    }
+    options.print_figures({"snr": inf, "of_it": (1.0, nan), "text": "nan", "px": 1.25}, False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "snr    not to be told",
+        "of it  1 to not to be told",
+        "text   nan",
+        "px     1.25",
+    ]
 
 
 def test_from_particles_to_orientations(folder, trained, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -123,13 +124,31 @@ def say(quiet: bool, text: str) -> None:
 def print_figures(found: Mapping[str, object], as_json: bool) -> None:
     """Print figures, one a line or as JSON."""
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json_of(found))
         return
     width = max(map(len, found))
     for name, value in found.items():
         values = value if isinstance(value, tuple) else (value,)
-        texts = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
-        typer.echo(f"{name.replace('_', ' '):{width}}  {' to '.join(texts)}")
+        typer.echo(f"{name.replace('_', ' '):{width}}  {' to '.join(map(_figure, values))}")
+
+
+def _figure(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if math.isfinite(value) else "not to be told"
+
+
+def json_of(found: object) -> str:
+    """Figures as JSON, which knows no infinity and no number that is none: null."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {str(key): plain(v) for key, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(found), indent=1, allow_nan=False)
 
 
 def check_outputs(

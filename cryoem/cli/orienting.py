@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +18,7 @@ from .options import (
     StarOut,
     app,
     check_outputs,
+    json_of,
     open_map,
     open_particles,
     refuse_black,
@@ -115,7 +115,7 @@ def train_estimator(
     }
     model.save(output)
     with files.atomic(told) as temporary:
-        temporary.write_text(json.dumps({**model.notes, **history}, indent=1) + "\n")
+        temporary.write_text(json_of({**model.notes, **history}) + "\n")
     typer.echo(f"{output}: mean absolute error of distances {history['mae_rad'][-1]:.3f} rad")
 
 
