@@ -537,3 +537,43 @@ def test_outputs_never_replace_inputs(inputs, monkeypatch, arguments, says):
         assert all(text in done.stderr for text in says), done.stderr
         assert "Traceback" not in done.output
     assert {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "density 4jsv -o /proc/a.mrc",
+        "simulate map.mrc -o /proc/a.star",
+        "train map.mrc -o /proc/a.npz -q",
+        "train map.mrc -o a.npz --checkpoint /proc/a -q",
+        "orient p.star --model model.npz -o /proc/a.star -q",
+        "orient p.star --model model.npz -o a.star --work /proc/a -q",
+        "reconstruct p.star -o /proc/a.mrc -q",
+        "refine p.star -o /proc/a.star -q",
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_begun(inputs, monkeypatch, arguments):
+    monkeypatch.chdir(inputs)
+    before = sorted(inputs.rglob("*"))
+    done = run(*arguments.split(), code=1)
+    assert re.fullmatch(r"cryoem: /proc/a\S*: cannot be written \(.*\)\n", done.stderr)
+    assert done.stdout == "" and sorted(inputs.rglob("*")) == before
+
+
+def test_paths_may_hold_blanks_and_stacks_may_be_links(folder, trained, tmp_path, monkeypatch):
+    home, far = tmp_path / "my  data [1]", tmp_path / "it's far"
+    home.mkdir()
+    far.mkdir()
+    monkeypatch.chdir(home)
+    shutil.copy(folder / "map.mrc", home / "a map.mrc")
+    trained[0].save(home / "a model.npz")
+    run("simulate", "a map.mrc", "-n", 60, "--snr", 4, "-o", "some particles.star")
+    shutil.move("some particles.mrcs", far / "a stack.mrcs")
+    (home / "some particles.mrcs").symlink_to(far / "a stack.mrcs")
+    run("orient", "some particles.star", "--model", "a model.npz", "-o", "oriented 1.star", "-q")
+    run("refine", "some particles.star", "--map", "a map.mrc", "--resolution", 30, "-q",
+        "-o", far / "refined 1.star")  # fmt: skip
+    for found in (home / "oriented 1.star", far / "refined 1.star"):
+        assert run("evaluate", found, "--truth", "some particles.star", "--json").stderr == ""
+        run("reconstruct", found, "--half-maps", "-o", home / "new folder" / "a map.mrc", "-q")
+        assert json.loads(run("info", found, "--json").stdout)["particles"] == 60
