@@ -399,10 +399,10 @@ def black(folder, tmp_path):
 @pytest.mark.parametrize("command", ["orient", "train"])
 def test_black_particles_are_refused(folder, black, tmp_path, command):
     rest = {
-        "orient": (black, "--model", "4jsv"),
-        "train": (folder / "map.mrc", "--like", black),
+        "orient": (black, "--model", "4jsv", "-o", tmp_path / "out.star"),
+        "train": (folder / "map.mrc", "--like", black, "-o", tmp_path / "out.npz"),
     }[command]
-    done = run(command, *rest, "-o", tmp_path / "out.star", code=1)
+    done = run(command, *rest, code=1)
     assert "black on white" in done.stderr and "Traceback" not in done.output
 
 

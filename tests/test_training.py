@@ -372,8 +372,8 @@ def test_the_bars_count_epochs_and_batches(preprocessing, source, capsys):
         ({"optimizer": "sgd"}, "adam, rmsprop"),
         ({"schedule": "step"}, "'cosine' or 'constant'"),
         ({"pairs": "some"}, "'all' or 'uniform'"),
-        ({"images": 0}, "images=0"),
-        ({"batch_size": 1}, "batch_size=1"),
+        ({"images": 0}, "got 0 images"),
+        ({"batch_size": 1}, "batches of 1"),
     ],
 )
 def test_unknown_settings_are_refused(preprocessing, source, options, message):

@@ -213,8 +213,8 @@ def _epochs(images: int, batch_size: int, images_per_epoch: int) -> tuple[int, i
     """How many epochs a run has, and how many steps each of them."""
     if images < 1 or batch_size < 2:
         raise InputError(
-            f"wanted at least one image, in batches of two or more; got images={images}, "
-            f"batch_size={batch_size}"
+            f"wanted at least one image, in batches of two or more; got {images} images in batches "
+            f"of {batch_size}"
         )
     steps = math.ceil(images / batch_size)
     epochs = math.ceil(steps / max(1, images_per_epoch // batch_size))
