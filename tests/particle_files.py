@@ -63,7 +63,7 @@ def relion30(folder):
     return path
 
 
-def cryosparc(folder, *, passthrough=False):
+def cryosparc(folder, *, passthrough=False, sign=None):
     """The same particles as cryoSPARC has them, beside the stack that is there."""
     n = len(Q)
     uid = np.array([5, 3, 9, 1, 7, 11], np.uint64)
@@ -73,6 +73,8 @@ def cryosparc(folder, *, passthrough=False):
         "blob/shape": (np.full((n, 2), 12), ("u4", (2,))),
         "blob/psize_A": (np.full(n, PIXEL), "f4"),
     }
+    if sign is not None:
+        blob["blob/sign"] = np.array(sign), "f4"
     ctf = {
         "ctf/exp_group_id": (np.zeros(n), "u4"),
         "ctf/accel_kv": (np.full(n, 300.0), "f4"),

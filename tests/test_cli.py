@@ -278,14 +278,44 @@ def black(folder, tmp_path):
     return tmp_path / "black.star"
 
 
-@pytest.mark.parametrize("command", ["orient", "train"])
-def test_black_particles_are_refused(folder, black, tmp_path, command):
-    rest = {
-        "orient": (black, "--model", "4jsv"),
-        "train": (folder / "map.mrc", "--like", black),
-    }[command]
-    done = run(command, *rest, "-o", tmp_path / "out.star", code=1)
-    assert "black on white" in done.stderr and "Traceback" not in done.output
+def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path):
+    before = black.with_suffix(".mrcs").read_bytes()
+    true = read_density(folder / "map.mrc")
+
+    def likeness(name):
+        values = read_density(tmp_path / name).values
+        return np.corrcoef(values.ravel(), true.values.ravel())[0, 1]
+
+    done = run("reconstruct", black, "-o", tmp_path / "found.mrc", "-q")
+    assert "black on white" in done.stderr and "turned" in done.stderr and likeness("found.mrc") > 0
+    for flag, sign in (("--invert", 1), ("--no-invert", -1)):
+        done = run("reconstruct", black, flag, "-o", tmp_path / "told.mrc", "-q")
+        assert done.stderr == "" and likeness("told.mrc") * sign > 0
+    white = folder / "particles.star"
+    assert "black" not in run("reconstruct", white, "-o", tmp_path / "white.mrc").stderr
+    assert likeness("found.mrc") == pytest.approx(likeness("white.mrc"), abs=1e-3)
+    # What is written says so, and needs no second turn.
+    map_too = ("--map", folder / "map.mrc", "--resolution", 30)
+    done = run("refine", black, *map_too, "-o", tmp_path / "refined.star", "-q")
+    assert "cryoemSign" in done.stderr and "RELION" in done.stderr
+    done = run("reconstruct", tmp_path / "refined.star", "-o", tmp_path / "again.mrc", "-q")
+    assert done.stderr == "" and likeness("again.mrc") > 0
+    assert black.with_suffix(".mrcs").read_bytes() == before
+    assert "turn" in run("info", black).stderr
+    assert "turn" not in run("info", tmp_path / "refined.star").stderr
+    given = run("train", folder / "map.mrc", "--like", black, "-o", tmp_path / "m.npz", "--images",
+                64, "-q")  # fmt: skip
+    assert "turned" in given.stderr
+
+
+def test_black_particles_are_oriented_as_white_ones(folder, black, trained, tmp_path):
+    trained[0].save(tmp_path / "model.npz")
+    for name, particles in (("white", folder / "particles.star"), ("turned", black)):
+        run("orient", particles, "--model", tmp_path / "model.npz", "-o",
+            tmp_path / f"{name}.star", "-q")  # fmt: skip
+    white, turned = (read_particles(tmp_path / f"{name}.star") for name in ("white", "turned"))
+    assert rotations.distance(white.quaternions, turned.quaternions).max() < 1e-3
+    np.testing.assert_array_equal(turned.images[:5], white.images[:5])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 
 import gemmi
@@ -772,6 +773,66 @@ def test_contrasts_and_expected_errors_go_through_the_file(tmp_path):
 
 
 # --------------------------------------------------------------------------------------
+# Black on white
+
+
+def test_images_are_turned_as_they_are_read(written):
+    stack = read_particles(written)
+    turned = stack.inverted()
+    np.testing.assert_array_equal(turned.images[:], -IMAGES)
+    np.testing.assert_array_equal(turned.images[2], -IMAGES[2])
+    np.testing.assert_array_equal(turned.inverted().images[:], IMAGES)
+    some = turned.select(np.array([4, 1]))
+    np.testing.assert_array_equal(some.images[:], -IMAGES[[4, 1]])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(some.images))[:], -IMAGES[[4, 1]])
+    np.testing.assert_array_equal(in_memory().inverted().images, -IMAGES)
+    lazily = in_memory().select(np.array([3, 0])).inverted()
+    np.testing.assert_array_equal(lazily.images[:], -IMAGES[[3, 0]])
+    np.testing.assert_array_equal(lazily.select(slice(1)).images[:], -IMAGES[[3]])
+
+
+def test_the_sign_of_images_that_stay_goes_through_the_file(written, tmp_path):
+    stack = read_particles(written)
+    with pytest.warns(UserWarning, match=r"a\.star: .*6 of 6 images.*cryoemSign.*RELION"):
+        write_particles(tmp_path / "a.star", stack.inverted())
+    blocks = starfile.read(tmp_path / "a.star")
+    assert set(blocks["optics"]["cryoemSign"]) == {-1} and "cryoemSign" not in blocks["particles"]
+    back = read_particles(tmp_path / "a.star")
+    np.testing.assert_array_equal(back.images[:], -IMAGES)
+    # Turned again, they are as they were, and nothing need be said.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_particles(tmp_path / "b.star", back.inverted())
+    np.testing.assert_array_equal(read_particles(tmp_path / "b.star").images[:], IMAGES)
+    # Some only: each row says it.
+    signs = np.array([1, -1, 1, 1, -1, 1])
+    with pytest.warns(UserWarning, match="2 of 6"):
+        write_particles(tmp_path / "c.star", back.replace(images=stack.images.with_sign(signs)))
+    blocks = starfile.read(tmp_path / "c.star")
+    assert list(blocks["particles"]["cryoemSign"]) == list(signs)
+    some = read_particles(tmp_path / "c.star")
+    np.testing.assert_array_equal(some.images[:], signs[:, None, None] * IMAGES)
+    # Images that are written anew are white there.
+    write_particles(tmp_path / "d.star", some.with_images(some.images[:]))
+    assert "cryoemSign" not in (tmp_path / "d.star").read_text()
+    np.testing.assert_array_equal(read_particles(tmp_path / "d.star").images[:], some.images[:])
+
+
+@pytest.mark.parametrize("signs", [[-1] * 6, [1, -1, 1, 1, 1, -1], [1] * 6])
+def test_the_sign_of_cryosparcs_images_is_theirs(written, tmp_path, signs):
+    path = cryosparc(tmp_path, sign=signs)
+    stack = read_particles(path)
+    np.testing.assert_array_equal(stack.images[:], np.array(signs)[:, None, None] * IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_particles(tmp_path / "a.star", stack)
+    np.testing.assert_array_equal(read_particles(tmp_path / "a.star").images[:], stack.images[:])
+    assert ("cryoemSign" in (tmp_path / "a.star").read_text()) == (-1 in signs)
+    with pytest.raises(InputError, match=r"J1_particles\.cs: row 3, field blob/sign: got 0"):
+        read_particles(cryosparc(tmp_path, sign=[1, 1, 0, 1, 1, 1]))
+
+
+# --------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -833,6 +894,8 @@ def no_rows(blocks):
         (put("particles", "rlnRandomSubset", 0, row=0), "row 1, column rlnRandomSubset: got 0"),
         (put("particles", "rlnRandomSubset", 1.5, row=1), "row 2, column rlnRandomSubset: got 1.5"),
         (put("particles", "rlnRandomSubset", "x", row=2), "row 3, column rlnRandomSubset: got x"),
+        (put("particles", "cryoemSign", 2, row=1), "row 1, column cryoemSign: got 0"),
+        (put("optics", "cryoemSign", "black"), "data_optics: row 1, column cryoemSign: got black"),
         (put("particles", "cryoemContrast", "nan", row=2), "row 3, column cryoemContrast"),
         (put("particles", "cryoemExpectedErrorRad", "x", row=1), "row 2, column cryoemExpected"),
         (names([f"{i + 2:06d}@particles.mrcs" for i in range(6)]), "row 6.*holds 6"),

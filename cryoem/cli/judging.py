@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -110,6 +111,9 @@ def _of_particles(path: Path, seed: int) -> dict[str, object]:
 
     stack = open_particles(path, True)
     assert isinstance(stack.images, ImageStack) and stack.origin is not None
+    found = survey(stack, seed=seed)
+    if found.contrast == "black on white":
+        warnings.warn(f"{path}: the commands turn these images as they read them", stacklevel=2)
     return {
         "kind": "particles",
         "particles": len(stack),
@@ -120,7 +124,7 @@ def _of_particles(path: Path, seed: int) -> dict[str, object]:
         "angles": stack.quaternions is not None,
         "half_sets": stack.half_set is not None,
         "columns": ", ".join(stack.columns),
-        **vars(survey(stack, seed=seed)),
+        **vars(found),
     }
 
 

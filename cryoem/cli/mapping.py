@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from .options import MapOut, Particles, Quiet, Seed, StarOut, Symmetry, app, open_oriented
+from .options import (
+    Invert,
+    MapOut,
+    Particles,
+    Quiet,
+    Seed,
+    StarOut,
+    Symmetry,
+    app,
+    in_white,
+    open_oriented,
+)
 
 if TYPE_CHECKING:
     from ..maps import HalfMapFsc, HalfMaps
@@ -23,6 +34,7 @@ def reconstruct_map(
         bool, typer.Option("--half-maps", help="Also OUTPUT_half1, _half2 and their FSC (.star).")
     ] = False,
     symmetry: Symmetry = "C1",
+    invert: Invert = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -36,6 +48,7 @@ def reconstruct_map(
     from ..reconstruction import reconstruct
 
     stack = open_oriented(particles_file, quiet)
+    stack = in_white(stack, particles_file, invert, quiet, seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
         write_density(output, found)
@@ -79,6 +92,7 @@ def refine_particles(
         float, typer.Option(help="Angstrom; the reference is used to this and no finer.")
     ] = 15.0,
     rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
+    invert: Invert = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -93,7 +107,8 @@ def refine_particles(
     from ..io.particles import write_particles
     from ..refinement import refine_against, refine_halves
 
-    stack = open_oriented(particles_file, quiet).with_half_sets(seed)
+    stack = open_oriented(particles_file, quiet)
+    stack = in_white(stack, particles_file, invert, quiet, seed).with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:

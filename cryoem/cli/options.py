@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from ..errors import CryoemError, InputError
@@ -67,6 +68,13 @@ MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Density: an MRC ma
 StarOut = Annotated[Path, typer.Option("--output", "-o", help="STAR file to write.")]
 MapOut = Annotated[Path, typer.Option("--output", "-o", help="MRC map to write.")]
 Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, ...")]
+Invert = Annotated[
+    bool | None,
+    typer.Option(
+        "--invert/--no-invert",
+        help="Turn black particles white, or take images as the file has them; default: found out.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -106,10 +114,28 @@ def open_oriented(path: Path, quiet: bool) -> ParticleStack:
     return stack
 
 
-def refuse_black(path: Path, contrast: str) -> None:
-    """Refuse particles that are black on white."""
-    if contrast == "black on white":
-        raise InputError(
-            f"{path}: the particles are black on white; wanted white on black, as RELION extracts "
-            "them with 'invert contrast' (imaging.flip_contrast turns them)"
+def in_white(
+    stack: ParticleStack, path: Path, invert: bool | None, quiet: bool, seed: int
+) -> ParticleStack:
+    """Particles that are white on black: turned where the user says so, or where they are black."""
+    if invert is None and not shown_black(stack, seed):
+        return stack
+    if invert is None:
+        warnings.warn(
+            f"{path}: the particles are black on white; their images are turned as they are read "
+            "(--no-invert: taken as they are)",
+            stacklevel=2,
         )
+    elif invert:
+        say(quiet, f"{path}: the images are turned, as --invert says")
+    return stack.inverted() if invert is not False else stack
+
+
+def shown_black(stack: ParticleStack, seed: int) -> bool:
+    """Whether the particles are black on white, by some of their images."""
+    from ..rotations import generator
+    from ..surveying import contrast
+
+    n = len(stack)
+    rows = np.sort(generator(seed, "contrast").choice(n, min(300, n), replace=False))
+    return contrast(stack.images[rows])[0] < 0

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from .options import Particles, Quiet, Seed, StarOut, app, open_particles, refuse_black, say
+from .options import Invert, Particles, Quiet, Seed, StarOut, app, in_white, open_particles, say
 
 #: Radians between copies of one image, from which they are nowhere: 2.1 where all is chance.
 AT_RANDOM = 1.0
@@ -36,6 +36,7 @@ def train_estimator(
     precision: Annotated[
         str, typer.Option(help="float32 or mixed_bfloat16 (on CPUs that have it).")
     ] = "float32",
+    invert: Invert = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -63,10 +64,9 @@ def train_estimator(
         cube = cube.in_box(max(cube.values.shape))
         ranges = broad_ranges(cube.box_px)
     else:
-        stack = open_particles(like, quiet)
+        stack = in_white(open_particles(like, quiet), like, invert, quiet, seed)
         cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
         found = survey(stack, seed=seed)
-        refuse_black(like, found.contrast)
         ranges = found.training()
     say(quiet, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in ranges.items()))
     preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
@@ -122,6 +122,7 @@ def orient_particles(
             "--centred", help="Search no shifts: the file's origins, if it has any, are right."
         ),
     ] = False,
+    invert: Invert = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -134,9 +135,9 @@ def orient_particles(
     from ..surveying import survey
 
     stack = open_particles(particles_file, quiet)
+    stack = in_white(stack, particles_file, invert, quiet, seed)
     found = survey(stack, images=300, seed=seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
-    refuse_black(particles_file, found.contrast)
 
     from ..density import read_density
     from ..estimator import load_estimator

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from .. import rotations
 from ..errors import InputError
-from .star import ORIGINS, Table, split_optics, texts
+from .star import ORIGINS, Table, length, split_optics, texts
 
 __all__ = ["read_cryosparc"]
 
@@ -50,8 +50,13 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     ):
         if name in fields.values:
             columns[column] = fields.counted(name)
+    sign = _signs(fields)
     columns.update({name: _column(values) for name, values in fields.values.items()})
-    return *split_optics(columns), ()
+    optics, particles = split_optics(columns)
+    if sign is not None:
+        place = optics if (sign == sign[0]).all() else particles
+        place["cryoemSign"] = np.resize(sign, length(place))
+    return optics, particles, ()
 
 
 class _Fields:
@@ -86,6 +91,19 @@ def _image_names(fields: _Fields) -> np.ndarray:
     stacks = (name.lstrip(">") for name in map(str, _column(fields.values.pop("blob/path"))))
     index = fields.counted("blob/idx")
     return np.array([f"{i:06d}@{s}" for i, s in zip(index, stacks, strict=True)], object)
+
+
+def _signs(fields: _Fields) -> np.ndarray | None:
+    """What each image is multiplied by; None: all are as they should be."""
+    if "blob/sign" not in fields.values:
+        return None
+    sign = fields.numbers("blob/sign")
+    if (bad := np.abs(sign) != 1).any():
+        raise InputError(
+            f"{fields.path}: row {np.argmax(bad) + 1}, field blob/sign: got {sign[bad][0]:g}, "
+            "wanted 1 or -1"
+        )
+    return None if (sign == 1).all() else sign.astype(np.int64)
 
 
 def _add_alignment(fields: _Fields, columns: Table) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..rotations import RELION_ANGLES
 from . import files, stacks
 from .cryosparc import read_cryosparc
 from .files import PathLike
+from .names import find_stack, folders_of, names_from, open_images
 from .stacks import ImageStack
 from .star import ORIGINS, Table, length, numbers, read_relion, write_star
 
@@ -37,6 +37,8 @@ CTF = {
 MICROSCOPE = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
 
 HALF_SET, CONTRAST, EXPECTED = "rlnRandomSubset", "cryoemContrast", "cryoemExpectedErrorRad"
+#: What an image that stays where it is is multiplied by, 1 or -1: an optics group's or a row's.
+SIGN = "cryoemSign"
 
 #: Fields of a stack, and the columns without which a file does not tell them.
 NEEDED = {
@@ -80,8 +82,9 @@ def read_particles(path: PathLike) -> ParticleStack:
     optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
-    images = _open_images(path, table["rlnImageName"])
+    images = open_images(path, table["rlnImageName"])
     group = _optics_rows(path, optics, table)
+    images = images.with_sign(_signs(path, optics, table, group))
     for name, wanted in (("rlnImageSize", images.shape[1]), ("rlnImageDimensionality", 2)):
         if name not in optics:
             optics[name] = np.full(length(optics), wanted)
@@ -141,6 +144,21 @@ def _optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
     return place
 
 
+def _signs(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:
+    """What each image is multiplied by, or None where all are as they should be."""
+    if SIGN in table:
+        sign = numbers(path, table, SIGN)
+    elif SIGN in optics:
+        sign = numbers(path, optics, SIGN, "data_optics: ")[group]
+    else:
+        return None
+    if (bad := np.abs(sign) != 1).any():
+        raise InputError(
+            f"{path}: row {np.argmax(bad) + 1}, column {SIGN}: got {sign[bad][0]:g}, wanted 1 or -1"
+        )
+    return None if (sign == 1).all() else sign
+
+
 def _pixel_size(path: Path, optics: Table, group: np.ndarray) -> float:
     if "rlnImagePixelSize" not in optics:
         raise InputError(f"{path}: no column rlnImagePixelSize in data_optics")
@@ -173,54 +191,6 @@ def _ctf_parameters(
             "(1 micrometre is 10000), or no defocus columns for images without CTF"
         )
     return CtfParameters(**parameters)
-
-
-def _open_images(path: Path, names: Iterable[object]) -> ImageStack:
-    """Open the stacks of image names as ``000001@stack.mrcs``, or ``image.mrc`` for single ones."""
-    folders = [*_folders(path), Path.cwd()]
-    layouts: list[stacks.Layout] = []
-    index: dict[str, int] = {}
-    file, section = [], []
-    for row, name in enumerate(map(str, names)):
-        where = f"{path}: row {row + 1}, column rlnImageName: "
-        digits, at, stack = name.rpartition("@")
-        if stack not in index:
-            found = _find(stack, folders)
-            if found is None:
-                raise InputError(
-                    f"{where}{stack!r}: no such file in the folder of the particles, in one above "
-                    "it, or in the working directory"
-                )
-            index[stack] = len(layouts)
-            layouts.append(stacks.layout(found))
-        layout = layouts[index[stack]]
-        held, *edges = layout.shape
-        if not (re.fullmatch("[0-9]{1,9}", digits) if at else held == 1):
-            raise InputError(
-                f"{where}got {name!r}, wanted 000001@stack.mrcs ({stack} holds {held} images)"
-            )
-        number = int(digits or 1)
-        if not 1 <= number <= held:
-            raise InputError(f"{where}image {number} of {layout.path}, which holds {held}")
-        if edges[0] != edges[1] or edges != [*layouts[0].shape[1:]]:
-            raise InputError(
-                f"{where}the images of {layout.path} have {edges[1]} x {edges[0]} px; wanted "
-                f"squares, all of the size of row 1 ({layouts[0].shape[2]} px)"
-            )
-        file.append(index[stack])
-        section.append(number - 1)
-    return ImageStack(layouts, file, section, source=path)
-
-
-def _folders(path: Path) -> list[Path]:
-    """The folder of the file at ``path`` and those above it."""
-    return [*path.absolute().parents]
-
-
-def _find(stack: str, folders: Iterable[Path]) -> Path | None:
-    """The file ``stack`` of the first folder that has it."""
-    paths = (folder / stack for folder in folders)
-    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 # --------------------------------------------------------------------------------------
@@ -261,8 +231,9 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     table.update(_known_columns(stack, optics))
     blocks = {"optics": optics, "particles": table}
     others = () if stack.origin is None else stack.origin.other_blocks
+    _tell_signs(path, stack, optics, table)
     if isinstance(stack.images, ImageStack) and not stack.images.is_array:
-        table["rlnImageName"] = _names_from(path, stack.images, stack.columns.get("rlnImageName"))
+        table["rlnImageName"] = names_from(path, stack.images, stack.columns.get("rlnImageName"))
         write_star(path, blocks, others)
         return None
     import mrcfile
@@ -281,13 +252,38 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     return beside
 
 
+def _tell_signs(path: Path, stack: ParticleStack, optics: Table, table: Table) -> None:
+    """Write the signs of images that stay where they are: of optics groups, where that does."""
+    group, signs = stack.optics_group, np.ones(len(stack), int)
+    if not isinstance(stack.images, ImageStack) or stack.images.is_array:
+        table.pop(SIGN, None)
+        optics.pop(SIGN, None)
+        return
+    if stack.images.sign is not None:
+        signs = stack.images.sign.astype(int)
+    of_groups = np.array(optics.get(SIGN, np.ones(length(optics))), float).astype(int)
+    of_groups[group] = signs
+    if SIGN in table or (of_groups[group] != signs).any():
+        table[SIGN] = signs
+        optics.pop(SIGN, None)
+    elif SIGN in optics or (signs < 0).any():
+        optics[SIGN] = of_groups
+    if turned := int((signs < 0).sum()):
+        warnings.warn(
+            f"{path}: the files of {turned:,} of {len(stack):,} images show black particles on "
+            f"white and stay as they are; column {SIGN} says so, which RELION does not know: "
+            "invert them first for RELION",
+            stacklevel=3,
+        )
+
+
 def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
     """Refuse a stack that holds the images which the particles came from."""
     if stack.origin is None or not beside.exists():
         return
-    folders = [*_folders(stack.origin.path), Path.cwd()]
+    folders = [*folders_of(stack.origin.path), Path.cwd()]
     names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
-    if any(found.samefile(beside) for name in names if (found := _find(name, folders))):
+    if any(found.samefile(beside) for name in names if (found := find_stack(name, folders))):
         raise InputError(
             f"{beside}: holds the images of {stack.origin.path}, which these were made from, and "
             "would be overwritten; wanted another name for the STAR file"
@@ -403,21 +399,3 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
         if name not in table or not _same(table[name][group], np.full(len(stack), size)):
             table[name] = np.full(groups, size)
     return table
-
-
-def _names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.ndarray:
-    """Image names that can be found from the file at ``path``: those that were, where they can."""
-    folders = _folders(path)
-    renamed: dict[tuple[int, str], str] = {}
-    found = []
-    for row, (file, section) in enumerate(zip(images.file, images.section, strict=True)):
-        digits, _, stack = ("" if names is None else str(names[row])).rpartition("@")
-        layout = images.layouts[file]
-        if (file, stack) not in renamed:
-            there, here = layout.path.absolute(), _find(stack, folders)
-            same = here is not None and here.samefile(there)
-            renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
-        if int(digits or layout.shape[0] == 1) != section + 1:
-            digits = f"{section + 1:06d}"
-        found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}")
-    return np.array(found, object)

@@ -139,6 +139,8 @@ class ImageStack:
         The particle file, which errors name.
     row : (n,) int array, optional
         Rows of the particle file, from 0, which errors name; by default all.
+    sign : (n,) array of 1 and -1, optional
+        What each image is multiplied by as it is read; by default nothing.
 
     Raises
     ------
@@ -157,11 +159,13 @@ class ImageStack:
         *,
         source: PathLike | None = None,
         row: ArrayLike | None = None,
+        sign: ArrayLike | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self.file, self.section = np.asarray(file, np.int32), np.asarray(section, np.int32)
         self.source = source
         self.row = np.arange(len(self.file), dtype=np.int32) if row is None else np.asarray(row)
+        self.sign = None if sign is None else np.asarray(sign, np.int8)
         #: (n, size, size)
         self.shape = (len(self.file), *self.layouts[0].shape[1:])
 
@@ -181,13 +185,23 @@ class ImageStack:
     def select(self, rows: slice | np.ndarray) -> ImageStack:
         """Some of the images, as a stack; nothing is read."""
         chosen = self.file[rows], self.section[rows]
-        return ImageStack(self.layouts, *chosen, source=self.source, row=self.row[rows])
+        sign = None if self.sign is None else self.sign[rows]
+        return ImageStack(self.layouts, *chosen, source=self.source, row=self.row[rows], sign=sign)
+
+    def with_sign(self, sign: ArrayLike | None) -> ImageStack:
+        """The same images, each multiplied by its sign, 1 or -1, as it is read."""
+        files = self.layouts, self.file, self.section
+        return ImageStack(*files, source=self.source, row=self.row, sign=sign)
+
+    def inverted(self) -> ImageStack:
+        """The same images, black turned to white as they are read."""
+        return self.with_sign(-np.ones(len(self)) if self.sign is None else -self.sign)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers are sent the files of these images, not of all.
         used, file = np.unique(self.file, return_inverse=True)
         arguments = [self.layouts[i] for i in used] or self.layouts[:1], file, self.section
-        return _rebuilt, (*arguments, self.source, self.row)
+        return _rebuilt, (*arguments, self.source, self.row, self.sign)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -202,6 +216,8 @@ class ImageStack:
                 raise InputError(
                     f"{self.layouts[i].path}: has changed since it was opened ({error})"
                 ) from error
+        if self.sign is not None:
+            images *= self.sign[rows, None, None]
         low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))  # NaN where one pixel is
         self._refuse(
             rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
@@ -225,5 +241,6 @@ def _rebuilt(
     section: np.ndarray,
     source: PathLike | None,
     row: np.ndarray,
+    sign: np.ndarray | None,
 ) -> ImageStack:
-    return ImageStack(layouts, file, section, source=source, row=row)
+    return ImageStack(layouts, file, section, source=source, row=row, sign=sign)
