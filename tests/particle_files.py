@@ -63,7 +63,7 @@ def relion30(folder):
     return path
 
 
-def cryosparc(folder, *, passthrough=False, sign=None):
+def cryosparc(folder, *, passthrough=False, sign=None, more=None):
     """The same particles as cryoSPARC has them, beside the stack that is there."""
     n = len(Q)
     uid = np.array([5, 3, 9, 1, 7, 11], np.uint64)
@@ -85,6 +85,7 @@ def cryosparc(folder, *, passthrough=False, sign=None):
         "ctf/df_angle_rad": (np.deg2rad(DEFOCUS["rlnDefocusAngle"]), "f4"),
         "ctf/phase_shift_rad": (np.zeros(n), "f4"),
     }
+    ctf |= more or {}
     alignment = {
         "alignments3D/pose": (Rotation.from_quat(Q).as_rotvec(), ("f4", (3,))),
         # Aligned at twice the pixel size.

@@ -833,6 +833,134 @@ def test_the_sign_of_cryosparcs_images_is_theirs(written, tmp_path, signs):
 
 
 # --------------------------------------------------------------------------------------
+# What was done to images, and what is not used
+
+
+@pytest.mark.parametrize("block", ["optics", "particles"])
+@pytest.mark.parametrize(
+    ("columns", "done"),
+    [
+        ({}, "as seen"),
+        ({"rlnCtfDataAreCtfPremultiplied": 0, "rlnCtfDataArePhaseFlipped": 0}, "as seen"),
+        ({"rlnCtfDataArePhaseFlipped": 1}, "phase flipped"),
+        ({"rlnCtfDataAreCtfPremultiplied": 1}, "premultiplied"),
+        ({"rlnCtfDataAreCtfPremultiplied": 1, "rlnCtfDataArePhaseFlipped": 1}, "premultiplied"),
+    ],
+)
+def test_what_was_done_to_the_images_is_in_their_ctf(written, tmp_path, block, columns, done):
+    plain = read_particles(written).ctf()
+    for column, value in columns.items():
+        rewritten(written, put(block, column, value))
+    stack = read_particles(written)
+    wanted = {"as seen": plain, "phase flipped": abs(plain), "premultiplied": plain**2}[done]
+    np.testing.assert_allclose(stack.ctf(), wanted, rtol=1e-6)
+    write_particles(tmp_path / "new.star", stack)
+    told = starfile.read(tmp_path / "new.star")[block]
+    assert {name: told[name].iloc[0] for name in columns} == columns
+    # The file follows what is known otherwise.
+    flipped = CtfParameters(*DEFOCUS.values(), images=[*["phase flipped"] * 3, *[done] * 3])
+    for given in (stack, in_memory()):
+        write_particles(tmp_path / "other.star", given.replace(ctf_parameters=flipped))
+        back = read_particles(tmp_path / "other.star").ctf_parameters
+        np.testing.assert_array_equal(back.images, flipped.images)
+
+
+def test_the_scale_of_the_ctf_is_used(written, tmp_path):
+    plain = read_particles(written).ctf()
+    rewritten(written, put("particles", "rlnCtfScalefactor", 0.5))
+    rewritten(written, put("particles", "rlnCtfScalefactor", 2.0, row=3))
+    scale = np.array([0.5, 0.5, 0.5, 2, 0.5, 0.5])[:, None, None]
+    np.testing.assert_allclose(read_particles(written).ctf(), scale * plain, rtol=1e-6)
+    rewritten(written, put("optics", "rlnCtfDataAreCtfPremultiplied", 1))
+    stack = read_particles(written)
+    np.testing.assert_allclose(stack.ctf(), (scale * plain) ** 2, rtol=1e-5)
+    np.testing.assert_array_equal(stack.ctf(np.array([3, 0])), stack.ctf()[[3, 0]])
+    scaled = CtfParameters(*DEFOCUS.values(), scale=np.linspace(0.5, 1, 6))
+    write_particles(tmp_path / "a.star", in_memory().replace(ctf_parameters=scaled))
+    np.testing.assert_array_equal(
+        read_particles(tmp_path / "a.star").ctf_parameters.scale, scaled.scale
+    )
+
+
+def in_pixels(blocks):
+    table = blocks["particles"]
+    for axis in "XY":
+        table[f"rlnOrigin{axis}"] = table[f"rlnOrigin{axis}Angst"] / PIXEL
+
+
+def test_origins_in_pixels_are_taken_wherever_they_stand(written, tmp_path):
+    def only(blocks):
+        in_pixels(blocks)
+        drop("particles", "rlnOriginXAngst", "rlnOriginYAngst")(blocks)
+
+    stack = read_particles(rewritten(written, only))
+    np.testing.assert_allclose(stack.shifts_px, SHIFTS, atol=1e-6)
+    write_particles(tmp_path / "new.star", stack.with_poses(Q, 2 * SHIFTS))
+    told = starfile.read(tmp_path / "new.star")["particles"]
+    assert "rlnOriginX" not in told
+    np.testing.assert_allclose(told["rlnOriginYAngst"], -2 * SHIFTS[:, 1] * PIXEL, atol=1e-6)
+
+
+def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
+    stack = read_particles(rewritten(written, in_pixels))
+    np.testing.assert_allclose(stack.shifts_px, SHIFTS, atol=1e-6)
+    write_particles(tmp_path / "new.star", stack.with_poses(Q, 2 * SHIFTS))
+    again = read_particles(tmp_path / "new.star")  # no column of before stands in its way
+    np.testing.assert_allclose(again.shifts_px, 2 * SHIFTS, atol=1e-6)
+    rewritten(written, put("particles", "rlnOriginY", 7.0, row=2))
+    says = r"particles\.star: row 3, column rlnOriginYAngst: got -11.01 A, and rlnOriginY says 7"
+    with pytest.raises(InputError, match=says):
+        read_particles(written)
+
+
+@pytest.mark.parametrize(
+    ("block", "columns", "noted"),
+    [
+        ("optics", {"rlnBeamTiltX": 0.3, "rlnBeamTiltY": 0.0}, ["rlnBeamTiltX (0.3)"]),
+        ("particles", {"rlnBeamTiltY": -2}, ["rlnBeamTiltY (-2)"]),
+        ("optics", {"rlnOddZernike": "[0,0,-3.5,0]", "rlnEvenZernike": "[0,0]"},
+         ["rlnOddZernike (-3.5)"]),
+        ("optics", {"rlnMagMat00": 1.007, "rlnMagMat11": 1.0, "rlnMagMat01": 0.0},
+         ["rlnMagMat00 (1.007)"]),
+        ("particles", {"rlnOriginZAngst": 4.0}, ["rlnOriginZAngst (4)"]),
+        ("particles", {"otherIsPhaseFlipped": "True"}, ["otherIsPhaseFlipped (1)"]),
+        ("particles", {"rlnAnglePsiFlipRatio": 0.5, "rlnNormCorrection": 0.7}, []),
+        ("optics", {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnMagMat11": 1}, []),
+    ],
+)  # fmt: skip
+def test_what_is_not_used_is_said_once(written, block, columns, noted):
+    for column, value in columns.items():
+        rewritten(written, put(block, column, value))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read_particles(written)
+    texts = [str(w.message) for w in said]
+    assert len(texts) == bool(noted)
+    for name in noted:
+        assert str(written) in texts[0] and name in texts[0] and texts[0].count("(") == len(noted)
+
+
+def test_factors_of_images_that_are_not_used_are_said(written):
+    rewritten(written, put("particles", "rlnNormCorrection", 0.7))
+    rewritten(written, put("particles", "rlnNormCorrection", 0.9, row=3))
+    rewritten(written, put("optics", "rlnBeamTiltX", 1.5))
+    says = r"particles\.star: .*rlnBeamTiltX \(1.5\), rlnNormCorrection \(0.7 to 0.9\)"
+    with pytest.warns(UserWarning, match=says) as said:
+        read_particles(written)
+    assert len(said) == 1
+
+
+def test_what_cryosparc_knows_and_is_not_used_is_said(written, tmp_path):
+    n = len(Q)
+    more = {
+        "ctf/tilt_A": (np.full((n, 2), [0, 0.4]), ("f4", (2,))),
+        "ctf/anisomag": (np.zeros((n, 4)), ("f4", (4,))),
+    }
+    with pytest.warns(UserWarning, match=r"J1_particles\.cs: .*not used: ctf/tilt_A \(0.4\)$"):
+        read_particles(cryosparc(tmp_path, more=more))
+
+
+# --------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -894,6 +1022,11 @@ def no_rows(blocks):
         (put("particles", "rlnRandomSubset", 0, row=0), "row 1, column rlnRandomSubset: got 0"),
         (put("particles", "rlnRandomSubset", 1.5, row=1), "row 2, column rlnRandomSubset: got 1.5"),
         (put("particles", "rlnRandomSubset", "x", row=2), "row 3, column rlnRandomSubset: got x"),
+        (put("particles", "rlnCtfScalefactor", 0.0), "row 1, column rlnCtfScalefactor"),
+        (put("optics", "rlnCtfDataAreCtfPremultiplied", "x"), "optics: row 1.*Premultiplied"),
+        (put("particles", "rlnTomoVisibleFrames", "[1,1]"), "rlnTomoVisibleFrames.*tomograms"),
+        (put("optics", "rlnTomoSubTomosAre2DStacks", 1), "Are2DStacks.*tomograms"),
+        (put("particles", "rlnImagePixelSize", 2.0), "row 1, column rlnImagePixelSize: got 2 A"),
         (put("particles", "cryoemSign", 2, row=1), "row 1, column cryoemSign: got 0"),
         (put("optics", "cryoemSign", "black"), "data_optics: row 1, column cryoemSign: got black"),
         (put("particles", "cryoemContrast", "nan", row=2), "row 3, column cryoemContrast"),

@@ -424,6 +424,8 @@ def test_one_number_stands_for_all_particles():
         ({"defocus_angle_degrees": np.zeros(2)}, "defocus_angle_degrees"),
         ({"voltage_kv": np.nan}, "voltage_kv must be finite"),
         ({"b_factor_angstrom2": [0, 0, np.inf]}, "b_factor_angstrom2 must be finite"),
+        ({"images": "flipped"}, "'as seen', 'phase flipped', 'premultiplied'.*'flipped'"),
+        ({"images": ["as seen"] * 2}, "images must be.*each of 3"),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(parameters, message):

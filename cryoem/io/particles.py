@@ -16,25 +16,23 @@ from . import files, stacks
 from .cryosparc import read_cryosparc
 from .files import PathLike
 from .names import find_stack, folders_of, names_from, open_images
+from .optics import (
+    CTF,
+    MICROSCOPE,
+    ctf_columns,
+    ctf_parameters,
+    note_unused,
+    optics_rows,
+    pixel_sizes,
+    refuse_tomograms,
+    same,
+    tell_done,
+    with_origins,
+)
 from .stacks import ImageStack
 from .star import ORIGINS, Table, length, numbers, read_relion, write_star
 
 __all__ = ["read_particles", "write_particles"]
-
-#: The columns of a CTF and the fields of :class:`cryoem.particles.CtfParameters`, with what RELION
-#: takes where a column is missing (None: it must be there).
-CTF = {
-    "rlnDefocusU": ("defocus_u_angstrom", None),
-    "rlnDefocusV": ("defocus_v_angstrom", None),
-    "rlnDefocusAngle": ("defocus_angle_degrees", 0.0),
-    "rlnVoltage": ("voltage_kv", None),
-    "rlnSphericalAberration": ("spherical_aberration_mm", None),
-    "rlnAmplitudeContrast": ("amplitude_contrast", None),
-    "rlnPhaseShift": ("phase_shift_degrees", 0.0),
-    "rlnCtfBfactor": ("b_factor_angstrom2", 0.0),
-}
-#: Those of them that an optics group has; the others are each particle's.
-MICROSCOPE = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
 
 HALF_SET, CONTRAST, EXPECTED = "rlnRandomSubset", "cryoemContrast", "cryoemExpectedErrorRad"
 #: What an image that stays where it is is multiplied by, 1 or -1: an optics group's or a row's.
@@ -82,8 +80,9 @@ def read_particles(path: PathLike) -> ParticleStack:
     optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
+    refuse_tomograms(path, optics, table)
     images = open_images(path, table["rlnImageName"])
-    group = _optics_rows(path, optics, table)
+    group = optics_rows(path, optics, table)
     images = images.with_sign(_signs(path, optics, table, group))
     for name, wanted in (("rlnImageSize", images.shape[1]), ("rlnImageDimensionality", 2)):
         if name not in optics:
@@ -94,7 +93,9 @@ def read_particles(path: PathLike) -> ParticleStack:
                 f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
                 f"group, {wanted} in its stack"
             )
-    pixel_size = _pixel_size(path, optics, group)
+    sizes = pixel_sizes(path, optics, table, group)
+    table = with_origins(path, table, sizes)
+    pixel_size = float(sizes[0])
     quaternions, shifts = None, np.zeros((len(group), 2))
     if all(name in table for name in RELION_ANGLES):
         quaternions = rotations.from_relion(*(numbers(path, table, n) for n in RELION_ANGLES))
@@ -110,12 +111,13 @@ def read_particles(path: PathLike) -> ParticleStack:
             f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
             f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
         )
+    note_unused(path, optics, table)
     return ParticleStack(
         images,
         pixel_size,
         quaternions=quaternions,
         shifts_px=shifts,
-        ctf_parameters=_ctf_parameters(path, optics, table, group),
+        ctf_parameters=ctf_parameters(path, optics, table, group),
         half_set=half_set,
         optics_group=group,
         contrast=numbers(path, table, CONTRAST) if CONTRAST in table else None,
@@ -123,25 +125,6 @@ def read_particles(path: PathLike) -> ParticleStack:
         columns=table,
         origin=ParticleFile(path, optics, others),
     )
-
-
-def _optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
-    """The row of ``optics`` for each particle, (n,) int array."""
-    if "rlnOpticsGroup" not in optics or "rlnOpticsGroup" not in table:
-        if length(optics) == 1:
-            return np.zeros(length(table), int)
-        block = "data_particles" if "rlnOpticsGroup" in optics else "data_optics"
-        raise InputError(f"{path}: no column rlnOpticsGroup in {block}")
-    groups = numbers(path, optics, "rlnOpticsGroup", "data_optics: ")
-    wanted = numbers(path, table, "rlnOpticsGroup")
-    order = np.argsort(groups)
-    place = order[np.minimum(np.searchsorted(groups, wanted, sorter=order), len(groups) - 1)]
-    if (bad := groups[place] != wanted).any():
-        raise InputError(
-            f"{path}: row {np.argmax(bad) + 1}, column rlnOpticsGroup: group {wanted[bad][0]:g} "
-            "is not in data_optics"
-        )
-    return place
 
 
 def _signs(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:
@@ -157,40 +140,6 @@ def _signs(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.nda
             f"{path}: row {np.argmax(bad) + 1}, column {SIGN}: got {sign[bad][0]:g}, wanted 1 or -1"
         )
     return None if (sign == 1).all() else sign
-
-
-def _pixel_size(path: Path, optics: Table, group: np.ndarray) -> float:
-    if "rlnImagePixelSize" not in optics:
-        raise InputError(f"{path}: no column rlnImagePixelSize in data_optics")
-    sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")[group]
-    if (other := ~np.isclose(sizes, sizes[0], rtol=1e-4)).any():
-        raise InputError(
-            f"{path}: row {np.argmax(other) + 1}: rlnImagePixelSize is {sizes[other][0]:g} A in "
-            f"its optics group, {sizes[0]:g} A in that of row 1; wanted one pixel size"
-        )
-    return float(sizes[0])
-
-
-def _ctf_parameters(
-    path: Path, optics: Table, table: Table, group: np.ndarray
-) -> CtfParameters | None:
-    if "rlnDefocusU" not in table:
-        return None
-    parameters = {}
-    for name, (argument, default) in CTF.items():
-        if name in table:
-            parameters[argument] = numbers(path, table, name)
-        elif name in optics:
-            parameters[argument] = numbers(path, optics, name, "data_optics: ")[group]
-        elif default is None:
-            raise InputError(f"{path}: has defocus, but no column {name}")
-    largest = np.abs(parameters["defocus_u_angstrom"]).max()
-    if largest < 100:
-        raise InputError(
-            f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
-            "(1 micrometre is 10000), or no defocus columns for images without CTF"
-        )
-    return CtfParameters(**parameters)
 
 
 # --------------------------------------------------------------------------------------
@@ -232,6 +181,7 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     blocks = {"optics": optics, "particles": table}
     others = () if stack.origin is None else stack.origin.other_blocks
     _tell_signs(path, stack, optics, table)
+    tell_done(path, stack, optics, table)
     if isinstance(stack.images, ImageStack) and not stack.images.is_array:
         table["rlnImageName"] = names_from(path, stack.images, stack.columns.get("rlnImageName"))
         write_star(path, blocks, others)
@@ -315,7 +265,7 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
         origins = -stack.shifts_px * stack.pixel_size_angstrom + 0.0
         new.update(zip(ORIGINS, origins.T, strict=True))
     if stack.ctf_parameters is not None:
-        new.update(_ctf_columns(stack, stack.ctf_parameters, optics))
+        new.update(ctf_columns(stack, stack.ctf_parameters, optics))
     for name, value in (
         (HALF_SET, stack.half_set),
         (CONTRAST, stack.contrast),
@@ -325,17 +275,9 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
             new[name] = value
     before = stack.columns
     return {
-        name: before[name] if name in before and _same(before[name], values) else values
+        name: before[name] if name in before and same(before[name], values) else values
         for name, values in new.items()
     }
-
-
-def _same(before: np.ndarray, values: np.ndarray) -> bool:
-    """Whether a column says these numbers already, but for their last digit."""
-    try:
-        return np.allclose(before.astype(float), values.astype(float), rtol=1e-14, atol=1e-13)
-    except (TypeError, ValueError):
-        return False
 
 
 def _same_angles(stack: ParticleStack) -> bool:
@@ -346,23 +288,6 @@ def _same_angles(stack: ParticleStack) -> bool:
     except (TypeError, ValueError):
         return False
     return bool((rotations.distance(before, stack.oriented()) < 1e-12).all())
-
-
-def _ctf_columns(stack: ParticleStack, parameters: CtfParameters, optics: Table) -> Table:
-    """Parameters that columns have, and those that the optics groups do not say."""
-    columns: Table = {}
-    for name, (field, default) in CTF.items():
-        values = getattr(parameters, field)
-        if name in stack.columns:
-            told = True
-        elif name in optics:
-            told = not _same(optics[name][stack.optics_group], values)
-        else:
-            usual = name == "rlnDefocusAngle" and stack.origin is None
-            told = default is None or usual or bool((values != default).any())
-        if told:
-            columns[name] = values
-    return columns
 
 
 def _optics(path: Path, stack: ParticleStack) -> Table:
@@ -388,7 +313,7 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
                 f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]:g}, and "
                 f"{values[first[group]][bad][0]:g} for others of its optics group"
             )
-        if name not in table or not _same(table[name][group], values):
+        if name not in table or not same(table[name][group], values):
             table[name] = values[first]
     pixel = stack.pixel_size_angstrom
     sizes = np.asarray(table.get("rlnImagePixelSize", np.zeros(groups)), float)
@@ -396,6 +321,6 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
     if pixel not in sizes or not np.allclose(sizes[group], pixel, rtol=1e-4):
         table["rlnImagePixelSize"] = np.full(groups, pixel)
     for name, size in (("rlnImageSize", stack.box_px), ("rlnImageDimensionality", 2)):
-        if name not in table or not _same(table[name][group], np.full(len(stack), size)):
+        if name not in table or not same(table[name][group], np.full(len(stack), size)):
             table[name] = np.full(groups, size)
     return table

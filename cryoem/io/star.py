@@ -59,6 +59,7 @@ BOUNDS = {
     "rlnImagePixelSize": (1e-2, 1e3),
     "rlnDetectorPixelSize": (1e-6, 1e3),
     "rlnMagnification": (1.0, 1e8),
+    "rlnCtfScalefactor": (1e-6, 1e6),
 }
 
 
@@ -242,7 +243,7 @@ def _typed(values: list[str], disguised: bool = False) -> np.ndarray:
 
 
 def _with_pixel_size(path: Path, table: Table) -> Table:
-    """RELION 3.0's particles with a pixel size on every row and origins in angstrom."""
+    """RELION 3.0's particles with a pixel size on every row."""
     if "rlnImagePixelSize" not in table:
         for name in ("rlnDetectorPixelSize", "rlnMagnification"):
             if name not in table:
@@ -254,13 +255,6 @@ def _with_pixel_size(path: Path, table: Table) -> Table:
             numbers(path, table, n) for n in ("rlnDetectorPixelSize", "rlnMagnification")
         )
         table["rlnImagePixelSize"] = np.round(1e4 * detector / magnification, 9)
-    for old, new in zip(("rlnOriginX", "rlnOriginY"), ORIGINS, strict=True):
-        if old in table and new not in table:
-            origin = numbers(path, table, old) * numbers(path, table, "rlnImagePixelSize")
-            table = {
-                new if name == old else name: origin if name == old else column
-                for name, column in table.items()
-            }
     return table
 
 
