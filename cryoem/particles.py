@@ -8,6 +8,7 @@ or lie in files; what is asked for is read when it is asked for.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from . import imaging, rotations
 from .errors import InputError
+from .halves import particles_of, random_half_sets, split_particles
 from .imaging import CtfParameters
 from .rotations import Seed
 
@@ -277,10 +279,30 @@ class ParticleStack:
         return self.replace(images=_inverted(self.images))
 
     def with_half_sets(self, seed: Seed) -> Self:
-        """The same particles in two halves: those that the stack has, else at random."""
-        if self.half_set is not None:
-            return self
-        return self.replace(half_set=random_half_sets(len(self), seed))
+        """The same particles in two halves: those that the stack has, else at random.
+
+        Images of one particle (:func:`cryoem.halves.particles_of`) are put into one half, with a
+        warning; so there is one where the halves that the stack has part them.
+        """
+        name = "the particles" if self.origin is None else self.origin.path
+        particle = particles_of(self.columns, len(self))
+        known = len(np.unique(particle))
+        if self.half_set is None:
+            if known < len(self):
+                warnings.warn(
+                    f"{name}: {len(self):,} rows are of {known:,} particles, by their names or "
+                    "places; those of one were put into one half",
+                    stacklevel=2,
+                )
+            return self.replace(half_set=random_half_sets(len(self), seed, particle))
+        if known < len(self) and len(both := split_particles(particle, self.half_set)):
+            warnings.warn(
+                f"{name}: {len(both):,} particles stand in both half-sets, such as those of rows "
+                f"{both[0, 0] + 1} and {both[0, 1] + 1}: the halves are not independent, and agree "
+                "further than the map can be believed",
+                stacklevel=2,
+            )
+        return self
 
     def with_columns(self, columns: Mapping[str, ArrayLike]) -> Self:
         """The same particles with further columns, new or in place of those of the same name."""
@@ -315,19 +337,6 @@ class ParticleStack:
 
 
 Kind = TypeVar("Kind", bound=ParticleStack)
-
-
-def random_half_sets(n: int, seed: Seed) -> Int[np.ndarray, " n"]:
-    """Split ``n`` particles at random: (n,) ints, 1 or 2, as in ``rlnRandomSubset``.
-
-    Half-maps judge a map only if the halves were separated before their orientations were found;
-    so this stands at the beginning of a pipeline.
-    """
-    if n < 2:
-        raise InputError(f"wanted at least 2 particles to split, got {n}")
-    half_set = np.arange(n) % 2 + 1
-    rotations.generator(seed, "halves").shuffle(half_set)
-    return half_set
 
 
 # --------------------------------------------------------------------------------------

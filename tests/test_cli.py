@@ -232,6 +232,26 @@ def test_refinement_goes_without_a_reference(folder, tmp_path):
     assert "hand is open" in report and "hardly beyond 40 A" in report  # one round, to 30 A
 
 
+@pytest.mark.parametrize("command", ["refine", "reconstruct"])
+def test_noise_that_is_there_twice_makes_no_resolution(folder, tmp_path, command):
+    noise = np.random.default_rng(0).standard_normal((40, 16, 16), dtype=np.float32)
+    path = tmp_path / "noise.star"
+    stack = ParticleStack(noise, 14.0, quaternions=rotations.uniform(40, 1))
+    write_particles(path, stack)
+    twice = read_particles(path).select(np.arange(80) % 40)
+    write_particles(path, twice)
+    rest = {"refine": ("--rounds", 1), "reconstruct": ("--half-maps",)}[command]
+    out = tmp_path / {"refine": "out.star", "reconstruct": "out.mrc"}[command]
+    done = run(command, path, *rest, "-o", out, "-q")
+    assert done.stderr.count("80 rows are of 40 particles") == 1
+    assert float(re.search(r"([\d.]+) A at FSC 0.143", done.stdout)[1]) > 60
+    if command == "refine":  # the same of given halves, and slow
+        return
+    write_particles(path, twice.replace(half_set=np.repeat([1, 2], 40)))
+    done = run(command, path, *rest, "-o", out, "-q")
+    assert done.stderr.count("40 particles stand in both half-sets") == 1
+
+
 def test_training_takes_its_ranges_from_particles(folder, tmp_path):
     run("train", folder / "map.mrc", "-o", tmp_path / "m.npz", "--images", 128, "--like",
         folder / "particles.star", "--quiet")  # fmt: skip

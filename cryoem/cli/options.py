@@ -26,8 +26,12 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
+        said: set[str] = set()
 
         def show(message: Warning | str, *_: object, **__: object) -> None:
+            if str(message) in said:
+                return
+            said.add(str(message))
             typer.echo(f"cryoem: note: {message}", err=True)
 
         # A run that is told to stop ends as one that is interrupted: nothing half-written stays.
