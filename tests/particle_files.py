@@ -63,12 +63,12 @@ def relion30(folder):
     return path
 
 
-def cryosparc(folder, *, passthrough=False, sign=None, more=None):
+def cryosparc(folder, *, passthrough=False, sign=None, more=None, stack=b">particles.mrcs"):
     """The same particles as cryoSPARC has them, beside the stack that is there."""
     n = len(Q)
     uid = np.array([5, 3, 9, 1, 7, 11], np.uint64)
     blob = {
-        "blob/path": (np.full(n, b">particles.mrcs"), "S32"),
+        "blob/path": (np.full(n, stack), "S32"),
         "blob/idx": (np.arange(n), "u4"),
         "blob/shape": (np.full((n, 2), 12), ("u4", (2,))),
         "blob/psize_A": (np.full(n, PIXEL), "f4"),

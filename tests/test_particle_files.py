@@ -166,6 +166,85 @@ def test_a_passthrough_of_other_particles_is_left_alone(written, tmp_path):
         read_particles(path)
 
 
+def saved(path, data):
+    with path.open("wb") as file:
+        np.save(file, data)
+
+
+def test_of_passthrough_files_those_with_the_particles_are_read(written, tmp_path):
+    path = cryosparc(tmp_path, passthrough=True)
+    data = np.load(tmp_path / "J1_passthrough_particles.cs")
+    saved(tmp_path / "J1_passthrough_particles_excluded.cs", data[:0])
+    other = data.copy()
+    other["uid"] += 1000
+    saved(tmp_path / "J1_passthrough_particles_other.cs", other)
+    saved(tmp_path / "J1_passthrough_same.cs", data[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_particles(path).images[:], IMAGES)
+    some = data.copy()
+    some["uid"][:2] += 1000
+    some["ctf/df1_A"] += 1
+    saved(tmp_path / "J1_passthrough_some.cs", some)
+    says = r"J1_passthrough_some\.cs: not used: it holds 4 of the 6 particles"
+    with pytest.warns(UserWarning, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize(("field", "refused"), [("ctf/df1_A", True), ("ctf/exp_group_id", False)])
+def test_passthrough_files_that_contradict_each_other_are_refused(
+    written, tmp_path, field, refused
+):
+    path = cryosparc(tmp_path, passthrough=True)
+    data = np.load(tmp_path / "J1_passthrough_particles.cs")
+    data[field][2] += 1
+    saved(tmp_path / "J1_passthrough_others.cs", data)
+    if not refused:  # nothing comes of it
+        read_particles(path)
+        return
+    says = rf"J1_particles\.cs: J1_passthrough_others\.cs and J1_passthrough_particles\.cs.*{field}"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+def test_the_places_of_cryosparcs_particles_are_relions(written, tmp_path):
+    more = {
+        "location/micrograph_path": (np.full(6, b"m.mrc"), "S8"),
+        "location/center_x_frac": (np.linspace(0, 0.5, 6), "f4"),
+        "location/center_y_frac": (np.linspace(0.5, 1, 6), "f4"),
+        "location/micrograph_shape": (np.full((6, 2), [4000, 6000]), ("u4", (2,))),
+    }
+    found = read_particles(cryosparc(tmp_path, more=more)).columns
+    np.testing.assert_allclose(found["rlnCoordinateX"], np.linspace(0, 3000, 6), rtol=1e-6)
+    np.testing.assert_allclose(found["rlnCoordinateY"], np.linspace(2000, 4000, 6), rtol=1e-6)
+    assert set(found["rlnMicrographName"]) == {"m.mrc"}
+
+
+@pytest.mark.parametrize("kind", ["cs", "star"])
+def test_a_stack_that_relion_would_take_for_a_volume_is_marked(written, tmp_path, kind):
+    mrcfile.write(tmp_path / "particles.mrc", IMAGES)
+    mrcfile.write(tmp_path / "one.mrc", IMAGES[3])
+
+    def change(blocks):
+        names = [f"{i + 1:06d}@particles.mrc" for i in range(6)]
+        blocks["particles"]["rlnImageName"] = [*names[:3], "one.mrc", *names[4:]]
+
+    if kind == "star":
+        path = rewritten(written, change)
+    else:
+        path = cryosparc(tmp_path, stack=b">particles.mrc")
+    stack = read_particles(path)
+    write_particles(tmp_path / "new.star", stack)
+    told = list(starfile.read(tmp_path / "new.star")["particles"]["rlnImageName"])
+    assert told[0] == "000001@particles.mrc:mrcs"
+    assert told[3] == ("one.mrc" if kind == "star" else "000004@particles.mrc:mrcs")
+    back = read_particles(tmp_path / "new.star")
+    np.testing.assert_array_equal(back.images[:], IMAGES)
+    np.testing.assert_array_equal(back.columns["rlnImageName"], stack.columns["rlnImageName"])
+    write_particles(tmp_path / "again.star", back)
+    assert list(starfile.read(tmp_path / "again.star")["particles"]["rlnImageName"]) == told
+
+
 def two_groups(blocks):
     first = blocks["optics"]
     blocks["optics"] = pd.concat([first, first.assign(rlnOpticsGroup=7, rlnVoltage=200.0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,21 @@ NUMBERS = {
     "ctf/amp_contrast": ("rlnAmplitudeContrast", 1.0),
     "blob/psize_A": ("rlnImagePixelSize", 1.0),
 }
+PLACE = ("location/center_x_frac", "location/center_y_frac", "location/micrograph_shape")
+#: All fields that are more than kept.
+READ = {
+    *NUMBERS,
+    *PLACE,
+    "alignments3D/class",
+    "alignments3D/pose",
+    "alignments3D/psize_A",
+    "alignments3D/shift",
+    "alignments3D/split",
+    "blob/idx",
+    "blob/path",
+    "blob/sign",
+    "location/micrograph_path",
+}
 
 
 def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
@@ -40,6 +56,10 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     columns: Table = {"rlnImageName": _image_names(fields)}
     if "location/micrograph_path" in fields.values:
         columns["rlnMicrographName"] = _column(fields.values.pop("location/micrograph_path"))
+    if all(name in fields.values for name in PLACE):
+        x, y, shape = (fields.values[name].astype(float) for name in PLACE)
+        if x.shape == y.shape == (len(shape),) and shape.shape[1:] == (2,):
+            columns |= {"rlnCoordinateX": x * shape[:, 1], "rlnCoordinateY": y * shape[:, 0]}
     for name, (column, factor) in NUMBERS.items():
         if name in fields.values:
             columns[column] = fields.numbers(name) * factor
@@ -64,9 +84,9 @@ class _Fields:
 
     def __init__(self, path: Path) -> None:
         self.path, self.values = path, _read(path)
-        for beside in sorted(path.parent.glob("*passthrough*.cs")):
-            if beside != path:
-                self.values = _with_passthrough(self.values, _read(beside))
+        if len(next(iter(self.values.values()))) == 0:
+            raise InputError(f"{path}: no particles")
+        self.values = _with_passthroughs(path, self.values)
         for name in ("blob/path", "blob/idx", "blob/psize_A"):
             if name not in self.values:
                 raise InputError(f"{path}: no field {name}, neither here nor in a passthrough file")
@@ -124,18 +144,42 @@ def _add_alignment(fields: _Fields, columns: Table) -> None:
         columns.update(zip(ORIGINS, shift.T, strict=True))
 
 
-def _with_passthrough(
-    fields: dict[str, np.ndarray], more: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Add the fields of a passthrough file, if it holds the same particles."""
-    uid, known = fields.get("uid"), more.get("uid")
-    if uid is None or known is None or not len(known) or not uid.ndim == known.ndim == 1:
-        return fields
-    order = np.argsort(known)
-    place = order[np.minimum(np.searchsorted(known, uid, sorter=order), len(known) - 1)]
-    if (known[place] != uid).any():
-        return fields
-    return {name: values[place] for name, values in more.items()} | fields
+def _with_passthroughs(path: Path, fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add the fields of the passthrough files beside a file, of those that hold its particles."""
+    uid = fields.get("uid")
+    added: dict[str, np.ndarray] = {}
+    source: dict[str, str] = {}
+    for beside in sorted(path.parent.glob("*passthrough*.cs")):
+        more = {} if beside == path or uid is None else _read(beside)
+        known = more.get("uid")
+        if uid is None or known is None or not len(known) or not uid.ndim == known.ndim == 1:
+            continue
+        order = np.argsort(known)
+        place = order[np.minimum(np.searchsorted(known, uid, sorter=order), len(known) - 1)]
+        if (here := known[place] == uid).any() and not here.all():
+            warnings.warn(
+                f"{beside}: not used: it holds {here.sum():,} of the {len(uid):,} particles of "
+                f"{path}",
+                stacklevel=2,
+            )
+        if not here.all():
+            continue
+        for name in more:
+            values = more[name][place]
+            if name in fields:
+                continue
+            if name not in added:
+                added[name], source[name] = values, beside.name
+            elif name in READ and not _equal(added[name], values):
+                raise InputError(
+                    f"{path}: {source[name]} and {beside.name} beside it give different values of "
+                    f"{name} to the same particles; wanted one of them, the other elsewhere"
+                )
+    return added | fields
+
+
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
+    return np.array_equal(first, second, equal_nan=first.dtype.kind == second.dtype.kind == "f")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -147,8 +191,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a readable .cs file ({error})") from error
     if data.ndim != 1 or data.dtype.names is None:
         raise InputError(f"{path}: wanted a table with named fields, got {data.dtype}")
-    if len(data) == 0:
-        raise InputError(f"{path}: no particles")
     return {name: np.array(data[name]) for name in data.dtype.names}
 
 

@@ -13,7 +13,16 @@ from ..errors import InputError
 from . import stacks
 from .stacks import ImageStack
 
-__all__ = ["find_stack", "folders_of", "names_from", "open_images"]
+__all__ = ["find_stack", "folders_of", "names_from", "open_images", "without_format"]
+
+#: What RELION takes for stacks by their names; the format of others is told after a colon.
+STACKS = (".mrcs", ".st")
+FORMAT = re.compile(":(mrcs?|st)$")
+
+
+def without_format(names: np.ndarray) -> np.ndarray:
+    """Image names without RELION's mark of a format: ``000001@stack.mrc:mrcs``."""
+    return np.array([FORMAT.sub("", str(name)) for name in names], object)
 
 
 def open_images(path: Path, names: Iterable[object]) -> ImageStack:
@@ -65,7 +74,10 @@ def find_stack(stack: str, folders: Iterable[Path]) -> Path | None:
 
 
 def names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.ndarray:
-    """Image names that can be found from the file at ``path``: those that were, where they can."""
+    """Image names that can be found from the file at ``path``: those that were, where they can.
+
+    A stack that RELION would take for a volume is marked as one.
+    """
     folders = folders_of(path)
     renamed: dict[tuple[int, str], str] = {}
     found = []
@@ -78,5 +90,7 @@ def names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.n
             renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
         if int(digits or layout.shape[0] == 1) != section + 1:
             digits = f"{section + 1:06d}"
-        found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}")
+        of_many = layout.shape[0] > 1 and layout.path.suffix not in STACKS
+        end = ":mrcs" if of_many else ""
+        found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}{end}")
     return np.array(found, object)

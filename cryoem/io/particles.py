@@ -15,7 +15,7 @@ from ..rotations import RELION_ANGLES
 from . import files, stacks
 from .cryosparc import read_cryosparc
 from .files import PathLike
-from .names import find_stack, folders_of, names_from, open_images
+from .names import find_stack, folders_of, names_from, open_images, without_format
 from .optics import (
     CTF,
     MICROSCOPE,
@@ -80,6 +80,7 @@ def read_particles(path: PathLike) -> ParticleStack:
     optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
+    table["rlnImageName"] = without_format(table["rlnImageName"])
     refuse_tomograms(path, optics, table)
     images = open_images(path, table["rlnImageName"])
     group = optics_rows(path, optics, table)
