@@ -110,6 +110,20 @@ def test_info_tells_what_real_particles_hide(folder):
     assert "rlnAngleRot" in found["columns"] and found["pixel_size_angstrom"] == 7
 
 
+def test_info_tells_what_a_file_says_without_its_images(folder, tmp_path):
+    text = (folder / "particles.star").read_text()
+    (tmp_path / "alone.star").write_text(text.replace("rlnImagePixelSize", "rlnPixelSize"))
+    alone = tmp_path / "alone.star"
+    assert "--pixel-size" in run("info", alone, code=1).stderr
+    done = run("info", alone, "--pixel-size", 7, "--json")
+    assert "images: not found" in done.stderr and "particles.mrcs" in done.stderr
+    found = json.loads(done.stdout)
+    whole = json.loads(run("info", folder / "particles.star", "--json").stdout)
+    for name in ("particles", "box_px", "stacks", "angles", "half_sets", "pixel_size_angstrom"):
+        assert found[name] == whole[name]
+    assert found["max_shift_px"] == pytest.approx(whole["max_shift_px"]) and "snr" not in found
+
+
 def test_info_tells_what_other_files_hold(folder, trained, tmp_path):
     def info(path):
         return json.loads(run("info", path, "--json").stdout)

@@ -1040,6 +1040,117 @@ def test_what_cryosparc_knows_and_is_not_used_is_said(written, tmp_path):
 
 
 # --------------------------------------------------------------------------------------
+# MRC files, pixel sizes, images that are not there
+
+
+def mrc_bytes(values, order, mode, *, extended=0, pixel=PIXEL):
+    """An MRC file, put together by its definition."""
+    nz, ny, nx = values.shape
+    header = np.zeros(1024, np.uint8)
+
+    def put_at(word, values, kind):
+        raw = np.array(values, order + kind).tobytes()
+        header[4 * word - 4 : 4 * word - 4 + len(raw)] = np.frombuffer(raw, np.uint8)
+
+    put_at(1, [nx, ny, nz, mode], "i4")
+    put_at(8, [nx, ny, nz], "i4")
+    put_at(11, [nx * pixel, ny * pixel, nz * pixel, 90, 90, 90], "f4")
+    put_at(24, [extended], "i4")
+    header[208:216] = np.frombuffer(
+        b"MAP " + (b"DD\0\0" if order == "<" else b"\x11\x11\0\0"), "u1"
+    )
+    kind = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}[mode]
+    return header.tobytes() + b"x" * extended + values.astype(order + kind).tobytes()
+
+
+@pytest.mark.parametrize("extended", [0, 80, 1000])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("mode", [0, 1, 2, 6, 12])
+def test_every_kind_of_mrc_file_is_read(written, mode, order, extended):
+    values = np.round(20 * IMAGES) + (100 if mode == 6 else 0)
+    stack = written.with_suffix(".mrcs")
+    stack.write_bytes(mrc_bytes(values, order, mode, extended=extended))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_particles(written).images
+    assert found[:].dtype == np.float32 and found.layouts[0].pixel_size_angstrom == PIXEL
+    np.testing.assert_array_equal(found[:], values)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "noted"),
+    [(0.0, False), (1.0, False), (PIXEL, False), (PIXEL * 1.001, False), (2.5, True), (7.34, True)],
+)
+def test_another_pixel_size_in_the_stack_is_said_and_not_used(written, pixel, noted):
+    written.with_suffix(".mrcs").write_bytes(mrc_bytes(IMAGES, "<", 2, pixel=pixel))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert read_particles(written).pixel_size_angstrom == PIXEL
+    assert len(said) == noted
+    if noted:
+        text = str(said[0].message)
+        assert str(written) in text and f"{pixel:g} A in" in text and "particles.mrcs" in text
+
+
+@pytest.mark.parametrize("block", ["optics", "particles"])
+def test_a_pixel_size_is_computed_as_relion_30_does(written, block):
+    drop_pixel = drop("optics", "rlnImagePixelSize")
+    rewritten(written, drop_pixel)
+    rewritten(written, put(block, "rlnDetectorPixelSize", 5.0))
+    rewritten(written, put(block, "rlnMagnification", 38168.0))
+    stack = read_particles(written)
+    assert stack.pixel_size_angstrom == pytest.approx(5e4 / 38168, rel=1e-8)
+    write_particles(written.with_name("new.star"), stack)
+    back = read_particles(written.with_name("new.star"))
+    assert back.pixel_size_angstrom == stack.pixel_size_angstrom
+
+
+@pytest.mark.parametrize("kind", [relion31, relion30])
+def test_a_pixel_size_that_the_file_lacks_can_be_given(written, tmp_path, kind):
+    with pytest.raises(InputError, match=r"2\.5 A was given, and the file says 3\.67 A"):
+        read_particles(kind(tmp_path), pixel_size_angstrom=2.5)
+    assert read_particles(kind(tmp_path), pixel_size_angstrom=PIXEL).pixel_size_angstrom == PIXEL
+    path = kind(tmp_path)
+    lines = path.read_text().replace("rlnImagePixelSize", "myPixelSize")
+    path.write_text(lines.replace("rlnMagnification", "myMagnification"))
+    with pytest.raises(InputError, match=r"no column rlnImagePixelSize.*--pixel-size"):
+        read_particles(path)
+    stack = read_particles(path, pixel_size_angstrom=2.5)
+    assert stack.pixel_size_angstrom == 2.5
+    in_angstrom = kind is relion31
+    np.testing.assert_allclose(
+        stack.shifts_px, SHIFTS * (PIXEL / 2.5 if in_angstrom else 1), atol=1e-6
+    )
+    write_particles(tmp_path / "new.star", stack)
+    assert read_particles(tmp_path / "new.star").pixel_size_angstrom == 2.5
+
+
+@pytest.mark.parametrize("kind", [relion31, relion30, cryosparc])
+def test_a_file_is_read_without_its_images(written, tmp_path, kind):
+    path = kind(tmp_path)
+    whole = read_particles(path)
+    (tmp_path / "particles.mrcs").unlink()
+    with pytest.raises(InputError, match="no such file"):
+        read_particles(path)
+    stack = read_particles(path, images=False)
+    assert len(stack) == 6 and stack.box_px == (0 if kind is relion30 else 12)
+    assert rotations.distance(stack.quaternions, whole.quaternions).max() < 1e-6
+    np.testing.assert_array_equal(stack.shifts_px, whole.shifts_px)
+    assert len(stack.select(slice(2, 4))) == 2
+    with pytest.raises(InputError, match=rf"{path.name}: read without its images"):
+        stack.images[0]
+    with pytest.raises(InputError, match="read without its images"):
+        write_particles(tmp_path / "new.star", stack)
+
+
+def test_particles_of_cistem_are_named(tmp_path):
+    path = tmp_path / "a.star"
+    path.write_text("data_\n\nloop_\n_cisTEMPositionInStack #1\n_cisTEMAnglePsi #2\n1 3.5\n")
+    with pytest.raises(InputError, match=r"a\.star: particles of cisTEM"):
+        read_particles(path)
+
+
+# --------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -1069,6 +1180,7 @@ def put(block, column, value, row=None):
 def other_pixel_size(blocks):
     two_groups(blocks)
     blocks["optics"]["rlnImagePixelSize"] = [PIXEL, 2.0]
+    blocks["optics"]["rlnOpticsGroupName"] = ["opticsGroup1", "second"]
 
 
 def no_rows(blocks):
@@ -1085,7 +1197,10 @@ def no_rows(blocks):
         (drop("particles", "rlnImageName"), "rlnImageName"),
         (drop("optics", "rlnVoltage"), "rlnVoltage"),
         (drop("particles", "rlnDefocusV"), "rlnDefocusV"),
-        (other_pixel_size, "row 2: rlnImagePixelSize is 3.67.*one pixel size"),
+        (
+            other_pixel_size,
+            r"row 2: rlnImagePixelSize is 3.67 A.*\(opticsGroup1\).*1 \(second\).*one pixel size",
+        ),
         (put("optics", "rlnImageSize", 64), "row 1: rlnImageSize is 64.*12 in its stack"),
         (put("optics", "rlnImageDimensionality", 3), "row 1: rlnImageDimensionality"),
         (put("particles", "rlnOpticsGroup", 5, row=3), "row 4, column rlnOpticsGroup: group 5"),

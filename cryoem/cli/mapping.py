@@ -12,6 +12,7 @@ from .options import (
     Invert,
     MapOut,
     Particles,
+    PixelSize,
     Quiet,
     Seed,
     StarOut,
@@ -35,6 +36,7 @@ def reconstruct_map(
     ] = False,
     symmetry: Symmetry = "C1",
     invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -47,7 +49,7 @@ def reconstruct_map(
     from ..maps import HalfMaps
     from ..reconstruction import reconstruct
 
-    stack = open_oriented(particles_file, quiet)
+    stack = open_oriented(particles_file, quiet, pixel_size)
     stack = in_white(stack, particles_file, invert, quiet, seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
@@ -93,6 +95,7 @@ def refine_particles(
     ] = 15.0,
     rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
     invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -107,7 +110,7 @@ def refine_particles(
     from ..io.particles import write_particles
     from ..refinement import refine_against, refine_halves
 
-    stack = open_oriented(particles_file, quiet)
+    stack = open_oriented(particles_file, quiet, pixel_size)
     stack = in_white(stack, particles_file, invert, quiet, seed).with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []

@@ -79,6 +79,10 @@ Invert = Annotated[
         help="Turn black particles white, or take images as the file has them; default: found out.",
     ),
 ]
+PixelSize = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1000, help="Angstrom, of a particle file that does not say it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -100,19 +104,19 @@ def print_figures(found: Mapping[str, object], as_json: bool) -> None:
         typer.echo(f"{name.replace('_', ' '):{width}}  {' to '.join(texts)}")
 
 
-def open_particles(path: Path, quiet: bool) -> ParticleStack:
+def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
     """Read a particle file, and say what it holds."""
     from ..io.particles import read_particles
 
-    stack = read_particles(path)
+    stack = read_particles(path, pixel_size_angstrom=pixel_size)
     box, pixel = stack.box_px, stack.pixel_size_angstrom
     say(quiet, f"{path}: {len(stack):,} particles of {box} px, {pixel:g} A each")
     return stack
 
 
-def open_oriented(path: Path, quiet: bool) -> ParticleStack:
+def open_oriented(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
     """Read a particle file that has orientations."""
-    stack = open_particles(path, quiet)
+    stack = open_particles(path, quiet, pixel_size)
     if stack.quaternions is None:
         raise InputError(f"{path}: no columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi; see orient")
     return stack

@@ -10,7 +10,18 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from .options import Invert, Particles, Quiet, Seed, StarOut, app, in_white, open_particles, say
+from .options import (
+    Invert,
+    Particles,
+    PixelSize,
+    Quiet,
+    Seed,
+    StarOut,
+    app,
+    in_white,
+    open_particles,
+    say,
+)
 
 #: Radians between copies of one image, from which they are nowhere: 2.1 where all is chance.
 AT_RANDOM = 1.0
@@ -37,6 +48,7 @@ def train_estimator(
         str, typer.Option(help="float32 or mixed_bfloat16 (on CPUs that have it).")
     ] = "float32",
     invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -64,7 +76,7 @@ def train_estimator(
         cube = cube.in_box(max(cube.values.shape))
         ranges = broad_ranges(cube.box_px)
     else:
-        stack = in_white(open_particles(like, quiet), like, invert, quiet, seed)
+        stack = in_white(open_particles(like, quiet, pixel_size), like, invert, quiet, seed)
         cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
         found = survey(stack, seed=seed)
         ranges = found.training()
@@ -123,6 +135,7 @@ def orient_particles(
         ),
     ] = False,
     invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -134,7 +147,7 @@ def orient_particles(
     """
     from ..surveying import survey
 
-    stack = open_particles(particles_file, quiet)
+    stack = open_particles(particles_file, quiet, pixel_size)
     stack = in_white(stack, particles_file, invert, quiet, seed)
     found = survey(stack, images=300, seed=seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")

@@ -70,12 +70,14 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     ):
         if name in fields.values:
             columns[column] = fields.counted(name)
-    sign = _signs(fields)
+    sign, box = _signs(fields), fields.values.get("blob/shape")
     columns.update({name: _column(values) for name, values in fields.values.items()})
     optics, particles = split_optics(columns)
     if sign is not None:
         place = optics if (sign == sign[0]).all() else particles
         place["cryoemSign"] = np.resize(sign, length(place))
+    if box is not None and box.ndim == 2 and (box == box[0, 0]).all():
+        optics["rlnImageSize"] = np.full(length(optics), int(box[0, 0]))
     return optics, particles, ()
 
 

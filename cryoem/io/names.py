@@ -13,11 +13,22 @@ from ..errors import InputError
 from . import stacks
 from .stacks import ImageStack
 
-__all__ = ["find_stack", "folders_of", "names_from", "open_images", "without_format"]
+__all__ = [
+    "NoSuchStackError",
+    "find_stack",
+    "folders_of",
+    "names_from",
+    "open_images",
+    "without_format",
+]
 
 #: What RELION takes for stacks by their names; the format of others is told after a colon.
 STACKS = (".mrcs", ".st")
 FORMAT = re.compile(":(mrcs?|st)$")
+
+
+class NoSuchStackError(InputError):
+    """A particle file names a stack that is not there."""
 
 
 def without_format(names: np.ndarray) -> np.ndarray:
@@ -37,7 +48,7 @@ def open_images(path: Path, names: Iterable[object]) -> ImageStack:
         if stack not in index:
             found = find_stack(stack, folders)
             if found is None:
-                raise InputError(
+                raise NoSuchStackError(
                     f"{where}{stack!r}: no such file in the folder of the particles, in one above "
                     "it, or in the working directory"
                 )

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import InputError
 from ..imaging import CtfParameters
 from ..particles import ParticleStack
+from .stacks import ImageStack
 from .star import ORIGINS, Table, length, numbers
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MICROSCOPE",
     "ctf_columns",
     "ctf_parameters",
+    "note_header_pixels",
     "note_unused",
     "optics_rows",
     "pixel_sizes",
@@ -93,15 +95,35 @@ def optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
     return place
 
 
-def pixel_sizes(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray:
-    """The pixel size of each particle's image, angstrom: alike but for the fourth digit."""
+def pixel_sizes(
+    path: Path, optics: Table, table: Table, group: np.ndarray, given: float | None = None
+) -> np.ndarray:
+    """The pixel size of each particle's image, angstrom: alike but for the fourth digit.
+
+    Where ``optics`` does not say it, it is computed as RELION 3.0 has it, or ``given``; and put
+    there.
+    """
     if "rlnImagePixelSize" not in optics:
-        raise InputError(f"{path}: no column rlnImagePixelSize in data_optics")
+        found = _magnified(path, optics, table, group)
+        if found is None and given is None:
+            raise InputError(
+                f"{path}: no column rlnImagePixelSize in data_optics, nor rlnDetectorPixelSize and "
+                "rlnMagnification; wanted one of them, or --pixel-size"
+            )
+        optics["rlnImagePixelSize"] = np.full(length(optics), given) if found is None else found
     sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")[group]
     if (other := ~np.isclose(sizes, sizes[0], rtol=1e-4)).any():
+        row = int(np.argmax(other))
+        names = optics.get("rlnOpticsGroupName", np.arange(length(optics)) + 1)
         raise InputError(
-            f"{path}: row {np.argmax(other) + 1}: rlnImagePixelSize is {sizes[other][0]:g} A in "
-            f"its optics group, {sizes[0]:g} A in that of row 1; wanted one pixel size"
+            f"{path}: row {row + 1}: rlnImagePixelSize is {sizes[row]:g} A in its optics group "
+            f"({names[group[row]]}), {sizes[0]:g} A in that of row 1 ({names[group[0]]}); wanted "
+            "one pixel size"
+        )
+    if given is not None and not np.isclose(sizes[0], given, rtol=1e-4):
+        raise InputError(
+            f"{path}: a pixel size of {given:g} A was given, and the file says {sizes[0]:g} A; "
+            "wanted one where the file has none"
         )
     if "rlnImagePixelSize" in table:
         told = numbers(path, table, "rlnImagePixelSize")
@@ -111,6 +133,39 @@ def pixel_sizes(path: Path, optics: Table, table: Table, group: np.ndarray) -> n
                 f"{told[other][0]:g} A, and {sizes[other][0]:g} A in its optics group"
             )
     return sizes
+
+
+def _magnified(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:
+    """The pixel size of each optics group by the detector's and the magnification, where told."""
+    parts = []
+    for name in ("rlnDetectorPixelSize", "rlnMagnification"):
+        if name in optics:
+            parts.append(numbers(path, optics, name, "data_optics: "))
+        elif name in table:
+            of_groups = np.ones(length(optics))
+            of_groups[group] = values = numbers(path, table, name)
+            if (bad := of_groups[group] != values).any():
+                raise InputError(
+                    f"{path}: row {np.argmax(bad) + 1}, column {name}: got {values[bad][0]:g}, and "
+                    f"{of_groups[group][bad][0]:g} for others of its optics group"
+                )
+            parts.append(of_groups)
+        else:
+            return None
+    return np.round(1e4 * parts[0] / parts[1], 9)
+
+
+def note_header_pixels(path: Path, images: ImageStack, pixel_size: float) -> None:
+    """Say where the stacks themselves tell another pixel size than the particle file."""
+    said = np.array([layout.pixel_size_angstrom for layout in images.layouts])
+    other = ~np.isin(said, (0.0, 1.0)) & ~np.isclose(said, pixel_size, rtol=5e-3)
+    if other.any():
+        warnings.warn(
+            f"{path}: pixels of {pixel_size:g} A; the headers of {other.sum()} of {len(said)} "
+            f"stacks say otherwise, such as {said[other][0]:g} A in "
+            f"{images.layouts[np.argmax(other)].path}, and are not used",
+            stacklevel=3,
+        )
 
 
 def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
@@ -173,8 +228,16 @@ def _done(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndar
 # What is not used
 
 
-def refuse_tomograms(path: Path, optics: Table, table: Table) -> None:
+def refuse_tomograms(path: Path, optics: Table, table: Table, group: np.ndarray) -> None:
     """Refuse particles whose images are tilt series, or volumes."""
+    name = "rlnImageDimensionality"
+    if name in optics:
+        found = numbers(path, optics, name, "data_optics: ")[group]
+        if (bad := found != 2).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
+                "group; wanted 2, images"
+            )
     for name in TOMOGRAMS:
         for told in (optics, table):
             if name in told and any(str(value) not in ("0", "0.0") for value in told[name]):

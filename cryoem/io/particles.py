@@ -21,6 +21,7 @@ from .optics import (
     MICROSCOPE,
     ctf_columns,
     ctf_parameters,
+    note_header_pixels,
     note_unused,
     optics_rows,
     pixel_sizes,
@@ -29,7 +30,7 @@ from .optics import (
     tell_done,
     with_origins,
 )
-from .stacks import ImageStack
+from .stacks import ImageStack, NoImages
 from .star import ORIGINS, Table, length, numbers, read_relion, write_star
 
 __all__ = ["read_particles", "write_particles"]
@@ -37,6 +38,8 @@ __all__ = ["read_particles", "write_particles"]
 HALF_SET, CONTRAST, EXPECTED = "rlnRandomSubset", "cryoemContrast", "cryoemExpectedErrorRad"
 #: What an image that stays where it is is multiplied by, 1 or -1: an optics group's or a row's.
 SIGN = "cryoemSign"
+
+SIZE = "rlnImageSize"
 
 #: Fields of a stack, and the columns without which a file does not tell them.
 NEEDED = {
@@ -52,7 +55,9 @@ NEEDED = {
 # Reading
 
 
-def read_particles(path: PathLike) -> ParticleStack:
+def read_particles(
+    path: PathLike, *, pixel_size_angstrom: float | None = None, images: bool = True
+) -> ParticleStack:
     """Read the particles of RELION or cryoSPARC; their images are opened, not read.
 
     Parameters
@@ -62,7 +67,12 @@ def read_particles(path: PathLike) -> ParticleStack:
         pixels). Beside a ``.cs`` file the passthrough file of the same particles is read too,
         where there is one. Image names are relative to the file's folder, to any folder above it
         (RELION's and cryoSPARC's project), or to the working directory. An ``.npy`` file holds
-        images alone, an (n, size, size) array, of pixels of 1 A.
+        images alone, an (n, size, size) array, by default of pixels of 1 A.
+    pixel_size_angstrom : float, optional
+        Of a file that does not say it.
+    images : bool
+        False: the images need not be there, and cannot be read; their size is 0 where the file
+        does not tell it.
 
     Returns
     -------
@@ -76,25 +86,23 @@ def read_particles(path: PathLike) -> ParticleStack:
     """
     path = files.existing(path)
     if path.suffix == ".npy":
-        return ParticleStack(stacks.open_array(path), 1.0)
+        pixel = 1.0 if pixel_size_angstrom is None else pixel_size_angstrom
+        return ParticleStack(stacks.open_array(path), pixel)
     optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
     table["rlnImageName"] = without_format(table["rlnImageName"])
-    refuse_tomograms(path, optics, table)
-    images = open_images(path, table["rlnImageName"])
     group = optics_rows(path, optics, table)
-    images = images.with_sign(_signs(path, optics, table, group))
-    for name, wanted in (("rlnImageSize", images.shape[1]), ("rlnImageDimensionality", 2)):
-        if name not in optics:
-            optics[name] = np.full(length(optics), wanted)
-        found = numbers(path, optics, name, "data_optics: ")[group]
-        if (bad := found != wanted).any():
-            raise InputError(
-                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
-                f"group, {wanted} in its stack"
-            )
-    sizes = pixel_sizes(path, optics, table, group)
+    refuse_tomograms(path, optics, table, group)
+    opened: ImageStack | NoImages
+    if images:
+        opened = open_images(path, table["rlnImageName"])
+        opened = opened.with_sign(_signs(path, optics, table, group))
+        _check_sizes(path, optics, group, opened.shape[1])
+    else:
+        size = numbers(path, optics, SIZE, "data_optics: ")[group[0]] if SIZE in optics else 0
+        opened = NoImages(path, len(group), int(size))
+    sizes = pixel_sizes(path, optics, table, group, pixel_size_angstrom)
     table = with_origins(path, table, sizes)
     pixel_size = float(sizes[0])
     quaternions, shifts = None, np.zeros((len(group), 2))
@@ -113,8 +121,10 @@ def read_particles(path: PathLike) -> ParticleStack:
             f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
         )
     note_unused(path, optics, table)
+    if isinstance(opened, ImageStack):
+        note_header_pixels(path, opened, pixel_size)
     return ParticleStack(
-        images,
+        opened,
         pixel_size,
         quaternions=quaternions,
         shifts_px=shifts,
@@ -126,6 +136,19 @@ def read_particles(path: PathLike) -> ParticleStack:
         columns=table,
         origin=ParticleFile(path, optics, others),
     )
+
+
+def _check_sizes(path: Path, optics: Table, group: np.ndarray, size: int) -> None:
+    """Refuse optics groups of other images than those that were opened, and add what is missing."""
+    for name, wanted in ((SIZE, size), ("rlnImageDimensionality", 2)):
+        if name not in optics:
+            optics[name] = np.full(length(optics), wanted)
+        found = numbers(path, optics, name, "data_optics: ")[group]
+        if (bad := found != wanted).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
+                f"group, {wanted} in its stack"
+            )
 
 
 def _signs(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:

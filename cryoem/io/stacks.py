@@ -14,7 +14,7 @@ from ..errors import InputError
 from . import files
 from .files import PathLike
 
-__all__ = ["ImageStack", "Layout", "layout", "open_array"]
+__all__ = ["ImageStack", "Layout", "NoImages", "layout", "open_array"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,15 @@ class Layout:
         With the file's byte order.
     offset : int
         Bytes before the values.
+    pixel_size_angstrom : float
+        As the header has it; 0 where it says nothing of use.
     """
 
     path: Path
     shape: tuple[int, int, int]
     dtype: np.dtype
     offset: int
+    pixel_size_angstrom: float = 0.0
 
     def mapped(self) -> np.ndarray:
         """Map the values into memory, read-only: a (nz, ny, nx) array."""
@@ -97,7 +100,10 @@ def fitting(raw: bytes, length: int, path: Path) -> Layout:
         elif bytes(header["map"])[:3] != b"MAP" and wanted != length:
             what = "no MAP, the mark of an MRC file"
         else:
-            return Layout(path, (nz, ny, nx), dtype, len(raw) + extended)
+            cell, intervals = float(header["cella"]["x"]), int(header["mx"])
+            known = np.isfinite(cell) and cell > 0 and intervals > 0
+            pixel = float(f"{cell / intervals:.6g}") if known else 0.0
+            return Layout(path, (nz, ny, nx), dtype, len(raw) + extended, pixel)
         failures.append((True, what))
     # The byte order is the one in which the mode makes sense.
     _, what = max(failures, key=lambda failure: failure[0])
@@ -118,6 +124,26 @@ def open_array(path: PathLike) -> ImageStack:
     n = len(mapped)
     at = Layout(path.resolve(), (n, shape[1], shape[2]), mapped.dtype, offset)
     return ImageStack([at], np.zeros(n), np.arange(n))
+
+
+class NoImages:
+    """In place of the images of a particle file that are not there: how many, and of what size."""
+
+    def __init__(self, path: Path, n: int, box_px: int) -> None:
+        self.path, self.shape = path, (n, box_px, box_px)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        raise InputError(f"{self.path}: read without its images")
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:]
+
+    def select(self, rows: slice | np.ndarray) -> NoImages:
+        """Some of the images that are not there."""
+        return NoImages(self.path, len(np.arange(len(self))[rows]), self.shape[1])
 
 
 class ImageStack:

@@ -2,7 +2,7 @@
 
 A table is a dict of columns in the order of the file. A column holds numbers where that loses
 nothing, and text elsewhere. RELION 3.0's particles are brought into the form of RELION 3.1: a table
-of particles and one of optics groups, origins in angstrom.
+of particles and one of optics groups.
 """
 
 from __future__ import annotations
@@ -182,6 +182,11 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     if name not in blocks and "optics" not in blocks:  # RELION 3.0: one block of any name
         named = [n for n, b in blocks.items() if b.find_loop("_rlnImageName")]
         if len(named) != 1:
+            if b"_cisTEM" in raw:
+                raise InputError(
+                    f"{path}: particles of cisTEM, whose names of images are not RELION's; wanted "
+                    "RELION's particles, as cisTEM exports them, or cryoSPARC's"
+                )
             raise InputError(
                 f"{path}: no block data_particles; wanted RELION's particles, got "
                 f"{', '.join('data_' + n for n in blocks) or 'an empty file'}"
@@ -194,7 +199,7 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     if length(particles) == 0:
         raise InputError(f"{path}: no particles")
     if "optics" not in blocks:
-        optics, particles = split_optics(_with_pixel_size(path, particles))
+        optics, particles = split_optics(particles)
     else:
         optics = _table(path, blocks.pop("optics"), disguised)
         if length(optics) == 0:
@@ -240,22 +245,6 @@ def _typed(values: list[str], disguised: bool = False) -> np.ndarray:
                 pass
     plain = [v[1:-1] if len(v) > 1 and v[0] in "'\"" else v for v in values]
     return np.array([_undisguised(t) for t in plain] if disguised else plain, object)
-
-
-def _with_pixel_size(path: Path, table: Table) -> Table:
-    """RELION 3.0's particles with a pixel size on every row."""
-    if "rlnImagePixelSize" not in table:
-        for name in ("rlnDetectorPixelSize", "rlnMagnification"):
-            if name not in table:
-                raise InputError(
-                    f"{path}: no column {name}, and no block data_optics; wanted one of them for "
-                    "the pixel size"
-                )
-        detector, magnification = (
-            numbers(path, table, n) for n in ("rlnDetectorPixelSize", "rlnMagnification")
-        )
-        table["rlnImagePixelSize"] = np.round(1e4 * detector / magnification, 9)
-    return table
 
 
 def split_optics(table: Table) -> tuple[Table, Table]:
