@@ -531,6 +531,16 @@ def test_a_pixel_size_that_was_corrected_is_written(written, tmp_path):
     np.testing.assert_allclose(back.shifts_px, SHIFTS, atol=1e-14)
 
 
+def test_a_pixel_size_that_every_row_says_follows(written, tmp_path):
+    stack = read_particles(rewritten(written, put("particles", "rlnImagePixelSize", PIXEL)))
+    write_particles(tmp_path / "as_is.star", stack)
+    write_particles(tmp_path / "new.star", stack.replace(pixel_size_angstrom=3.5))
+    for name, pixel in (("as_is", PIXEL), ("new", 3.5)):
+        back = read_particles(tmp_path / f"{name}.star")
+        assert back.pixel_size_angstrom == pixel
+        np.testing.assert_array_equal(back.columns["rlnImagePixelSize"], [pixel] * 6)
+
+
 @pytest.mark.parametrize("box", [12, 8])
 def test_images_that_were_changed_are_written_beside(relions, tmp_path, box):
     # As preprocessing does: cropped and inverted, then brought to fewer pixels.

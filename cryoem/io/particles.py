@@ -288,6 +288,11 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
         # What is added to centre each particle, in angstrom; without negative zeros.
         origins = -stack.shifts_px * stack.pixel_size_angstrom + 0.0
         new.update(zip(ORIGINS, origins.T, strict=True))
+    pixel = stack.columns.get("rlnImagePixelSize")
+    if pixel is not None and not np.allclose(
+        pixel.astype(float), stack.pixel_size_angstrom, rtol=1e-3
+    ):
+        new["rlnImagePixelSize"] = np.full(len(stack), stack.pixel_size_angstrom)
     if stack.ctf_parameters is not None:
         new.update(ctf_columns(stack, stack.ctf_parameters, optics))
     for name, value in (
