@@ -97,6 +97,8 @@ def train_estimator(
         "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry}"
         f" --images {images}"
         + (f" --like {like.name}" if like else "")
+        + {None: "", True: " --invert", False: " --no-invert"}[invert]
+        + (f" --pixel-size {pixel_size:g}" if pixel_size else "")
         + f" --seed {seed} --precision {precision}",
         "images": images,
         "seed": seed,
