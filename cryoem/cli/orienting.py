@@ -78,8 +78,7 @@ def train_estimator(
     else:
         stack = in_white(open_particles(like, quiet, pixel_size), like, invert, quiet, seed)
         cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
-        found = survey(stack, seed=seed)
-        ranges = found.training()
+        ranges = survey(stack, seed=seed).training()
     say(quiet, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in ranges.items()))
     preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
     source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
@@ -96,9 +95,7 @@ def train_estimator(
     model.notes = {
         "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry}"
         f" --images {images}"
-        + (f" --like {like.name}" if like else "")
-        + {None: "", True: " --invert", False: " --no-invert"}[invert]
-        + (f" --pixel-size {pixel_size:g}" if pixel_size else "")
+        + _told_of_particles(like, invert, pixel_size)
         + f" --seed {seed} --precision {precision}",
         "images": images,
         "seed": seed,
@@ -110,6 +107,14 @@ def train_estimator(
     with files.atomic(output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({**model.notes, **history}, indent=1) + "\n")
     typer.echo(f"{output}: mean absolute error of distances {history['mae_rad'][-1]:.3f} rad")
+
+
+def _told_of_particles(like: Path | None, invert: bool | None, pixel_size: float | None) -> str:
+    """The options that say which particles, as they are typed."""
+    if like is None:
+        return ""
+    turned = {None: "", True: " --invert", False: " --no-invert"}[invert]
+    return f" --like {like.name}{turned}" + (f" --pixel-size {pixel_size:g}" if pixel_size else "")
 
 
 @app.command("orient")

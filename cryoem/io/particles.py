@@ -114,12 +114,6 @@ def read_particles(
             for name in ORIGINS
         ]
         shifts = -np.stack(origins, axis=1) / pixel_size
-    half_set = numbers(path, table, HALF_SET) if HALF_SET in table else None
-    if half_set is not None and (bad := ~np.isin(half_set, (1, 2))).any():
-        raise InputError(
-            f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
-            f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
-        )
     note_unused(path, optics, table)
     if isinstance(opened, ImageStack):
         note_header_pixels(path, opened, pixel_size)
@@ -129,13 +123,24 @@ def read_particles(
         quaternions=quaternions,
         shifts_px=shifts,
         ctf_parameters=ctf_parameters(path, optics, table, group),
-        half_set=half_set,
+        half_set=_half_set(path, table),
         optics_group=group,
         contrast=numbers(path, table, CONTRAST) if CONTRAST in table else None,
         expected_error_rad=numbers(path, table, EXPECTED) if EXPECTED in table else None,
         columns=table,
         origin=ParticleFile(path, optics, others),
     )
+
+
+def _half_set(path: Path, table: Table) -> np.ndarray | None:
+    """The half of each particle, 1 or 2, where the file says it."""
+    half_set = numbers(path, table, HALF_SET) if HALF_SET in table else None
+    if half_set is not None and (bad := ~np.isin(half_set, (1, 2))).any():
+        raise InputError(
+            f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
+            f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
+        )
+    return half_set
 
 
 def _check_sizes(path: Path, optics: Table, group: np.ndarray, size: int) -> None:
