@@ -3,6 +3,10 @@
 Each is a function of arrays and a generator. Images are (n, size, size), ``[y, x]``.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
 import numpy as np
 import scipy.fft
 from jaxtyping import Float
@@ -13,6 +17,7 @@ from .errors import InputError
 from .rotations import Seed
 
 __all__ = [
+    "CtfParameters",
     "add_noise",
     "apply_ctf",
     "check_images",
@@ -215,6 +220,85 @@ def ctf(
         - np.arctan(w / np.sqrt(1 - w**2))
     )
     return (-np.sin(phase) * np.exp(-per_image(b_factor_angstrom2) * k2 / 4)).astype(np.float32)
+
+
+#: What may have been done to images already: see :class:`CtfParameters`.
+DONE = ("as seen", "phase flipped", "premultiplied")
+
+
+@dataclass(frozen=True, eq=False)
+class CtfParameters:
+    """Parameters of each particle's contrast transfer function, in RELION's conventions.
+
+    One number stands for all particles.
+
+    Attributes
+    ----------
+    defocus_u_angstrom, defocus_v_angstrom : (n,) arrays
+        Positive under focus; ``defocus_v_angstrom`` is by default ``defocus_u_angstrom``.
+    defocus_angle_degrees : (n,) array
+        From +x (columns) to +y (rows).
+    voltage_kv, spherical_aberration_mm, amplitude_contrast : (n,) arrays
+        The microscope's: alike within an optics group.
+    phase_shift_degrees : (n,) array
+    b_factor_angstrom2 : (n,) array
+        Envelope ``exp(-B k^2 / 4)``.
+    scale : (n,) array
+        Factor of the whole function.
+    images : (n,) array of {'as seen', 'phase flipped', 'premultiplied'}
+        What was done to the images already. What they show of the density is then the CTF, its
+        absolute value, or its square. The noise of premultiplied images is coloured by the absolute
+        value of the CTF.
+    """
+
+    defocus_u_angstrom: Float[np.ndarray, " n"]
+    defocus_v_angstrom: Float[np.ndarray, " n"] | None = None
+    defocus_angle_degrees: Float[np.ndarray, " n"] | float = 0.0
+    voltage_kv: Float[np.ndarray, " n"] | float = 300.0
+    spherical_aberration_mm: Float[np.ndarray, " n"] | float = 2.7
+    amplitude_contrast: Float[np.ndarray, " n"] | float = 0.1
+    phase_shift_degrees: Float[np.ndarray, " n"] | float = 0.0
+    b_factor_angstrom2: Float[np.ndarray, " n"] | float = 0.0
+    scale: Float[np.ndarray, " n"] | float = 1.0
+    images: np.ndarray | str = "as seen"
+
+    def __post_init__(self) -> None:
+        u = np.atleast_1d(np.asarray(self.defocus_u_angstrom, np.float64))
+        if self.defocus_v_angstrom is None:
+            object.__setattr__(self, "defocus_v_angstrom", u)
+        for f in fields(self):
+            values = np.asarray(getattr(self, f.name), None if f.name == "images" else np.float64)
+            if f.name == "images":
+                if values.shape not in ((), u.shape) or not np.isin(values, DONE).all():
+                    raise InputError(
+                        f"images must be {', '.join(map(repr, DONE))}: one of them, or one for "
+                        f"each of {len(u)} particles; got {values!r}"
+                    )
+            elif values.shape not in ((), u.shape) or u.ndim != 1 or not np.isfinite(values).all():
+                raise InputError(
+                    f"{f.name} must be finite: one number, or one for each of {len(u)} particles; "
+                    f"got shape {values.shape}"
+                )
+            object.__setattr__(self, f.name, np.broadcast_to(values, u.shape))
+
+    def __len__(self) -> int:
+        return len(self.defocus_u_angstrom)
+
+    def select(self, rows: slice | np.ndarray) -> CtfParameters:
+        """Those of some particles."""
+        return CtfParameters(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def values(self, box_px: int, pixel_size_angstrom: float) -> Float[np.ndarray, "n y x"]:
+        """What of the density the images show, on the half grid of ``rfft2``; see :func:`ctf`."""
+        parameters = {f.name: getattr(self, f.name) for f in fields(self)}
+        scale, images = parameters.pop("scale"), parameters.pop("images")
+        found = ctf(box_px, pixel_size_angstrom, **parameters)
+        if (scale != 1).any():
+            found *= scale[:, None, None].astype(np.float32)
+        for done, shown in (("phase flipped", np.abs), ("premultiplied", np.square)):
+            if (rows := images == done).any():
+                found[rows] = shown(found[rows])
+        return found
 
 
 def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> Float[np.ndarray, "n y x"]:

@@ -8,6 +8,7 @@ or lie in files; what is asked for is read when it is asked for.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,8 @@ from numpy.typing import ArrayLike
 
 from . import imaging, rotations
 from .errors import InputError
+from .halves import particles_of, random_half_sets, split_particles
+from .imaging import CtfParameters
 from .noise import Noise
 from .rotations import Seed
 
@@ -50,60 +53,6 @@ class Images(Protocol):
 
 #: Of a field with one row a particle: what selects particles selects its rows.
 PER_PARTICLE = {"rows": True}
-
-
-@dataclass(frozen=True, eq=False)
-class CtfParameters:
-    """Parameters of each particle's contrast transfer function, in RELION's conventions.
-
-    One number stands for all particles.
-
-    Attributes
-    ----------
-    defocus_u_angstrom, defocus_v_angstrom : (n,) arrays
-        Positive under focus; ``defocus_v_angstrom`` is by default ``defocus_u_angstrom``.
-    defocus_angle_degrees : (n,) array
-        From +x (columns) to +y (rows).
-    voltage_kv, spherical_aberration_mm, amplitude_contrast : (n,) arrays
-        The microscope's: alike within an optics group.
-    phase_shift_degrees : (n,) array
-    b_factor_angstrom2 : (n,) array
-        Envelope ``exp(-B k^2 / 4)``.
-    """
-
-    defocus_u_angstrom: Float[np.ndarray, " n"]
-    defocus_v_angstrom: Float[np.ndarray, " n"] | None = None
-    defocus_angle_degrees: Float[np.ndarray, " n"] | float = 0.0
-    voltage_kv: Float[np.ndarray, " n"] | float = 300.0
-    spherical_aberration_mm: Float[np.ndarray, " n"] | float = 2.7
-    amplitude_contrast: Float[np.ndarray, " n"] | float = 0.1
-    phase_shift_degrees: Float[np.ndarray, " n"] | float = 0.0
-    b_factor_angstrom2: Float[np.ndarray, " n"] | float = 0.0
-
-    def __post_init__(self) -> None:
-        u = np.atleast_1d(np.asarray(self.defocus_u_angstrom, np.float64))
-        if self.defocus_v_angstrom is None:
-            object.__setattr__(self, "defocus_v_angstrom", u)
-        for f in fields(self):
-            values = np.asarray(getattr(self, f.name), np.float64)
-            if values.shape not in ((), u.shape) or u.ndim != 1 or not np.isfinite(values).all():
-                raise InputError(
-                    f"{f.name} must be finite: one number, or one for each of {len(u)} particles; "
-                    f"got shape {values.shape}"
-                )
-            object.__setattr__(self, f.name, np.broadcast_to(values, u.shape))
-
-    def __len__(self) -> int:
-        return len(self.defocus_u_angstrom)
-
-    def select(self, rows: Rows) -> CtfParameters:
-        """Those of some particles."""
-        return CtfParameters(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-    def values(self, box_px: int, pixel_size_angstrom: float) -> Float[np.ndarray, "n y x"]:
-        """The functions on the half grid of ``rfft2``; see :func:`cryoem.imaging.ctf`."""
-        parameters = {f.name: getattr(self, f.name) for f in fields(self)}
-        return imaging.ctf(box_px, pixel_size_angstrom, **parameters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,11 +258,38 @@ class ParticleStack:
             pixel_size_angstrom=pixel_size_angstrom, shifts_px=self.shifts_px * scale, noise=None
         )
 
+    def inverted(self) -> Self:
+        """The same particles, black turned to white: images in files are turned as they are read.
+
+        A particle file that names them says so in its column ``cryoemSign``.
+        """
+        return self.replace(images=_inverted(self.images))
+
     def with_half_sets(self, seed: Seed) -> Self:
-        """The same particles in two halves: those that the stack has, else at random."""
-        if self.half_set is not None:
-            return self
-        return self.replace(half_set=random_half_sets(len(self), seed))
+        """The same particles in two halves: those that the stack has, else at random.
+
+        Images of one particle (:func:`cryoem.halves.particles_of`) are put into one half, with a
+        warning; so there is one where the halves that the stack has part them.
+        """
+        name = "the particles" if self.origin is None else self.origin.path
+        particle = particles_of(self.columns, len(self))
+        known = len(np.unique(particle))
+        if self.half_set is None:
+            if known < len(self):
+                warnings.warn(
+                    f"{name}: {len(self):,} rows are of {known:,} particles, by their names or "
+                    "places; those of one were put into one half",
+                    stacklevel=2,
+                )
+            return self.replace(half_set=random_half_sets(len(self), seed, particle))
+        if known < len(self) and len(both := split_particles(particle, self.half_set)):
+            warnings.warn(
+                f"{name}: {len(both):,} particles stand in both half-sets, such as those of rows "
+                f"{both[0, 0] + 1} and {both[0, 1] + 1}: the halves are not independent, and agree "
+                "further than the map can be believed",
+                stacklevel=2,
+            )
+        return self
 
     def with_columns(self, columns: Mapping[str, ArrayLike]) -> Self:
         """The same particles with further columns, new or in place of those of the same name."""
@@ -359,41 +335,32 @@ class ParticleStack:
 Kind = TypeVar("Kind", bound=ParticleStack)
 
 
-def random_half_sets(n: int, seed: Seed) -> Int[np.ndarray, " n"]:
-    """Split ``n`` particles at random: (n,) ints, 1 or 2, as in ``rlnRandomSubset``.
-
-    Half-maps judge a map only if the halves were separated before their orientations were found;
-    so this stands at the beginning of a pipeline.
-    """
-    if n < 2:
-        raise InputError(f"wanted at least 2 particles to split, got {n}")
-    half_set = np.arange(n) % 2 + 1
-    rotations.generator(seed, "halves").shuffle(half_set)
-    return half_set
-
-
 # --------------------------------------------------------------------------------------
 
 
 class _SomeImages:
     """Some rows of images, which are read or copied where they are indexed."""
 
-    def __init__(self, base: Images, rows: np.ndarray) -> None:
-        self.base, self.rows = base, rows
+    def __init__(self, base: Images, rows: np.ndarray, sign: int = 1) -> None:
+        self.base, self.rows, self.sign = base, rows, sign
         self.shape = (len(rows), *base.shape[1:])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self.base[self.rows[index]])
+        images = np.asarray(self.base[self.rows[index]])
+        return images if self.sign == 1 else -images
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         images = self[:]
         return images if dtype is None else images.astype(dtype, copy=False)
 
     def select(self, rows: Rows) -> _SomeImages:
-        return _SomeImages(self.base, self.rows[rows])
+        return _SomeImages(self.base, self.rows[rows], self.sign)
+
+    def inverted(self) -> _SomeImages:
+        return _SomeImages(self.base, self.rows, -self.sign)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return np.array, (self[:],)  # other processes are sent these images, not all
@@ -413,6 +380,14 @@ def _selected_images(images: Any, rows: Rows) -> Images:
     if isinstance(images, np.ndarray) and isinstance(rows, slice):
         return images[rows]  # a view
     return _SomeImages(images, np.arange(len(images))[rows])
+
+
+def _inverted(images: Any) -> Images:
+    if hasattr(images, "inverted"):
+        return images.inverted()
+    if isinstance(images, np.ndarray) and not isinstance(images, np.memmap):
+        return imaging.flip_contrast(images)
+    return _SomeImages(images, np.arange(len(images)), -1)
 
 
 def _checked_images(images: Any) -> Images:

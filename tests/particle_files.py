@@ -63,16 +63,18 @@ def relion30(folder):
     return path
 
 
-def cryosparc(folder, *, passthrough=False):
+def cryosparc(folder, *, passthrough=False, sign=None, more=None, stack=b">particles.mrcs"):
     """The same particles as cryoSPARC has them, beside the stack that is there."""
     n = len(Q)
     uid = np.array([5, 3, 9, 1, 7, 11], np.uint64)
     blob = {
-        "blob/path": (np.full(n, b">particles.mrcs"), "S32"),
+        "blob/path": (np.full(n, stack), "S32"),
         "blob/idx": (np.arange(n), "u4"),
         "blob/shape": (np.full((n, 2), 12), ("u4", (2,))),
         "blob/psize_A": (np.full(n, PIXEL), "f4"),
     }
+    if sign is not None:
+        blob["blob/sign"] = np.array(sign), "f4"
     ctf = {
         "ctf/exp_group_id": (np.zeros(n), "u4"),
         "ctf/accel_kv": (np.full(n, 300.0), "f4"),
@@ -83,6 +85,7 @@ def cryosparc(folder, *, passthrough=False):
         "ctf/df_angle_rad": (np.deg2rad(DEFOCUS["rlnDefocusAngle"]), "f4"),
         "ctf/phase_shift_rad": (np.zeros(n), "f4"),
     }
+    ctf |= more or {}
     alignment = {
         "alignments3D/pose": (Rotation.from_quat(Q).as_rotvec(), ("f4", (3,))),
         # Aligned at twice the pixel size.

@@ -112,6 +112,20 @@ def test_info_tells_what_real_particles_hide(folder):
     assert "rlnAngleRot" in found["columns"] and found["pixel_size_angstrom"] == 7
 
 
+def test_info_tells_what_a_file_says_without_its_images(folder, tmp_path):
+    text = (folder / "particles.star").read_text()
+    (tmp_path / "alone.star").write_text(text.replace("rlnImagePixelSize", "rlnPixelSize"))
+    alone = tmp_path / "alone.star"
+    assert "--pixel-size" in run("info", alone, code=1).stderr
+    done = run("info", alone, "--pixel-size", 7, "--json")
+    assert "images: not found" in done.stderr and "particles.mrcs" in done.stderr
+    found = json.loads(done.stdout)
+    whole = json.loads(run("info", folder / "particles.star", "--json").stdout)
+    for name in ("particles", "box_px", "stacks", "angles", "half_sets", "pixel_size_angstrom"):
+        assert found[name] == whole[name]
+    assert found["max_shift_px"] == pytest.approx(whole["max_shift_px"]) and "snr" not in found
+
+
 def test_info_tells_what_other_files_hold(folder, trained, tmp_path):
     def info(path):
         return json.loads(run("info", path, "--json").stdout)
@@ -350,6 +364,26 @@ def test_refinement_goes_without_a_reference(folder, tmp_path):
     assert "hand is open" in report and "hardly beyond 40 A" in report  # one round, to 30 A
 
 
+@pytest.mark.parametrize("command", ["refine", "reconstruct"])
+def test_noise_that_is_there_twice_makes_no_resolution(folder, tmp_path, command):
+    noise = np.random.default_rng(0).standard_normal((40, 16, 16), dtype=np.float32)
+    path = tmp_path / "noise.star"
+    stack = ParticleStack(noise, 14.0, quaternions=rotations.uniform(40, 1))
+    write_particles(path, stack)
+    twice = read_particles(path).select(np.arange(80) % 40)
+    write_particles(path, twice)
+    rest = {"refine": ("--rounds", 1), "reconstruct": ("--half-maps",)}[command]
+    out = tmp_path / {"refine": "out.star", "reconstruct": "out.mrc"}[command]
+    done = run(command, path, *rest, "-o", out, "-q")
+    assert done.stderr.count("80 rows are of 40 particles") == 1
+    assert float(re.search(r"([\d.]+) A at FSC 0.143", done.stdout)[1]) > 60
+    if command == "refine":  # the same of given halves, and slow
+        return
+    write_particles(path, twice.replace(half_set=np.repeat([1, 2], 40)))
+    done = run(command, path, *rest, "-o", out, "-q")
+    assert done.stderr.count("40 particles stand in both half-sets") == 1
+
+
 def test_training_takes_its_ranges_from_particles(folder, tmp_path):
     run("train", folder / "map.mrc", "-o", tmp_path / "m.npz", "--images", 128, "--like",
         folder / "particles.star", "--quiet")  # fmt: skip
@@ -396,14 +430,44 @@ def black(folder, tmp_path):
     return tmp_path / "black.star"
 
 
-@pytest.mark.parametrize("command", ["orient", "train"])
-def test_black_particles_are_refused(folder, black, tmp_path, command):
-    rest = {
-        "orient": (black, "--model", "4jsv", "-o", tmp_path / "out.star"),
-        "train": (folder / "map.mrc", "--like", black, "-o", tmp_path / "out.npz"),
-    }[command]
-    done = run(command, *rest, code=1)
-    assert "black on white" in done.stderr and "Traceback" not in done.output
+def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path):
+    before = black.with_suffix(".mrcs").read_bytes()
+    true = read_density(folder / "map.mrc")
+
+    def likeness(name):
+        values = read_density(tmp_path / name).values
+        return np.corrcoef(values.ravel(), true.values.ravel())[0, 1]
+
+    done = run("reconstruct", black, "-o", tmp_path / "found.mrc", "-q")
+    assert "black on white" in done.stderr and "turned" in done.stderr and likeness("found.mrc") > 0
+    for flag, sign in (("--invert", 1), ("--no-invert", -1)):
+        done = run("reconstruct", black, flag, "-o", tmp_path / "told.mrc", "-q")
+        assert done.stderr == "" and likeness("told.mrc") * sign > 0
+    white = folder / "particles.star"
+    assert "black" not in run("reconstruct", white, "-o", tmp_path / "white.mrc").stderr
+    assert likeness("found.mrc") == pytest.approx(likeness("white.mrc"), abs=1e-3)
+    # What is written says so, and needs no second turn.
+    map_too = ("--map", folder / "map.mrc", "--resolution", 30)
+    done = run("refine", black, *map_too, "-o", tmp_path / "refined.star", "-q")
+    assert "cryoemSign" in done.stderr and "RELION" in done.stderr
+    done = run("reconstruct", tmp_path / "refined.star", "-o", tmp_path / "again.mrc", "-q")
+    assert done.stderr == "" and likeness("again.mrc") > 0
+    assert black.with_suffix(".mrcs").read_bytes() == before
+    assert "turn" in run("info", black).stderr
+    assert "turn" not in run("info", tmp_path / "refined.star").stderr
+    given = run("train", folder / "map.mrc", "--like", black, "-o", tmp_path / "m.npz", "--images",
+                64, "-q")  # fmt: skip
+    assert "turned" in given.stderr
+
+
+def test_black_particles_are_oriented_as_white_ones(folder, black, trained, tmp_path):
+    trained[0].save(tmp_path / "model.npz")
+    for name, particles in (("white", folder / "particles.star"), ("turned", black)):
+        run("orient", particles, "--model", tmp_path / "model.npz", "-o",
+            tmp_path / f"{name}.star", "-q")  # fmt: skip
+    white, turned = (read_particles(tmp_path / f"{name}.star") for name in ("white", "turned"))
+    assert rotations.distance(white.quaternions, turned.quaternions).max() < 1e-3
+    np.testing.assert_array_equal(turned.images[:5], white.images[:5])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 
 import gemmi
@@ -165,6 +166,85 @@ def test_a_passthrough_of_other_particles_is_left_alone(written, tmp_path):
         np.save(file, data)
     with pytest.raises(InputError, match="blob/path"):
         read_particles(path)
+
+
+def saved(path, data):
+    with path.open("wb") as file:
+        np.save(file, data)
+
+
+def test_of_passthrough_files_those_with_the_particles_are_read(written, tmp_path):
+    path = cryosparc(tmp_path, passthrough=True)
+    data = np.load(tmp_path / "J1_passthrough_particles.cs")
+    saved(tmp_path / "J1_passthrough_particles_excluded.cs", data[:0])
+    other = data.copy()
+    other["uid"] += 1000
+    saved(tmp_path / "J1_passthrough_particles_other.cs", other)
+    saved(tmp_path / "J1_passthrough_same.cs", data[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_particles(path).images[:], IMAGES)
+    some = data.copy()
+    some["uid"][:2] += 1000
+    some["ctf/df1_A"] += 1
+    saved(tmp_path / "J1_passthrough_some.cs", some)
+    says = r"J1_passthrough_some\.cs: not used: it holds 4 of the 6 particles"
+    with pytest.warns(UserWarning, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize(("field", "refused"), [("ctf/df1_A", True), ("ctf/exp_group_id", False)])
+def test_passthrough_files_that_contradict_each_other_are_refused(
+    written, tmp_path, field, refused
+):
+    path = cryosparc(tmp_path, passthrough=True)
+    data = np.load(tmp_path / "J1_passthrough_particles.cs")
+    data[field][2] += 1
+    saved(tmp_path / "J1_passthrough_others.cs", data)
+    if not refused:  # nothing comes of it
+        read_particles(path)
+        return
+    says = rf"J1_particles\.cs: J1_passthrough_others\.cs and J1_passthrough_particles\.cs.*{field}"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+def test_the_places_of_cryosparcs_particles_are_relions(written, tmp_path):
+    more = {
+        "location/micrograph_path": (np.full(6, b"m.mrc"), "S8"),
+        "location/center_x_frac": (np.linspace(0, 0.5, 6), "f4"),
+        "location/center_y_frac": (np.linspace(0.5, 1, 6), "f4"),
+        "location/micrograph_shape": (np.full((6, 2), [4000, 6000]), ("u4", (2,))),
+    }
+    found = read_particles(cryosparc(tmp_path, more=more)).columns
+    np.testing.assert_allclose(found["rlnCoordinateX"], np.linspace(0, 3000, 6), rtol=1e-6)
+    np.testing.assert_allclose(found["rlnCoordinateY"], np.linspace(2000, 4000, 6), rtol=1e-6)
+    assert set(found["rlnMicrographName"]) == {"m.mrc"}
+
+
+@pytest.mark.parametrize("kind", ["cs", "star"])
+def test_a_stack_that_relion_would_take_for_a_volume_is_marked(written, tmp_path, kind):
+    mrcfile.write(tmp_path / "particles.mrc", IMAGES)
+    mrcfile.write(tmp_path / "one.mrc", IMAGES[3])
+
+    def change(blocks):
+        names = [f"{i + 1:06d}@particles.mrc" for i in range(6)]
+        blocks["particles"]["rlnImageName"] = [*names[:3], "one.mrc", *names[4:]]
+
+    if kind == "star":
+        path = rewritten(written, change)
+    else:
+        path = cryosparc(tmp_path, stack=b">particles.mrc")
+    stack = read_particles(path)
+    write_particles(tmp_path / "new.star", stack)
+    told = list(starfile.read(tmp_path / "new.star")["particles"]["rlnImageName"])
+    assert told[0] == "000001@particles.mrc:mrcs"
+    assert told[3] == ("one.mrc" if kind == "star" else "000004@particles.mrc:mrcs")
+    back = read_particles(tmp_path / "new.star")
+    np.testing.assert_array_equal(back.images[:], IMAGES)
+    np.testing.assert_array_equal(back.columns["rlnImageName"], stack.columns["rlnImageName"])
+    write_particles(tmp_path / "again.star", back)
+    assert list(starfile.read(tmp_path / "again.star")["particles"]["rlnImageName"]) == told
 
 
 def two_groups(blocks):
@@ -514,6 +594,16 @@ def test_a_pixel_size_that_was_corrected_is_written(written, tmp_path):
     np.testing.assert_allclose(back.shifts_px, SHIFTS, atol=1e-14)
 
 
+def test_a_pixel_size_that_every_row_says_follows(written, tmp_path):
+    stack = read_particles(rewritten(written, put("particles", "rlnImagePixelSize", PIXEL)))
+    write_particles(tmp_path / "as_is.star", stack)
+    write_particles(tmp_path / "new.star", stack.replace(pixel_size_angstrom=3.5))
+    for name, pixel in (("as_is", PIXEL), ("new", 3.5)):
+        back = read_particles(tmp_path / f"{name}.star")
+        assert back.pixel_size_angstrom == pixel
+        np.testing.assert_array_equal(back.columns["rlnImagePixelSize"], [pixel] * 6)
+
+
 @pytest.mark.parametrize("box", [12, 8])
 def test_images_that_were_changed_are_written_beside(relions, tmp_path, box):
     # As preprocessing does: cropped and inverted, then brought to fewer pixels.
@@ -835,6 +925,305 @@ def test_contrasts_and_expected_errors_go_through_the_file(tmp_path):
 
 
 # --------------------------------------------------------------------------------------
+# Black on white
+
+
+def test_images_are_turned_as_they_are_read(written):
+    stack = read_particles(written)
+    turned = stack.inverted()
+    np.testing.assert_array_equal(turned.images[:], -IMAGES)
+    np.testing.assert_array_equal(turned.images[2], -IMAGES[2])
+    np.testing.assert_array_equal(turned.inverted().images[:], IMAGES)
+    some = turned.select(np.array([4, 1]))
+    np.testing.assert_array_equal(some.images[:], -IMAGES[[4, 1]])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(some.images))[:], -IMAGES[[4, 1]])
+    np.testing.assert_array_equal(in_memory().inverted().images, -IMAGES)
+    lazily = in_memory().select(np.array([3, 0])).inverted()
+    np.testing.assert_array_equal(lazily.images[:], -IMAGES[[3, 0]])
+    np.testing.assert_array_equal(lazily.select(slice(1)).images[:], -IMAGES[[3]])
+
+
+def test_the_sign_of_images_that_stay_goes_through_the_file(written, tmp_path):
+    stack = read_particles(written)
+    with pytest.warns(UserWarning, match=r"a\.star: .*6 of 6 images.*cryoemSign.*RELION"):
+        write_particles(tmp_path / "a.star", stack.inverted())
+    blocks = starfile.read(tmp_path / "a.star")
+    assert set(blocks["optics"]["cryoemSign"]) == {-1} and "cryoemSign" not in blocks["particles"]
+    back = read_particles(tmp_path / "a.star")
+    np.testing.assert_array_equal(back.images[:], -IMAGES)
+    # Turned again, they are as they were, and nothing need be said.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_particles(tmp_path / "b.star", back.inverted())
+    np.testing.assert_array_equal(read_particles(tmp_path / "b.star").images[:], IMAGES)
+    # Some only: each row says it.
+    signs = np.array([1, -1, 1, 1, -1, 1])
+    with pytest.warns(UserWarning, match="2 of 6"):
+        write_particles(tmp_path / "c.star", back.replace(images=stack.images.with_sign(signs)))
+    blocks = starfile.read(tmp_path / "c.star")
+    assert list(blocks["particles"]["cryoemSign"]) == list(signs)
+    some = read_particles(tmp_path / "c.star")
+    np.testing.assert_array_equal(some.images[:], signs[:, None, None] * IMAGES)
+    # Images that are written anew are white there.
+    write_particles(tmp_path / "d.star", some.with_images(some.images[:]))
+    assert "cryoemSign" not in (tmp_path / "d.star").read_text()
+    np.testing.assert_array_equal(read_particles(tmp_path / "d.star").images[:], some.images[:])
+
+
+@pytest.mark.parametrize("signs", [[-1] * 6, [1, -1, 1, 1, 1, -1], [1] * 6])
+def test_the_sign_of_cryosparcs_images_is_theirs(written, tmp_path, signs):
+    path = cryosparc(tmp_path, sign=signs)
+    stack = read_particles(path)
+    np.testing.assert_array_equal(stack.images[:], np.array(signs)[:, None, None] * IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_particles(tmp_path / "a.star", stack)
+    np.testing.assert_array_equal(read_particles(tmp_path / "a.star").images[:], stack.images[:])
+    assert ("cryoemSign" in (tmp_path / "a.star").read_text()) == (-1 in signs)
+    with pytest.raises(InputError, match=r"J1_particles\.cs: row 3, field blob/sign: got 0"):
+        read_particles(cryosparc(tmp_path, sign=[1, 1, 0, 1, 1, 1]))
+
+
+# --------------------------------------------------------------------------------------
+# What was done to images, and what is not used
+
+
+@pytest.mark.parametrize("block", ["optics", "particles"])
+@pytest.mark.parametrize(
+    ("columns", "done"),
+    [
+        ({}, "as seen"),
+        ({"rlnCtfDataAreCtfPremultiplied": 0, "rlnCtfDataArePhaseFlipped": 0}, "as seen"),
+        ({"rlnCtfDataArePhaseFlipped": 1}, "phase flipped"),
+        ({"rlnCtfDataAreCtfPremultiplied": 1}, "premultiplied"),
+        ({"rlnCtfDataAreCtfPremultiplied": 1, "rlnCtfDataArePhaseFlipped": 1}, "premultiplied"),
+    ],
+)
+def test_what_was_done_to_the_images_is_in_their_ctf(written, tmp_path, block, columns, done):
+    plain = read_particles(written).ctf()
+    for column, value in columns.items():
+        rewritten(written, put(block, column, value))
+    stack = read_particles(written)
+    wanted = {"as seen": plain, "phase flipped": abs(plain), "premultiplied": plain**2}[done]
+    np.testing.assert_allclose(stack.ctf(), wanted, rtol=1e-6)
+    write_particles(tmp_path / "new.star", stack)
+    told = starfile.read(tmp_path / "new.star")[block]
+    assert {name: told[name].iloc[0] for name in columns} == columns
+    # The file follows what is known otherwise.
+    flipped = CtfParameters(*DEFOCUS.values(), images=[*["phase flipped"] * 3, *[done] * 3])
+    for given in (stack, in_memory()):
+        write_particles(tmp_path / "other.star", given.replace(ctf_parameters=flipped))
+        back = read_particles(tmp_path / "other.star").ctf_parameters
+        np.testing.assert_array_equal(back.images, flipped.images)
+
+
+def test_the_scale_of_the_ctf_is_used(written, tmp_path):
+    plain = read_particles(written).ctf()
+    rewritten(written, put("particles", "rlnCtfScalefactor", 0.5))
+    rewritten(written, put("particles", "rlnCtfScalefactor", 2.0, row=3))
+    scale = np.array([0.5, 0.5, 0.5, 2, 0.5, 0.5])[:, None, None]
+    np.testing.assert_allclose(read_particles(written).ctf(), scale * plain, rtol=1e-6)
+    rewritten(written, put("optics", "rlnCtfDataAreCtfPremultiplied", 1))
+    stack = read_particles(written)
+    np.testing.assert_allclose(stack.ctf(), (scale * plain) ** 2, rtol=1e-5)
+    np.testing.assert_array_equal(stack.ctf(np.array([3, 0])), stack.ctf()[[3, 0]])
+    scaled = CtfParameters(*DEFOCUS.values(), scale=np.linspace(0.5, 1, 6))
+    write_particles(tmp_path / "a.star", in_memory().replace(ctf_parameters=scaled))
+    np.testing.assert_array_equal(
+        read_particles(tmp_path / "a.star").ctf_parameters.scale, scaled.scale
+    )
+
+
+def in_pixels(blocks):
+    table = blocks["particles"]
+    for axis in "XY":
+        table[f"rlnOrigin{axis}"] = table[f"rlnOrigin{axis}Angst"] / PIXEL
+
+
+def test_origins_in_pixels_are_taken_wherever_they_stand(written, tmp_path):
+    def only(blocks):
+        in_pixels(blocks)
+        drop("particles", "rlnOriginXAngst", "rlnOriginYAngst")(blocks)
+
+    stack = read_particles(rewritten(written, only))
+    np.testing.assert_allclose(stack.shifts_px, SHIFTS, atol=1e-6)
+    write_particles(tmp_path / "new.star", stack.with_poses(Q, 2 * SHIFTS))
+    told = starfile.read(tmp_path / "new.star")["particles"]
+    assert "rlnOriginX" not in told
+    np.testing.assert_allclose(told["rlnOriginYAngst"], -2 * SHIFTS[:, 1] * PIXEL, atol=1e-6)
+
+
+def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
+    stack = read_particles(rewritten(written, in_pixels))
+    np.testing.assert_allclose(stack.shifts_px, SHIFTS, atol=1e-6)
+    write_particles(tmp_path / "new.star", stack.with_poses(Q, 2 * SHIFTS))
+    again = read_particles(tmp_path / "new.star")  # no column of before stands in its way
+    np.testing.assert_allclose(again.shifts_px, 2 * SHIFTS, atol=1e-6)
+    rewritten(written, put("particles", "rlnOriginY", 7.0, row=2))
+    says = r"particles\.star: row 3, column rlnOriginYAngst: got -11.01 A, and rlnOriginY says 7"
+    with pytest.raises(InputError, match=says):
+        read_particles(written)
+
+
+@pytest.mark.parametrize(
+    ("block", "columns", "noted"),
+    [
+        ("optics", {"rlnBeamTiltX": 0.3, "rlnBeamTiltY": 0.0}, ["rlnBeamTiltX (0.3)"]),
+        ("particles", {"rlnBeamTiltY": -2}, ["rlnBeamTiltY (-2)"]),
+        ("optics", {"rlnOddZernike": "[0,0,-3.5,0]", "rlnEvenZernike": "[0,0]"},
+         ["rlnOddZernike (-3.5)"]),
+        ("optics", {"rlnMagMat00": 1.007, "rlnMagMat11": 1.0, "rlnMagMat01": 0.0},
+         ["rlnMagMat00 (1.007)"]),
+        ("particles", {"rlnOriginZAngst": 4.0}, ["rlnOriginZAngst (4)"]),
+        ("particles", {"otherIsPhaseFlipped": "True"}, ["otherIsPhaseFlipped (1)"]),
+        ("particles", {"rlnAnglePsiFlipRatio": 0.5, "rlnNormCorrection": 0.7}, []),
+        ("optics", {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnMagMat11": 1}, []),
+    ],
+)  # fmt: skip
+def test_what_is_not_used_is_said_once(written, block, columns, noted):
+    for column, value in columns.items():
+        rewritten(written, put(block, column, value))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        read_particles(written)
+    texts = [str(w.message) for w in said]
+    assert len(texts) == bool(noted)
+    for name in noted:
+        assert str(written) in texts[0] and name in texts[0] and texts[0].count("(") == len(noted)
+
+
+def test_factors_of_images_that_are_not_used_are_said(written):
+    rewritten(written, put("particles", "rlnNormCorrection", 0.7))
+    rewritten(written, put("particles", "rlnNormCorrection", 0.9, row=3))
+    rewritten(written, put("optics", "rlnBeamTiltX", 1.5))
+    says = r"particles\.star: .*rlnBeamTiltX \(1.5\), rlnNormCorrection \(0.7 to 0.9\)"
+    with pytest.warns(UserWarning, match=says) as said:
+        read_particles(written)
+    assert len(said) == 1
+
+
+def test_what_cryosparc_knows_and_is_not_used_is_said(written, tmp_path):
+    n = len(Q)
+    more = {
+        "ctf/tilt_A": (np.full((n, 2), [0, 0.4]), ("f4", (2,))),
+        "ctf/anisomag": (np.zeros((n, 4)), ("f4", (4,))),
+    }
+    with pytest.warns(UserWarning, match=r"J1_particles\.cs: .*not used: ctf/tilt_A \(0.4\)$"):
+        read_particles(cryosparc(tmp_path, more=more))
+
+
+# --------------------------------------------------------------------------------------
+# MRC files, pixel sizes, images that are not there
+
+
+def mrc_bytes(values, order, mode, *, extended=0, pixel=PIXEL):
+    """An MRC file, put together by its definition."""
+    nz, ny, nx = values.shape
+    header = np.zeros(1024, np.uint8)
+
+    def put_at(word, values, kind):
+        raw = np.array(values, order + kind).tobytes()
+        header[4 * word - 4 : 4 * word - 4 + len(raw)] = np.frombuffer(raw, np.uint8)
+
+    put_at(1, [nx, ny, nz, mode], "i4")
+    put_at(8, [nx, ny, nz], "i4")
+    put_at(11, [nx * pixel, ny * pixel, nz * pixel, 90, 90, 90], "f4")
+    put_at(24, [extended], "i4")
+    header[208:216] = np.frombuffer(
+        b"MAP " + (b"DD\0\0" if order == "<" else b"\x11\x11\0\0"), "u1"
+    )
+    kind = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}[mode]
+    return header.tobytes() + b"x" * extended + values.astype(order + kind).tobytes()
+
+
+@pytest.mark.parametrize("extended", [0, 80, 1000])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("mode", [0, 1, 2, 6, 12])
+def test_every_kind_of_mrc_file_is_read(written, mode, order, extended):
+    values = np.round(20 * IMAGES) + (100 if mode == 6 else 0)
+    stack = written.with_suffix(".mrcs")
+    stack.write_bytes(mrc_bytes(values, order, mode, extended=extended))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_particles(written).images
+    assert found[:].dtype == np.float32 and found.layouts[0].pixel_size_angstrom == PIXEL
+    np.testing.assert_array_equal(found[:], values)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "noted"),
+    [(0.0, False), (1.0, False), (PIXEL, False), (PIXEL * 1.001, False), (2.5, True), (7.34, True)],
+)
+def test_another_pixel_size_in_the_stack_is_said_and_not_used(written, pixel, noted):
+    written.with_suffix(".mrcs").write_bytes(mrc_bytes(IMAGES, "<", 2, pixel=pixel))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert read_particles(written).pixel_size_angstrom == PIXEL
+    assert len(said) == noted
+    if noted:
+        text = str(said[0].message)
+        assert str(written) in text and f"{pixel:g} A in" in text and "particles.mrcs" in text
+
+
+@pytest.mark.parametrize("block", ["optics", "particles"])
+def test_a_pixel_size_is_computed_as_relion_30_does(written, block):
+    drop_pixel = drop("optics", "rlnImagePixelSize")
+    rewritten(written, drop_pixel)
+    rewritten(written, put(block, "rlnDetectorPixelSize", 5.0))
+    rewritten(written, put(block, "rlnMagnification", 38168.0))
+    stack = read_particles(written)
+    assert stack.pixel_size_angstrom == pytest.approx(5e4 / 38168, rel=1e-8)
+    write_particles(written.with_name("new.star"), stack)
+    back = read_particles(written.with_name("new.star"))
+    assert back.pixel_size_angstrom == stack.pixel_size_angstrom
+
+
+@pytest.mark.parametrize("kind", [relion31, relion30])
+def test_a_pixel_size_that_the_file_lacks_can_be_given(written, tmp_path, kind):
+    with pytest.raises(InputError, match=r"2\.5 A was given, and the file says 3\.67 A"):
+        read_particles(kind(tmp_path), pixel_size_angstrom=2.5)
+    assert read_particles(kind(tmp_path), pixel_size_angstrom=PIXEL).pixel_size_angstrom == PIXEL
+    path = kind(tmp_path)
+    lines = path.read_text().replace("rlnImagePixelSize", "myPixelSize")
+    path.write_text(lines.replace("rlnMagnification", "myMagnification"))
+    with pytest.raises(InputError, match=r"no column rlnImagePixelSize.*--pixel-size"):
+        read_particles(path)
+    stack = read_particles(path, pixel_size_angstrom=2.5)
+    assert stack.pixel_size_angstrom == 2.5
+    in_angstrom = kind is relion31
+    np.testing.assert_allclose(
+        stack.shifts_px, SHIFTS * (PIXEL / 2.5 if in_angstrom else 1), atol=1e-6
+    )
+    write_particles(tmp_path / "new.star", stack)
+    assert read_particles(tmp_path / "new.star").pixel_size_angstrom == 2.5
+
+
+@pytest.mark.parametrize("kind", [relion31, relion30, cryosparc])
+def test_a_file_is_read_without_its_images(written, tmp_path, kind):
+    path = kind(tmp_path)
+    whole = read_particles(path)
+    (tmp_path / "particles.mrcs").unlink()
+    with pytest.raises(InputError, match="no such file"):
+        read_particles(path)
+    stack = read_particles(path, images=False)
+    assert len(stack) == 6 and stack.box_px == (0 if kind is relion30 else 12)
+    assert rotations.distance(stack.quaternions, whole.quaternions).max() < 1e-6
+    np.testing.assert_array_equal(stack.shifts_px, whole.shifts_px)
+    assert len(stack.select(slice(2, 4))) == 2
+    with pytest.raises(InputError, match=rf"{path.name}: read without its images"):
+        stack.images[0]
+    with pytest.raises(InputError, match="read without its images"):
+        write_particles(tmp_path / "new.star", stack)
+
+
+def test_particles_of_cistem_are_named(tmp_path):
+    path = tmp_path / "a.star"
+    path.write_text("data_\n\nloop_\n_cisTEMPositionInStack #1\n_cisTEMAnglePsi #2\n1 3.5\n")
+    with pytest.raises(InputError, match=r"a\.star: particles of cisTEM"):
+        read_particles(path)
+
+
+# --------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -864,6 +1253,7 @@ def put(block, column, value, row=None):
 def other_pixel_size(blocks):
     two_groups(blocks)
     blocks["optics"]["rlnImagePixelSize"] = [PIXEL, 2.0]
+    blocks["optics"]["rlnOpticsGroupName"] = ["opticsGroup1", "second"]
 
 
 def no_rows(blocks):
@@ -880,7 +1270,10 @@ def no_rows(blocks):
         (drop("particles", "rlnImageName"), "rlnImageName"),
         (drop("optics", "rlnVoltage"), "rlnVoltage"),
         (drop("particles", "rlnDefocusV"), "rlnDefocusV"),
-        (other_pixel_size, "row 2: rlnImagePixelSize is 3.67.*one pixel size"),
+        (
+            other_pixel_size,
+            r"row 2: rlnImagePixelSize is 3.67 A.*\(opticsGroup1\).*1 \(second\).*one pixel size",
+        ),
         (put("optics", "rlnImageSize", 64), "row 1: rlnImageSize is 64.*12 in its stack"),
         (put("optics", "rlnImageDimensionality", 3), "row 1: rlnImageDimensionality"),
         (put("particles", "rlnOpticsGroup", 5, row=3), "row 4, column rlnOpticsGroup: group 5"),
@@ -896,6 +1289,13 @@ def no_rows(blocks):
         (put("particles", "rlnRandomSubset", 0, row=0), "row 1, column rlnRandomSubset: got 0"),
         (put("particles", "rlnRandomSubset", 1.5, row=1), "row 2, column rlnRandomSubset: got 1.5"),
         (put("particles", "rlnRandomSubset", "x", row=2), "row 3, column rlnRandomSubset: got x"),
+        (put("particles", "rlnCtfScalefactor", 0.0), "row 1, column rlnCtfScalefactor"),
+        (put("optics", "rlnCtfDataAreCtfPremultiplied", "x"), "optics: row 1.*Premultiplied"),
+        (put("particles", "rlnTomoVisibleFrames", "[1,1]"), "rlnTomoVisibleFrames.*tomograms"),
+        (put("optics", "rlnTomoSubTomosAre2DStacks", 1), "Are2DStacks.*tomograms"),
+        (put("particles", "rlnImagePixelSize", 2.0), "row 1, column rlnImagePixelSize: got 2 A"),
+        (put("particles", "cryoemSign", 2, row=1), "row 1, column cryoemSign: got 0"),
+        (put("optics", "cryoemSign", "black"), "data_optics: row 1, column cryoemSign: got black"),
         (put("particles", "cryoemContrast", "nan", row=2), "row 3, column cryoemContrast"),
         (put("particles", "cryoemExpectedErrorRad", "x", row=1), "row 2, column cryoemExpected"),
         (names([f"{i + 2:06d}@particles.mrcs" for i in range(6)]), "row 6.*holds 6"),

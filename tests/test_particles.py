@@ -1,6 +1,7 @@
 """The particle stack itself: what every step takes and returns."""
 
 import pickle
+import warnings
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 
 import numpy as np
@@ -12,6 +13,7 @@ from cryoem import (
     ParticleStack,
     Preprocessing,
     Search,
+    halves,
     imaging,
     match,
     orient,
@@ -359,6 +361,57 @@ def test_half_sets_that_are_known_are_kept():
             stack.half(2)
 
 
+NAMES = ["1@a.mrcs", "2@a.mrcs", "1@b.mrcs", "000001@./a.mrcs", "3@a.mrcs", "2@a.mrcs"]
+PLACES = {
+    "rlnMicrographName": np.array(["m1", "m1", "m1", "m2", "m2", "m2"], object),
+    "rlnCoordinateX": np.array([100.0, 100.9, 300, 100, 0, 0]),
+    "rlnCoordinateY": np.array([50.0, 50, 50, 50, 0, 0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"rlnImageName": NAMES}, [0, 1, 2, 0, 3, 1]),
+        (PLACES, [0, 0, 1, 2, 3, 4]),
+        # Of one name, or of one place, or both: what holds together is one.
+        ({"rlnImageName": NAMES, **PLACES}, [0, 0, 1, 0, 2, 0]),
+        (PLACES | {"rlnCoordinateX": np.zeros(6), "rlnCoordinateY": np.zeros(6)}, range(6)),
+        (PLACES | {"rlnCoordinateX": np.full(6, "nowhere", object)}, range(6)),
+    ],
+)
+def test_rows_of_one_particle_are_told(columns, wanted):
+    found = halves.particles_of({name: np.asarray(c) for name, c in columns.items()}, 6)
+    _, first, where = np.unique(found, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(np.argsort(np.argsort(first))[where], wanted)
+
+
+def test_a_particle_that_is_there_twice_stays_in_one_half():
+    stack = full().replace(half_set=None).with_columns({"rlnImageName": np.array(NAMES, object)})
+    for seed in range(10):
+        with pytest.warns(UserWarning, match="6 rows are of 4 particles.*one half"):
+            half = stack.with_half_sets(seed).half_set
+        assert half[0] == half[3] and half[1] == half[5] and half.sum() == 9
+    with pytest.warns(UserWarning, match="1 particles stand in both half-sets.*rows 1 and 4"):
+        stack.replace(half_set=[1, 2, 1, 2, 1, 2]).with_half_sets(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack.replace(half_set=[1, 2, 1, 1, 2, 2]).with_half_sets(0)
+        full().replace(half_set=None).with_half_sets(0)
+    with pytest.raises(InputError, match="1 in 6 rows"):
+        random_half_sets(6, 0, np.zeros(6))
+
+
+def test_duplicates_of_many_sizes_leave_the_halves_even():
+    particle = np.repeat(np.arange(300), np.random.default_rng(0).integers(1, 6, 300))
+    half = random_half_sets(len(particle), 1, particle)
+    assert abs((half == 1).sum() - (half == 2).sum()) <= 5
+    assert len(halves.split_particles(particle, half)) == 0
+    first = np.unique(particle, return_index=True)[1]
+    assert 0.4 < np.mean(half[first[:-1]] == half[first[1:]]) < 0.6
+
+
 def test_half_sets_are_even_and_seeded():
     half_set = random_half_sets(101, 3)
     assert sorted(np.bincount(half_set)) == [0, 50, 51]
@@ -424,6 +477,8 @@ def test_one_number_stands_for_all_particles():
         ({"defocus_angle_degrees": np.zeros(2)}, "defocus_angle_degrees"),
         ({"voltage_kv": np.nan}, "voltage_kv must be finite"),
         ({"b_factor_angstrom2": [0, 0, np.inf]}, "b_factor_angstrom2 must be finite"),
+        ({"images": "flipped"}, "'as seen', 'phase flipped', 'premultiplied'.*'flipped'"),
+        ({"images": ["as seen"] * 2}, "images must be.*each of 3"),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(parameters, message):

@@ -1,5 +1,7 @@
 """Reconstruction from the exact phantom's images, which come from another path."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from measures import correlation, relative_error
@@ -63,6 +65,20 @@ def test_the_ctf_is_undone_where_several_defoci_fill_each_others_zeros(phantom, 
     expected = phantom.density(BOX, VOXEL)
     assert maps.fsc(reconstruct(defocused), expected).mean > 0.99
     ignored = reconstruct(defocused.replace(ctf_parameters=None))
+    assert maps.fsc(ignored, expected).mean < 0.9
+
+
+@pytest.mark.parametrize("done", ["phase flipped", "premultiplied"])
+def test_what_was_done_to_images_before_is_taken_into_account(phantom, defocused, done):
+    expected, before = phantom.density(BOX, VOXEL), defocused.ctf_parameters
+    by = {"phase flipped": np.sign, "premultiplied": np.asarray}[done](defocused.ctf())
+    known = {"images": done, "scale": np.linspace(0.9, 1.1, N)}
+    if done == "premultiplied":
+        by = by * known["scale"][:, None, None]
+    images = known["scale"][:, None, None] * imaging.apply_ctf(defocused.images, by)
+    given = defocused.replace(images=images, ctf_parameters=dataclasses.replace(before, **known))
+    assert maps.fsc(reconstruct(given), expected).mean > 0.98
+    ignored = reconstruct(given.replace(ctf_parameters=before))
     assert maps.fsc(ignored, expected).mean < 0.9
 
 

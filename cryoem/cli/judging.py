@@ -16,6 +16,7 @@ from .options import (
     Json,
     MapVoxelSize,
     Particles,
+    PixelSize,
     Seed,
     Symmetry,
     app,
@@ -133,6 +134,7 @@ def describe(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Particles, map, stack, model or estimator.")
     ],
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -142,7 +144,7 @@ def describe(
     path = files.existing(file)
     name = path.name.removesuffix(".gz")
     if name.endswith((".star", ".cs")):
-        found = _of_particles(path, seed)
+        found = _of_particles(path, seed, pixel_size)
     elif name.endswith(".mrcs"):
         found = _of_stack(path)
     elif name.endswith((".mrc", ".map")):
@@ -154,23 +156,45 @@ def describe(
     print_figures(found, as_json)
 
 
-def _of_particles(path: Path, seed: int) -> dict[str, object]:
-    from ..io.stacks import ImageStack
+def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, object]:
+    from ..io.names import NoSuchStackError
+    from ..io.particles import read_particles
+
+    try:
+        stack = open_particles(path, True, pixel_size)
+    except NoSuchStackError as error:
+        warnings.warn(f"images: not found ({error})", stacklevel=2)
+        stack = read_particles(path, pixel_size_angstrom=pixel_size, images=False)
+        return _told_of(stack)
+    found = _surveyed(stack, seed)
+    if found["contrast"] == "black on white":
+        warnings.warn(f"{path}: the commands turn these images as they read them", stacklevel=2)
+    return {**_told_of(stack), **found}
+
+
+def _told_of(stack: ParticleStack) -> dict[str, object]:
+    """What a particle file says, without its images."""
     from ..io.star import length
 
-    stack = open_particles(path, True)
-    assert isinstance(stack.images, ImageStack) and stack.origin is not None
+    assert stack.origin is not None
+    names = {str(name).rpartition("@")[2] for name in stack.columns["rlnImageName"]}
+    defocus = None
+    if stack.ctf_parameters is not None:
+        parameters = stack.ctf_parameters
+        mean = (parameters.defocus_u_angstrom + parameters.defocus_v_angstrom) / 2
+        defocus = (float(mean.min()), float(mean.max()))
     return {
         "kind": "particles",
         "particles": len(stack),
-        "box_px": stack.box_px,
+        "box_px": stack.box_px or "not told",
         "pixel_size_angstrom": stack.pixel_size_angstrom,
-        "stacks": len(stack.images.layouts),
+        "stacks": len(names),
         "optics_groups": length(stack.origin.optics),
         "angles": stack.quaternions is not None,
         "half_sets": stack.half_set is not None,
         "columns": ", ".join(stack.columns),
-        **_surveyed(stack, seed),
+        "max_shift_px": float(np.abs(stack.shifts_px).max()),
+        "defocus_range_angstrom": defocus,
     }
 
 

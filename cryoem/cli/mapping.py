@@ -9,15 +9,18 @@ import numpy as np
 import typer
 
 from .options import (
+    Invert,
     MapOut,
     MapVoxelSize,
     Particles,
+    PixelSize,
     Quiet,
     Seed,
     StarOut,
     Symmetry,
     app,
     check_outputs,
+    in_white,
     open_map,
     open_oriented,
     positive,
@@ -37,6 +40,8 @@ def reconstruct_map(
         bool, typer.Option("--half-maps", help="Also OUTPUT_half1, _half2 and their FSC (.star).")
     ] = False,
     symmetry: Symmetry = "C1",
+    invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -49,9 +54,10 @@ def reconstruct_map(
     from ..maps import HalfMaps
     from ..reconstruction import reconstruct
 
-    stack = open_oriented(particles_file, quiet)
+    stack = open_oriented(particles_file, quiet, pixel_size)
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
+    stack = in_white(stack, particles_file, invert, quiet, seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
         write_density(output, found)
@@ -107,6 +113,8 @@ def refine_particles(
     ] = 15.0,
     rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
     voxel_size: MapVoxelSize = None,
+    invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -121,11 +129,11 @@ def refine_particles(
     from ..io.particles import write_particles
     from ..refinement import refine_against, refine_halves
 
-    stack = open_oriented(particles_file, quiet)
+    stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     written = [*star_files(output, stack), map_path, *_half_files(map_path), page]
     check_outputs({"--output": written}, [particles_file, map_file], stack)
-    stack = stack.with_half_sets(seed)
+    stack = in_white(stack, particles_file, invert, quiet, seed).with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:

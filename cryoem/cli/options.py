@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from ..errors import CryoemError, InputError
@@ -28,8 +29,12 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
+        said: set[str] = set()
 
         def show(message: Warning | str, *_: object, **__: object) -> None:
+            if str(message) in said:
+                return
+            said.add(str(message))
             typer.echo(f"cryoem: note: {message}", err=True)
 
         # A run that is told to stop ends as one that is interrupted: nothing half-written stays.
@@ -111,6 +116,17 @@ MapVoxelSize = Annotated[
         help="Angstrom, of the map; default: what its header says.",
         callback=positive("--voxel-size"),
     ),
+]
+Invert = Annotated[
+    bool | None,
+    typer.Option(
+        "--invert/--no-invert",
+        help="Turn black particles white, or take images as the file has them; default: found out.",
+    ),
+]
+PixelSize = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=1000, help="Angstrom, of a particle file that does not say it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -204,19 +220,19 @@ def star_files(output: Path, particles: ParticleStack | None = None) -> list[Pat
     return [output] if named else [output, output.with_suffix(".mrcs")]
 
 
-def open_particles(path: Path, quiet: bool) -> ParticleStack:
+def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
     """Read a particle file, and say what it holds."""
     from ..io.particles import read_particles
 
-    stack = read_particles(path)
+    stack = read_particles(path, pixel_size_angstrom=pixel_size)
     box, pixel = stack.box_px, stack.pixel_size_angstrom
     say(quiet, f"{path}: {len(stack):,} particles of {box} px, {pixel:g} A each")
     return stack
 
 
-def open_oriented(path: Path, quiet: bool) -> ParticleStack:
+def open_oriented(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
     """Read a particle file that has orientations."""
-    stack = open_particles(path, quiet)
+    stack = open_particles(path, quiet, pixel_size)
     if stack.quaternions is None:
         raise InputError(f"{path}: no columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi; see orient")
     return stack
@@ -247,10 +263,28 @@ def open_map(
     return cube
 
 
-def refuse_black(path: Path, contrast: str) -> None:
-    """Refuse particles that are black on white."""
-    if contrast == "black on white":
-        raise InputError(
-            f"{path}: the particles are black on white; wanted white on black, as RELION extracts "
-            "them with 'invert contrast' (imaging.flip_contrast turns them)"
+def in_white(
+    stack: ParticleStack, path: Path | None, invert: bool | None, quiet: bool, seed: int
+) -> ParticleStack:
+    """Particles that are white on black: turned where the user says so, or where they are black."""
+    if invert is None and not shown_black(stack, seed):
+        return stack
+    if invert is None:
+        warnings.warn(
+            f"{path}: the particles are black on white; their images are turned as they are read "
+            "(--no-invert: taken as they are)",
+            stacklevel=2,
         )
+    elif invert:
+        say(quiet, f"{path}: the images are turned, as --invert says")
+    return stack.inverted() if invert is not False else stack
+
+
+def shown_black(stack: ParticleStack, seed: int) -> bool:
+    """Whether the particles are black on white, by some of their images."""
+    from ..rotations import generator
+    from ..surveying import contrast
+
+    n = len(stack)
+    rows = np.sort(generator(seed, "contrast").choice(n, min(300, n), replace=False))
+    return contrast(stack.images[rows])[0] < 0

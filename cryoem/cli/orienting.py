@@ -11,17 +11,19 @@ import typer
 from ..errors import InputError
 from .options import (
     EstimatorOut,
+    Invert,
     MapVoxelSize,
     Particles,
+    PixelSize,
     Quiet,
     Seed,
     StarOut,
     app,
     check_outputs,
+    in_white,
     json_of,
     open_map,
     open_particles,
-    refuse_black,
     say,
     star_files,
 )
@@ -61,6 +63,8 @@ def train_estimator(
         str, typer.Option(help="float32 or mixed_bfloat16 (on CPUs that have it).")
     ] = "float32",
     voxel_size: MapVoxelSize = None,
+    invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -88,8 +92,8 @@ def train_estimator(
         raise InputError(f"--voxel-size: is told of an MRC map; {density} has its own")
     cube = load_density(density) if shipped else open_map(Path(density), voxel_size, stack)
     symmetry = symmetry or (shipped.symmetry if shipped else "C1")
-    cube, ranges = _as_seen(cube, like, stack, seed)
-    say(quiet, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in ranges.items()))
+    cube, ranges = _as_seen(cube, stack and in_white(stack, like, invert, quiet, seed), seed)
+    say(quiet, _ranges_told(ranges))
     preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
     source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
     model = Estimator.create(
@@ -105,7 +109,7 @@ def train_estimator(
     model.notes = {
         "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry}"
         f" --images {images}"
-        + (f" --like {like.name}" if like else "")
+        + _told_of_particles(like, invert, pixel_size)
         + f" --seed {seed} --precision {precision}",
         "images": images,
         "seed": seed,
@@ -120,18 +124,32 @@ def train_estimator(
 
 
 def _as_seen(
-    cube: Density, like: Path | None, stack: ParticleStack | None, seed: int
+    cube: Density, stack: ParticleStack | None, seed: int
 ) -> tuple[Density, TrainingRanges]:
     """The density as particles show it, and the ranges to train over: theirs, or broad ones."""
     from ..estimator import broad_ranges
     from ..surveying import survey
 
-    if like is None or stack is None:
+    if stack is None:
         return cube, broad_ranges(cube.box_px)
     cube = cube.sampled_as(stack.box_px, stack.pixel_size_angstrom)
-    found = survey(stack, seed=seed)
-    refuse_black(like, found.contrast)
-    return cube, found.training()
+    return cube, survey(stack, seed=seed).training()
+
+
+def _ranges_told(ranges: TrainingRanges) -> str:
+    texts = {
+        **ranges,
+        "noise": noise if isinstance(noise := ranges.get("noise"), str) else "theirs",
+    }
+    return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in texts.items())
+
+
+def _told_of_particles(like: Path | None, invert: bool | None, pixel_size: float | None) -> str:
+    """The options that say which particles, as they are typed."""
+    if like is None:
+        return ""
+    turned = {None: "", True: " --invert", False: " --no-invert"}[invert]
+    return f" --like {like.name}{turned}" + (f" --pixel-size {pixel_size:g}" if pixel_size else "")
 
 
 @app.command("orient")
@@ -159,6 +177,8 @@ def orient_particles(
         ),
     ] = False,
     voxel_size: MapVoxelSize = None,
+    invert: Invert = None,
+    pixel_size: PixelSize = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -170,19 +190,13 @@ def orient_particles(
     """
     from ..surveying import survey
 
-    stack = open_particles(particles_file, quiet)
+    stack = open_particles(particles_file, quiet, pixel_size)
     folder = output.with_suffix(".work") if work is None else work
-    check_outputs(
-        {
-            "--output": star_files(output, stack),
-            "--work": [folder / name for name in WORK],
-        },
-        [particles_file, model, reference],
-        stack,
-    )
+    written = {"--output": star_files(output, stack), "--work": [folder / name for name in WORK]}
+    check_outputs(written, [particles_file, model, reference], stack)
+    stack = in_white(stack, particles_file, invert, quiet, seed)
     found = survey(stack, images=300, seed=seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
-    refuse_black(particles_file, found.contrast)
 
     from ..estimator import load_estimator
     from ..io.particles import write_particles

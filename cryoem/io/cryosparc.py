@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from .. import rotations
 from ..errors import InputError
-from .star import ORIGINS, Table, split_optics, texts
+from .star import ORIGINS, Table, length, split_optics, texts
 
 __all__ = ["read_cryosparc"]
 
@@ -24,6 +25,21 @@ NUMBERS = {
     "ctf/cs_mm": ("rlnSphericalAberration", 1.0),
     "ctf/amp_contrast": ("rlnAmplitudeContrast", 1.0),
     "blob/psize_A": ("rlnImagePixelSize", 1.0),
+}
+PLACE = ("location/center_x_frac", "location/center_y_frac", "location/micrograph_shape")
+#: All fields that are more than kept.
+READ = {
+    *NUMBERS,
+    *PLACE,
+    "alignments3D/class",
+    "alignments3D/pose",
+    "alignments3D/psize_A",
+    "alignments3D/shift",
+    "alignments3D/split",
+    "blob/idx",
+    "blob/path",
+    "blob/sign",
+    "location/micrograph_path",
 }
 
 
@@ -40,6 +56,10 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     columns: Table = {"rlnImageName": _image_names(fields)}
     if "location/micrograph_path" in fields.values:
         columns["rlnMicrographName"] = _column(fields.values.pop("location/micrograph_path"))
+    if all(name in fields.values for name in PLACE):
+        x, y, shape = (fields.values[name].astype(float) for name in PLACE)
+        if x.shape == y.shape == (len(shape),) and shape.shape[1:] == (2,):
+            columns |= {"rlnCoordinateX": x * shape[:, 1], "rlnCoordinateY": y * shape[:, 0]}
     for name, (column, factor) in NUMBERS.items():
         if name in fields.values:
             columns[column] = fields.numbers(name) * factor
@@ -50,8 +70,15 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     ):
         if name in fields.values:
             columns[column] = fields.counted(name)
+    sign, box = _signs(fields), fields.values.get("blob/shape")
     columns.update({name: _column(values) for name, values in fields.values.items()})
-    return *split_optics(columns), ()
+    optics, particles = split_optics(columns)
+    if sign is not None:
+        place = optics if (sign == sign[0]).all() else particles
+        place["cryoemSign"] = np.resize(sign, length(place))
+    if box is not None and box.ndim == 2 and (box == box[0, 0]).all():
+        optics["rlnImageSize"] = np.full(length(optics), int(box[0, 0]))
+    return optics, particles, ()
 
 
 class _Fields:
@@ -59,9 +86,9 @@ class _Fields:
 
     def __init__(self, path: Path) -> None:
         self.path, self.values = path, _read(path)
-        for beside in sorted(path.parent.glob("*passthrough*.cs")):
-            if beside != path:
-                self.values = _with_passthrough(self.values, _read(beside))
+        if len(next(iter(self.values.values()))) == 0:
+            raise InputError(f"{path}: no particles")
+        self.values = _with_passthroughs(path, self.values)
         for name in ("blob/path", "blob/idx", "blob/psize_A"):
             if name not in self.values:
                 raise InputError(f"{path}: no field {name}, neither here nor in a passthrough file")
@@ -88,6 +115,19 @@ def _image_names(fields: _Fields) -> np.ndarray:
     return np.array([f"{i:06d}@{s}" for i, s in zip(index, stacks, strict=True)], object)
 
 
+def _signs(fields: _Fields) -> np.ndarray | None:
+    """What each image is multiplied by; None: all are as they should be."""
+    if "blob/sign" not in fields.values:
+        return None
+    sign = fields.numbers("blob/sign")
+    if (bad := np.abs(sign) != 1).any():
+        raise InputError(
+            f"{fields.path}: row {np.argmax(bad) + 1}, field blob/sign: got {sign[bad][0]:g}, "
+            "wanted 1 or -1"
+        )
+    return None if (sign == 1).all() else sign.astype(np.int64)
+
+
 def _add_alignment(fields: _Fields, columns: Table) -> None:
     """Poses, where the file has them."""
     if "alignments3D/pose" in fields.values:
@@ -106,18 +146,42 @@ def _add_alignment(fields: _Fields, columns: Table) -> None:
         columns.update(zip(ORIGINS, shift.T, strict=True))
 
 
-def _with_passthrough(
-    fields: dict[str, np.ndarray], more: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Add the fields of a passthrough file, if it holds the same particles."""
-    uid, known = fields.get("uid"), more.get("uid")
-    if uid is None or known is None or not len(known) or not uid.ndim == known.ndim == 1:
-        return fields
-    order = np.argsort(known)
-    place = order[np.minimum(np.searchsorted(known, uid, sorter=order), len(known) - 1)]
-    if (known[place] != uid).any():
-        return fields
-    return {name: values[place] for name, values in more.items()} | fields
+def _with_passthroughs(path: Path, fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add the fields of the passthrough files beside a file, of those that hold its particles."""
+    uid = fields.get("uid")
+    added: dict[str, np.ndarray] = {}
+    source: dict[str, str] = {}
+    for beside in sorted(path.parent.glob("*passthrough*.cs")):
+        more = {} if beside == path or uid is None else _read(beside)
+        known = more.get("uid")
+        if uid is None or known is None or not len(known) or not uid.ndim == known.ndim == 1:
+            continue
+        order = np.argsort(known)
+        place = order[np.minimum(np.searchsorted(known, uid, sorter=order), len(known) - 1)]
+        if (here := known[place] == uid).any() and not here.all():
+            warnings.warn(
+                f"{beside}: not used: it holds {here.sum():,} of the {len(uid):,} particles of "
+                f"{path}",
+                stacklevel=2,
+            )
+        if not here.all():
+            continue
+        for name in more:
+            values = more[name][place]
+            if name in fields:
+                continue
+            if name not in added:
+                added[name], source[name] = values, beside.name
+            elif name in READ and not _equal(added[name], values):
+                raise InputError(
+                    f"{path}: {source[name]} and {beside.name} beside it give different values of "
+                    f"{name} to the same particles; wanted one of them, the other elsewhere"
+                )
+    return added | fields
+
+
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
+    return np.array_equal(first, second, equal_nan=first.dtype.kind == second.dtype.kind == "f")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -129,8 +193,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not a readable .cs file ({error})") from error
     if data.ndim != 1 or data.dtype.names is None:
         raise InputError(f"{path}: wanted a table with named fields, got {data.dtype}")
-    if len(data) == 0:
-        raise InputError(f"{path}: no particles")
     return {name: np.array(data[name]) for name in data.dtype.names}
 
 

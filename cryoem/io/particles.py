@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +15,31 @@ from ..rotations import RELION_ANGLES
 from . import files, stacks
 from .cryosparc import read_cryosparc
 from .files import PathLike
-from .stacks import ImageStack
+from .names import find_stack, folders_of, names_from, open_images, without_format
+from .optics import (
+    CTF,
+    MICROSCOPE,
+    ctf_columns,
+    ctf_parameters,
+    note_header_pixels,
+    note_unused,
+    optics_rows,
+    pixel_sizes,
+    refuse_tomograms,
+    same,
+    tell_done,
+    with_origins,
+)
+from .stacks import ImageStack, NoImages
 from .star import ORIGINS, Table, length, numbers, read_relion, write_star
 
 __all__ = ["read_particles", "write_particles"]
 
-#: The columns of a CTF and the fields of :class:`cryoem.particles.CtfParameters`, with what RELION
-#: takes where a column is missing (None: it must be there).
-CTF = {
-    "rlnDefocusU": ("defocus_u_angstrom", None),
-    "rlnDefocusV": ("defocus_v_angstrom", None),
-    "rlnDefocusAngle": ("defocus_angle_degrees", 0.0),
-    "rlnVoltage": ("voltage_kv", None),
-    "rlnSphericalAberration": ("spherical_aberration_mm", None),
-    "rlnAmplitudeContrast": ("amplitude_contrast", None),
-    "rlnPhaseShift": ("phase_shift_degrees", 0.0),
-    "rlnCtfBfactor": ("b_factor_angstrom2", 0.0),
-}
-#: Those of them that an optics group has; the others are each particle's.
-MICROSCOPE = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
-
 HALF_SET, CONTRAST, EXPECTED = "rlnRandomSubset", "cryoemContrast", "cryoemExpectedErrorRad"
+#: What an image that stays where it is is multiplied by, 1 or -1: an optics group's or a row's.
+SIGN = "cryoemSign"
+
+SIZE = "rlnImageSize"
 
 #: Fields of a stack, and the columns without which a file does not tell them.
 NEEDED = {
@@ -52,7 +55,9 @@ NEEDED = {
 # Reading
 
 
-def read_particles(path: PathLike) -> ParticleStack:
+def read_particles(
+    path: PathLike, *, pixel_size_angstrom: float | None = None, images: bool = True
+) -> ParticleStack:
     """Read the particles of RELION or cryoSPARC; their images are opened, not read.
 
     Parameters
@@ -62,7 +67,12 @@ def read_particles(path: PathLike) -> ParticleStack:
         pixels). Beside a ``.cs`` file the passthrough file of the same particles is read too,
         where there is one. Image names are relative to the file's folder, to any folder above it
         (RELION's and cryoSPARC's project), or to the working directory. An ``.npy`` file holds
-        images alone, an (n, size, size) array, of pixels of 1 A.
+        images alone, an (n, size, size) array, by default of pixels of 1 A.
+    pixel_size_angstrom : float, optional
+        Of a file that does not say it.
+    images : bool
+        False: the images need not be there, and cannot be read; their size is 0 where the file
+        does not tell it.
 
     Returns
     -------
@@ -76,22 +86,25 @@ def read_particles(path: PathLike) -> ParticleStack:
     """
     path = files.existing(path)
     if path.suffix == ".npy":
-        return ParticleStack(stacks.open_array(path), 1.0)
+        pixel = 1.0 if pixel_size_angstrom is None else pixel_size_angstrom
+        return ParticleStack(stacks.open_array(path), pixel)
     optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
-    images = _open_images(path, table["rlnImageName"])
-    group = _optics_rows(path, optics, table)
-    for name, wanted in (("rlnImageSize", images.shape[1]), ("rlnImageDimensionality", 2)):
-        if name not in optics:
-            optics[name] = np.full(length(optics), wanted)
-        found = numbers(path, optics, name, "data_optics: ")[group]
-        if (bad := found != wanted).any():
-            raise InputError(
-                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
-                f"group, {wanted} in its stack"
-            )
-    pixel_size = _pixel_size(path, optics, group)
+    table["rlnImageName"] = without_format(table["rlnImageName"])
+    group = optics_rows(path, optics, table)
+    refuse_tomograms(path, optics, table, group)
+    opened: ImageStack | NoImages
+    if images:
+        opened = open_images(path, table["rlnImageName"])
+        opened = opened.with_sign(_signs(path, optics, table, group))
+        _check_sizes(path, optics, group, opened.shape[1])
+    else:
+        size = numbers(path, optics, SIZE, "data_optics: ")[group[0]] if SIZE in optics else 0
+        opened = NoImages(path, len(group), int(size))
+    sizes = pixel_sizes(path, optics, table, group, pixel_size_angstrom)
+    table = with_origins(path, table, sizes)
+    pixel_size = float(sizes[0])
     quaternions, shifts = None, np.zeros((len(group), 2))
     if all(name in table for name in RELION_ANGLES):
         quaternions = rotations.from_relion(*(numbers(path, table, n) for n in RELION_ANGLES))
@@ -101,19 +114,16 @@ def read_particles(path: PathLike) -> ParticleStack:
             for name in ORIGINS
         ]
         shifts = -np.stack(origins, axis=1) / pixel_size
-    half_set = numbers(path, table, HALF_SET) if HALF_SET in table else None
-    if half_set is not None and (bad := ~np.isin(half_set, (1, 2))).any():
-        raise InputError(
-            f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
-            f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
-        )
+    note_unused(path, optics, table)
+    if isinstance(opened, ImageStack):
+        note_header_pixels(path, opened, pixel_size)
     return ParticleStack(
-        images,
+        opened,
         pixel_size,
         quaternions=quaternions,
         shifts_px=shifts,
-        ctf_parameters=_ctf_parameters(path, optics, table, group),
-        half_set=half_set,
+        ctf_parameters=ctf_parameters(path, optics, table, group),
+        half_set=_half_set(path, table),
         optics_group=group,
         contrast=numbers(path, table, CONTRAST) if CONTRAST in table else None,
         expected_error_rad=numbers(path, table, EXPECTED) if EXPECTED in table else None,
@@ -122,105 +132,43 @@ def read_particles(path: PathLike) -> ParticleStack:
     )
 
 
-def _optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
-    """The row of ``optics`` for each particle, (n,) int array."""
-    if "rlnOpticsGroup" not in optics or "rlnOpticsGroup" not in table:
-        if length(optics) == 1:
-            return np.zeros(length(table), int)
-        block = "data_particles" if "rlnOpticsGroup" in optics else "data_optics"
-        raise InputError(f"{path}: no column rlnOpticsGroup in {block}")
-    groups = numbers(path, optics, "rlnOpticsGroup", "data_optics: ")
-    wanted = numbers(path, table, "rlnOpticsGroup")
-    order = np.argsort(groups)
-    place = order[np.minimum(np.searchsorted(groups, wanted, sorter=order), len(groups) - 1)]
-    if (bad := groups[place] != wanted).any():
+def _half_set(path: Path, table: Table) -> np.ndarray | None:
+    """The half of each particle, 1 or 2, where the file says it."""
+    half_set = numbers(path, table, HALF_SET) if HALF_SET in table else None
+    if half_set is not None and (bad := ~np.isin(half_set, (1, 2))).any():
         raise InputError(
-            f"{path}: row {np.argmax(bad) + 1}, column rlnOpticsGroup: group {wanted[bad][0]:g} "
-            "is not in data_optics"
+            f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
+            f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
         )
-    return place
+    return half_set
 
 
-def _pixel_size(path: Path, optics: Table, group: np.ndarray) -> float:
-    if "rlnImagePixelSize" not in optics:
-        raise InputError(f"{path}: no column rlnImagePixelSize in data_optics")
-    sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")[group]
-    if (other := ~np.isclose(sizes, sizes[0], rtol=1e-4)).any():
-        raise InputError(
-            f"{path}: row {np.argmax(other) + 1}: rlnImagePixelSize is {sizes[other][0]:g} A in "
-            f"its optics group, {sizes[0]:g} A in that of row 1; wanted one pixel size"
-        )
-    return float(sizes[0])
+def _check_sizes(path: Path, optics: Table, group: np.ndarray, size: int) -> None:
+    """Refuse optics groups of other images than those that were opened, and add what is missing."""
+    for name, wanted in ((SIZE, size), ("rlnImageDimensionality", 2)):
+        if name not in optics:
+            optics[name] = np.full(length(optics), wanted)
+        found = numbers(path, optics, name, "data_optics: ")[group]
+        if (bad := found != wanted).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
+                f"group, {wanted} in its stack"
+            )
 
 
-def _ctf_parameters(
-    path: Path, optics: Table, table: Table, group: np.ndarray
-) -> CtfParameters | None:
-    if "rlnDefocusU" not in table:
+def _signs(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:
+    """What each image is multiplied by, or None where all are as they should be."""
+    if SIGN in table:
+        sign = numbers(path, table, SIGN)
+    elif SIGN in optics:
+        sign = numbers(path, optics, SIGN, "data_optics: ")[group]
+    else:
         return None
-    parameters = {}
-    for name, (argument, default) in CTF.items():
-        if name in table:
-            parameters[argument] = numbers(path, table, name)
-        elif name in optics:
-            parameters[argument] = numbers(path, optics, name, "data_optics: ")[group]
-        elif default is None:
-            raise InputError(f"{path}: has defocus, but no column {name}")
-    largest = np.abs(parameters["defocus_u_angstrom"]).max()
-    if largest < 100:
+    if (bad := np.abs(sign) != 1).any():
         raise InputError(
-            f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
-            "(1 micrometre is 10000), or no defocus columns for images without CTF"
+            f"{path}: row {np.argmax(bad) + 1}, column {SIGN}: got {sign[bad][0]:g}, wanted 1 or -1"
         )
-    return CtfParameters(**parameters)
-
-
-def _open_images(path: Path, names: Iterable[object]) -> ImageStack:
-    """Open the stacks of image names as ``000001@stack.mrcs``, or ``image.mrc`` for single ones."""
-    folders = [*_folders(path), Path.cwd()]
-    layouts: list[stacks.Layout] = []
-    index: dict[str, int] = {}
-    file, section = [], []
-    for row, name in enumerate(map(str, names)):
-        where = f"{path}: row {row + 1}, column rlnImageName: "
-        digits, at, stack = name.rpartition("@")
-        if stack not in index:
-            found = _find(stack, folders)
-            if found is None:
-                raise InputError(
-                    f"{where}{stack!r}: no such file in the folder of the particles, in one above "
-                    "it, or in the working directory"
-                )
-            index[stack] = len(layouts)
-            layouts.append(stacks.layout(found))
-        layout = layouts[index[stack]]
-        held, *edges = layout.shape
-        if not (re.fullmatch("[0-9]{1,9}", digits) if at else held == 1):
-            raise InputError(
-                f"{where}got {name!r}, wanted 000001@stack.mrcs ({stack} holds {held} images)"
-            )
-        number = int(digits or 1)
-        if not 1 <= number <= held:
-            raise InputError(f"{where}image {number} of {layout.path}, which holds {held}")
-        if edges[0] != edges[1] or edges != [*layouts[0].shape[1:]]:
-            raise InputError(
-                f"{where}the images of {layout.path} have {edges[1]} x {edges[0]} px; wanted "
-                f"squares, all of the size of row 1 ({layouts[0].shape[2]} px)"
-            )
-        file.append(index[stack])
-        section.append(number - 1)
-    return ImageStack(layouts, file, section, source=path)
-
-
-def _folders(path: Path) -> list[Path]:
-    """The folder of the file at ``path`` and those above it."""
-    return [*path.absolute().parents]
-
-
-def _find(stack: str, folders: Iterable[Path]) -> Path | None:
-    """The file ``stack`` of the first folder that has it."""
-    paths = (folder / stack for folder in folders)
-    return next((path for path in paths if os.path.isfile(path)), None)
+    return None if (sign == 1).all() else sign
 
 
 # --------------------------------------------------------------------------------------
@@ -261,8 +209,10 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     table.update(_known_columns(stack, optics))
     blocks = {"optics": optics, "particles": table}
     others = () if stack.origin is None else stack.origin.other_blocks
+    _tell_signs(path, stack, optics, table)
+    tell_done(path, stack, optics, table)
     if isinstance(stack.images, ImageStack) and not stack.images.is_array:
-        table["rlnImageName"] = _names_from(path, stack.images, stack.columns.get("rlnImageName"))
+        table["rlnImageName"] = names_from(path, stack.images, stack.columns.get("rlnImageName"))
         write_star(path, blocks, others)
         return None
     import mrcfile
@@ -281,13 +231,38 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     return beside
 
 
+def _tell_signs(path: Path, stack: ParticleStack, optics: Table, table: Table) -> None:
+    """Write the signs of images that stay where they are: of optics groups, where that does."""
+    group, signs = stack.optics_group, np.ones(len(stack), int)
+    if not isinstance(stack.images, ImageStack) or stack.images.is_array:
+        table.pop(SIGN, None)
+        optics.pop(SIGN, None)
+        return
+    if stack.images.sign is not None:
+        signs = stack.images.sign.astype(int)
+    of_groups = np.array(optics.get(SIGN, np.ones(length(optics))), float).astype(int)
+    of_groups[group] = signs
+    if SIGN in table or (of_groups[group] != signs).any():
+        table[SIGN] = signs
+        optics.pop(SIGN, None)
+    elif SIGN in optics or (signs < 0).any():
+        optics[SIGN] = of_groups
+    if turned := int((signs < 0).sum()):
+        warnings.warn(
+            f"{path}: the files of {turned:,} of {len(stack):,} images show black particles on "
+            f"white and stay as they are; column {SIGN} says so, which RELION does not know: "
+            "invert them first for RELION",
+            stacklevel=3,
+        )
+
+
 def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
     """Refuse a stack that holds the images which the particles came from."""
     if stack.origin is None or not beside.exists():
         return
-    folders = [*_folders(stack.origin.path), Path.cwd()]
+    folders = [*folders_of(stack.origin.path), Path.cwd()]
     names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
-    if any(found.samefile(beside) for name in names if (found := _find(name, folders))):
+    if any(found.samefile(beside) for name in names if (found := find_stack(name, folders))):
         raise InputError(
             f"{beside}: holds the images of {stack.origin.path}, which these were made from, and "
             "would be overwritten; wanted another name for the STAR file"
@@ -318,8 +293,13 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
         # What is added to centre each particle, in angstrom; without negative zeros.
         origins = -stack.shifts_px * stack.pixel_size_angstrom + 0.0
         new.update(zip(ORIGINS, origins.T, strict=True))
+    pixel = stack.columns.get("rlnImagePixelSize")
+    if pixel is not None and not np.allclose(
+        pixel.astype(float), stack.pixel_size_angstrom, rtol=1e-3
+    ):
+        new["rlnImagePixelSize"] = np.full(len(stack), stack.pixel_size_angstrom)
     if stack.ctf_parameters is not None:
-        new.update(_ctf_columns(stack, stack.ctf_parameters, optics))
+        new.update(ctf_columns(stack, stack.ctf_parameters, optics))
     for name, value in (
         (HALF_SET, stack.half_set),
         (CONTRAST, stack.contrast),
@@ -329,17 +309,9 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
             new[name] = value
     before = stack.columns
     return {
-        name: before[name] if name in before and _same(before[name], values) else values
+        name: before[name] if name in before and same(before[name], values) else values
         for name, values in new.items()
     }
-
-
-def _same(before: np.ndarray, values: np.ndarray) -> bool:
-    """Whether a column says these numbers already, but for their last digit."""
-    try:
-        return np.allclose(before.astype(float), values.astype(float), rtol=1e-14, atol=1e-13)
-    except (TypeError, ValueError):
-        return False
 
 
 def _same_angles(stack: ParticleStack) -> bool:
@@ -350,23 +322,6 @@ def _same_angles(stack: ParticleStack) -> bool:
     except (TypeError, ValueError):
         return False
     return bool((rotations.distance(before, stack.oriented()) < 1e-12).all())
-
-
-def _ctf_columns(stack: ParticleStack, parameters: CtfParameters, optics: Table) -> Table:
-    """Parameters that columns have, and those that the optics groups do not say."""
-    columns: Table = {}
-    for name, (field, default) in CTF.items():
-        values = getattr(parameters, field)
-        if name in stack.columns:
-            told = True
-        elif name in optics:
-            told = not _same(optics[name][stack.optics_group], values)
-        else:
-            usual = name == "rlnDefocusAngle" and stack.origin is None
-            told = default is None or usual or bool((values != default).any())
-        if told:
-            columns[name] = values
-    return columns
 
 
 def _optics(path: Path, stack: ParticleStack) -> Table:
@@ -392,7 +347,7 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
                 f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]:g}, and "
                 f"{values[first[group]][bad][0]:g} for others of its optics group"
             )
-        if name not in table or not _same(table[name][group], values):
+        if name not in table or not same(table[name][group], values):
             table[name] = values[first]
     pixel = stack.pixel_size_angstrom
     sizes = np.asarray(table.get("rlnImagePixelSize", np.zeros(groups)), float)
@@ -400,24 +355,6 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
     if pixel not in sizes or not np.allclose(sizes[group], pixel, rtol=1e-4):
         table["rlnImagePixelSize"] = np.full(groups, pixel)
     for name, size in (("rlnImageSize", stack.box_px), ("rlnImageDimensionality", 2)):
-        if name not in table or not _same(table[name][group], np.full(len(stack), size)):
+        if name not in table or not same(table[name][group], np.full(len(stack), size)):
             table[name] = np.full(groups, size)
     return table
-
-
-def _names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.ndarray:
-    """Image names that can be found from the file at ``path``: those that were, where they can."""
-    folders = _folders(path)
-    renamed: dict[tuple[int, str], str] = {}
-    found = []
-    for row, (file, section) in enumerate(zip(images.file, images.section, strict=True)):
-        digits, _, stack = ("" if names is None else str(names[row])).rpartition("@")
-        layout = images.layouts[file]
-        if (file, stack) not in renamed:
-            there, here = layout.path.absolute(), _find(stack, folders)
-            same = here is not None and here.samefile(there)
-            renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
-        if int(digits or layout.shape[0] == 1) != section + 1:
-            digits = f"{section + 1:06d}"
-        found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}")
-    return np.array(found, object)

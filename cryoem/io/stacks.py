@@ -14,7 +14,7 @@ from ..errors import InputError
 from . import files
 from .files import PathLike
 
-__all__ = ["ImageStack", "Layout", "layout", "open_array"]
+__all__ = ["ImageStack", "Layout", "NoImages", "layout", "open_array"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,15 @@ class Layout:
         With the file's byte order.
     offset : int
         Bytes before the values.
+    pixel_size_angstrom : float
+        As the header has it; 0 where it says nothing of use.
     """
 
     path: Path
     shape: tuple[int, int, int]
     dtype: np.dtype
     offset: int
+    pixel_size_angstrom: float = 0.0
 
     def mapped(self) -> np.ndarray:
         """Map the values into memory, read-only: a (nz, ny, nx) array."""
@@ -97,7 +100,10 @@ def fitting(raw: bytes, length: int, path: Path) -> Layout:
         elif bytes(header["map"])[:3] != b"MAP" and wanted != length:
             what = "no MAP, the mark of an MRC file"
         else:
-            return Layout(path, (nz, ny, nx), dtype, len(raw) + extended)
+            cell, intervals = float(header["cella"]["x"]), int(header["mx"])
+            known = np.isfinite(cell) and cell > 0 and intervals > 0
+            pixel = float(f"{cell / intervals:.6g}") if known else 0.0
+            return Layout(path, (nz, ny, nx), dtype, len(raw) + extended, pixel)
         failures.append((True, what))
     # The byte order is the one in which the mode makes sense.
     _, what = max(failures, key=lambda failure: failure[0])
@@ -120,6 +126,26 @@ def open_array(path: PathLike) -> ImageStack:
     return ImageStack([at], np.zeros(n), np.arange(n))
 
 
+class NoImages:
+    """In place of the images of a particle file that are not there: how many, and of what size."""
+
+    def __init__(self, path: Path, n: int, box_px: int) -> None:
+        self.path, self.shape = path, (n, box_px, box_px)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        raise InputError(f"{self.path}: read without its images")
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:]
+
+    def select(self, rows: slice | np.ndarray) -> NoImages:
+        """Some of the images that are not there."""
+        return NoImages(self.path, len(np.arange(len(self))[rows]), self.shape[1])
+
+
 class ImageStack:
     """Images in the order of their rows, from any number of MRC files.
 
@@ -139,6 +165,8 @@ class ImageStack:
         The particle file, which errors name.
     row : (n,) int array, optional
         Rows of the particle file, from 0, which errors name; by default all.
+    sign : (n,) array of 1 and -1, optional
+        What each image is multiplied by as it is read; by default nothing.
 
     Raises
     ------
@@ -157,11 +185,13 @@ class ImageStack:
         *,
         source: PathLike | None = None,
         row: ArrayLike | None = None,
+        sign: ArrayLike | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self.file, self.section = np.asarray(file, np.int32), np.asarray(section, np.int32)
         self.source = source
         self.row = np.arange(len(self.file), dtype=np.int32) if row is None else np.asarray(row)
+        self.sign = None if sign is None else np.asarray(sign, np.int8)
         #: (n, size, size)
         self.shape = (len(self.file), *self.layouts[0].shape[1:])
 
@@ -181,13 +211,23 @@ class ImageStack:
     def select(self, rows: slice | np.ndarray) -> ImageStack:
         """Some of the images, as a stack; nothing is read."""
         chosen = self.file[rows], self.section[rows]
-        return ImageStack(self.layouts, *chosen, source=self.source, row=self.row[rows])
+        sign = None if self.sign is None else self.sign[rows]
+        return ImageStack(self.layouts, *chosen, source=self.source, row=self.row[rows], sign=sign)
+
+    def with_sign(self, sign: ArrayLike | None) -> ImageStack:
+        """The same images, each multiplied by its sign, 1 or -1, as it is read."""
+        files = self.layouts, self.file, self.section
+        return ImageStack(*files, source=self.source, row=self.row, sign=sign)
+
+    def inverted(self) -> ImageStack:
+        """The same images, black turned to white as they are read."""
+        return self.with_sign(-np.ones(len(self)) if self.sign is None else -self.sign)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers are sent the files of these images, not of all.
         used, file = np.unique(self.file, return_inverse=True)
         arguments = [self.layouts[i] for i in used] or self.layouts[:1], file, self.section
-        return _rebuilt, (*arguments, self.source, self.row)
+        return _rebuilt, (*arguments, self.source, self.row, self.sign)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -202,6 +242,8 @@ class ImageStack:
                 raise InputError(
                     f"{self.layouts[i].path}: has changed since it was opened ({error})"
                 ) from error
+        if self.sign is not None:
+            images *= self.sign[rows, None, None]
         low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))  # NaN where one pixel is
         self._refuse(
             rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
@@ -225,5 +267,6 @@ def _rebuilt(
     section: np.ndarray,
     source: PathLike | None,
     row: np.ndarray,
+    sign: np.ndarray | None,
 ) -> ImageStack:
-    return ImageStack(layouts, file, section, source=source, row=row)
+    return ImageStack(layouts, file, section, source=source, row=row, sign=sign)

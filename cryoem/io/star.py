@@ -2,7 +2,7 @@
 
 A table is a dict of columns in the order of the file. A column holds numbers where that loses
 nothing, and text elsewhere. RELION 3.0's particles are brought into the form of RELION 3.1: a table
-of particles and one of optics groups, origins in angstrom.
+of particles and one of optics groups.
 
 Files are read as RELION reads them, a line of a loop a row. To a reader of CIF a name such as
 ``data_1/a.mrc`` begins a block.
@@ -59,6 +59,7 @@ BOUNDS = {
     "rlnImagePixelSize": (1e-2, 1e3),
     "rlnDetectorPixelSize": (1e-6, 1e3),
     "rlnMagnification": (1.0, 1e8),
+    "rlnCtfScalefactor": (1e-6, 1e6),
 }
 
 
@@ -190,6 +191,11 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     if name not in blocks and "optics" not in blocks:  # RELION 3.0: one block of any name
         named = [n for n, lines in blocks.items() if any(map(_IMAGE_NAME.match, lines))]
         if len(named) != 1:
+            if any(b"_cisTEM" in line for lines in blocks.values() for line in lines):
+                raise InputError(
+                    f"{path}: particles of cisTEM, whose names of images are not RELION's; wanted "
+                    "RELION's particles, as cisTEM exports them, or cryoSPARC's"
+                )
             raise InputError(
                 f"{path}: no block data_particles; wanted RELION's particles, got "
                 f"{', '.join('data_' + n for n in blocks) or 'an empty file'}"
@@ -203,7 +209,7 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
         if length(particles) == 0:
             raise InputError(f"{path}: no particles")
         if "optics" not in blocks:
-            optics, particles = split_optics(_with_pixel_size(path, particles))
+            optics, particles = split_optics(particles)
         else:
             optics = _table(f"{path}: data_optics: ", blocks.pop("optics"))
             if length(optics) == 0:
@@ -344,29 +350,6 @@ def _typed(values: list[bytes]) -> np.ndarray:
             except ValueError:
                 pass
     return np.array([value.decode() for value in values], object)
-
-
-def _with_pixel_size(path: Path, table: Table) -> Table:
-    """RELION 3.0's particles with a pixel size on every row and origins in angstrom."""
-    if "rlnImagePixelSize" not in table:
-        for name in ("rlnDetectorPixelSize", "rlnMagnification"):
-            if name not in table:
-                raise InputError(
-                    f"{path}: no column {name}, and no block data_optics; wanted one of them for "
-                    "the pixel size"
-                )
-        detector, magnification = (
-            numbers(path, table, n) for n in ("rlnDetectorPixelSize", "rlnMagnification")
-        )
-        table["rlnImagePixelSize"] = np.round(1e4 * detector / magnification, 9)
-    for old, new in zip(("rlnOriginX", "rlnOriginY"), ORIGINS, strict=True):
-        if old in table and new not in table:
-            origin = numbers(path, table, old) * numbers(path, table, "rlnImagePixelSize")
-            table = {
-                new if name == old else name: origin if name == old else column
-                for name, column in table.items()
-            }
-    return table
 
 
 def split_optics(table: Table) -> tuple[Table, Table]:

@@ -1,0 +1,107 @@
+"""Image names: which image of which file they mean, and names by which it is found again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from . import stacks
+from .stacks import ImageStack
+
+__all__ = [
+    "NoSuchStackError",
+    "find_stack",
+    "folders_of",
+    "names_from",
+    "open_images",
+    "without_format",
+]
+
+#: What RELION takes for stacks by their names; the format of others is told after a colon.
+STACKS = (".mrcs", ".st")
+FORMAT = re.compile(":(mrcs?|st)$")
+
+
+class NoSuchStackError(InputError):
+    """A particle file names a stack that is not there."""
+
+
+def without_format(names: np.ndarray) -> np.ndarray:
+    """Image names without RELION's mark of a format: ``000001@stack.mrc:mrcs``."""
+    return np.array([FORMAT.sub("", str(name)) for name in names], object)
+
+
+def open_images(path: Path, names: Iterable[object]) -> ImageStack:
+    """Open the stacks of image names as ``000001@stack.mrcs``, or ``image.mrc`` for single ones."""
+    folders = [*folders_of(path), Path.cwd()]
+    layouts: list[stacks.Layout] = []
+    index: dict[str, int] = {}
+    file, section = [], []
+    for row, name in enumerate(map(str, names)):
+        where = f"{path}: row {row + 1}, column rlnImageName: "
+        digits, at, stack = name.rpartition("@")
+        if stack not in index:
+            found = find_stack(stack, folders)
+            if found is None:
+                raise NoSuchStackError(
+                    f"{where}{stack!r}: no such file in the folder of the particles, in one above "
+                    "it, or in the working directory"
+                )
+            index[stack] = len(layouts)
+            layouts.append(stacks.layout(found))
+        layout = layouts[index[stack]]
+        held, *edges = layout.shape
+        if not (re.fullmatch("[0-9]{1,9}", digits) if at else held == 1):
+            raise InputError(
+                f"{where}got {name!r}, wanted 000001@stack.mrcs ({stack} holds {held} images)"
+            )
+        number = int(digits or 1)
+        if not 1 <= number <= held:
+            raise InputError(f"{where}image {number} of {layout.path}, which holds {held}")
+        if edges[0] != edges[1] or edges != [*layouts[0].shape[1:]]:
+            raise InputError(
+                f"{where}the images of {layout.path} have {edges[1]} x {edges[0]} px; wanted "
+                f"squares, all of the size of row 1 ({layouts[0].shape[2]} px)"
+            )
+        file.append(index[stack])
+        section.append(number - 1)
+    return ImageStack(layouts, file, section, source=path)
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The folder of the file at ``path`` and those above it."""
+    return [*path.absolute().parents]
+
+
+def find_stack(stack: str, folders: Iterable[Path]) -> Path | None:
+    """The file ``stack`` of the first folder that has it."""
+    paths = (folder / stack for folder in folders)
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.ndarray:
+    """Image names that can be found from the file at ``path``: those that were, where they can.
+
+    A stack that RELION would take for a volume is marked as one.
+    """
+    folders = folders_of(path)
+    renamed: dict[tuple[int, str], str] = {}
+    found = []
+    for row, (file, section) in enumerate(zip(images.file, images.section, strict=True)):
+        digits, _, stack = ("" if names is None else str(names[row])).rpartition("@")
+        layout = images.layouts[file]
+        if (file, stack) not in renamed:
+            there, here = layout.path.absolute(), find_stack(stack, folders)
+            same = here is not None and here.samefile(there)
+            renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
+        if int(digits or layout.shape[0] == 1) != section + 1:
+            digits = f"{section + 1:06d}"
+        of_many = layout.shape[0] > 1 and layout.path.suffix not in STACKS
+        end = ":mrcs" if of_many else ""
+        found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}{end}")
+    return np.array(found, object)

@@ -1,0 +1,331 @@
+"""What a particle file says of its optics: pixels, the CTF, and what is not used here."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..imaging import CtfParameters
+from ..particles import ParticleStack
+from .stacks import ImageStack
+from .star import ORIGINS, Table, length, numbers
+
+__all__ = [
+    "CTF",
+    "MICROSCOPE",
+    "ctf_columns",
+    "ctf_parameters",
+    "note_header_pixels",
+    "note_unused",
+    "optics_rows",
+    "pixel_sizes",
+    "refuse_tomograms",
+    "same",
+    "tell_done",
+    "with_origins",
+]
+
+#: The columns of a CTF and the fields of :class:`cryoem.particles.CtfParameters`, with what RELION
+#: takes where a column is missing (None: it must be there).
+CTF = {
+    "rlnDefocusU": ("defocus_u_angstrom", None),
+    "rlnDefocusV": ("defocus_v_angstrom", None),
+    "rlnDefocusAngle": ("defocus_angle_degrees", 0.0),
+    "rlnVoltage": ("voltage_kv", None),
+    "rlnSphericalAberration": ("spherical_aberration_mm", None),
+    "rlnAmplitudeContrast": ("amplitude_contrast", None),
+    "rlnPhaseShift": ("phase_shift_degrees", 0.0),
+    "rlnCtfBfactor": ("b_factor_angstrom2", 0.0),
+    "rlnCtfScalefactor": ("scale", 1.0),
+}
+#: Those of them that an optics group has; the others are each particle's.
+MICROSCOPE = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
+
+#: What was done to the images, and the column of an optics group or of a particle that says it.
+DONE = {
+    "phase flipped": "rlnCtfDataArePhaseFlipped",
+    "premultiplied": "rlnCtfDataAreCtfPremultiplied",
+}
+
+#: Columns that are not used, and what they say where that changes nothing.
+UNUSED = {
+    "rlnBeamTiltX": 0.0,
+    "rlnBeamTiltY": 0.0,
+    "rlnOddZernike": 0.0,
+    "rlnEvenZernike": 0.0,
+    "rlnMagMat00": 1.0,
+    "rlnMagMat01": 0.0,
+    "rlnMagMat10": 0.0,
+    "rlnMagMat11": 1.0,
+    "rlnOriginZ": 0.0,
+    "rlnOriginZAngst": 0.0,
+    "ctf/scale": 1.0,
+    "ctf/shift_A": 0.0,
+    "ctf/tilt_A": 0.0,
+    "ctf/trefoil_A": 0.0,
+    "ctf/tetra_A": 0.0,
+    "ctf/anisomag": 0.0,
+}
+#: Names by which other programs may say what was done to the images.
+TOLD_OTHERWISE = re.compile("phase_?flip|premultipl", re.IGNORECASE)
+#: What only particles of tomograms have.
+TOMOGRAMS = ("rlnTomoVisibleFrames", "rlnIsTomo", "rlnTomoSubTomosAre2DStacks")
+
+
+def optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
+    """The row of ``optics`` for each particle, (n,) int array."""
+    if "rlnOpticsGroup" not in optics or "rlnOpticsGroup" not in table:
+        if length(optics) == 1:
+            return np.zeros(length(table), int)
+        block = "data_particles" if "rlnOpticsGroup" in optics else "data_optics"
+        raise InputError(f"{path}: no column rlnOpticsGroup in {block}")
+    groups = numbers(path, optics, "rlnOpticsGroup", "data_optics: ")
+    wanted = numbers(path, table, "rlnOpticsGroup")
+    order = np.argsort(groups)
+    place = order[np.minimum(np.searchsorted(groups, wanted, sorter=order), len(groups) - 1)]
+    if (bad := groups[place] != wanted).any():
+        raise InputError(
+            f"{path}: row {np.argmax(bad) + 1}, column rlnOpticsGroup: group {wanted[bad][0]:g} "
+            "is not in data_optics"
+        )
+    return place
+
+
+def pixel_sizes(
+    path: Path, optics: Table, table: Table, group: np.ndarray, given: float | None = None
+) -> np.ndarray:
+    """The pixel size of each particle's image, angstrom: alike but for the fourth digit.
+
+    Where ``optics`` does not say it, it is computed as RELION 3.0 has it, or ``given``; and put
+    there.
+    """
+    if "rlnImagePixelSize" not in optics:
+        found = _magnified(path, optics, table, group)
+        if found is None and given is None:
+            raise InputError(
+                f"{path}: no column rlnImagePixelSize in data_optics, nor rlnDetectorPixelSize and "
+                "rlnMagnification; wanted one of them, or --pixel-size"
+            )
+        optics["rlnImagePixelSize"] = np.full(length(optics), given) if found is None else found
+    sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")[group]
+    if (other := ~np.isclose(sizes, sizes[0], rtol=1e-4)).any():
+        row = int(np.argmax(other))
+        names = optics.get("rlnOpticsGroupName", np.arange(length(optics)) + 1)
+        raise InputError(
+            f"{path}: row {row + 1}: rlnImagePixelSize is {sizes[row]:g} A in its optics group "
+            f"({names[group[row]]}), {sizes[0]:g} A in that of row 1 ({names[group[0]]}); wanted "
+            "one pixel size"
+        )
+    if given is not None and not np.isclose(sizes[0], given, rtol=1e-4):
+        raise InputError(
+            f"{path}: a pixel size of {given:g} A was given, and the file says {sizes[0]:g} A; "
+            "wanted one where the file has none"
+        )
+    if "rlnImagePixelSize" in table:
+        told = numbers(path, table, "rlnImagePixelSize")
+        if (other := ~np.isclose(sizes, told, rtol=1e-3)).any():
+            raise InputError(
+                f"{path}: row {np.argmax(other) + 1}, column rlnImagePixelSize: got "
+                f"{told[other][0]:g} A, and {sizes[other][0]:g} A in its optics group"
+            )
+    return sizes
+
+
+def _magnified(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:
+    """The pixel size of each optics group by the detector's and the magnification, where told."""
+    parts = []
+    for name in ("rlnDetectorPixelSize", "rlnMagnification"):
+        if name in optics:
+            parts.append(numbers(path, optics, name, "data_optics: "))
+        elif name in table:
+            of_groups = np.ones(length(optics))
+            of_groups[group] = values = numbers(path, table, name)
+            if (bad := of_groups[group] != values).any():
+                raise InputError(
+                    f"{path}: row {np.argmax(bad) + 1}, column {name}: got {values[bad][0]:g}, and "
+                    f"{of_groups[group][bad][0]:g} for others of its optics group"
+                )
+            parts.append(of_groups)
+        else:
+            return None
+    return np.round(1e4 * parts[0] / parts[1], 9)
+
+
+def note_header_pixels(path: Path, images: ImageStack, pixel_size: float) -> None:
+    """Say where the stacks themselves tell another pixel size than the particle file."""
+    said = np.array([layout.pixel_size_angstrom for layout in images.layouts])
+    other = ~np.isin(said, (0.0, 1.0)) & ~np.isclose(said, pixel_size, rtol=5e-3)
+    if other.any():
+        warnings.warn(
+            f"{path}: pixels of {pixel_size:g} A; the headers of {other.sum()} of {len(said)} "
+            f"stacks say otherwise, such as {said[other][0]:g} A in "
+            f"{images.layouts[np.argmax(other)].path}, and are not used",
+            stacklevel=3,
+        )
+
+
+def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
+    """The particles with origins in angstrom, where the file has them in pixels."""
+    for old, new in zip(("rlnOriginX", "rlnOriginY"), ORIGINS, strict=True):
+        if old not in table:
+            continue
+        origin = numbers(path, table, old) * sizes
+        if new not in table:
+            table = {
+                new if name == old else name: origin if name == old else column
+                for name, column in table.items()
+            }
+            continue
+        if (bad := np.abs(origin - numbers(path, table, new)) > 0.01 * sizes).any():
+            row = int(np.argmax(bad))
+            raise InputError(
+                f"{path}: row {row + 1}, column {new}: got {table[new][row]!s} A, and {old} says "
+                f"{table[old][row]!s} px, {origin[row]:g} A; wanted one of the two columns"
+            )
+        table = {name: column for name, column in table.items() if name != old}
+    return table
+
+
+def ctf_parameters(
+    path: Path, optics: Table, table: Table, group: np.ndarray
+) -> CtfParameters | None:
+    """The parameters of each particle's CTF, or None where the file has no defocus."""
+    if "rlnDefocusU" not in table:
+        return None
+    parameters: dict[str, np.ndarray] = {}
+    for name, (argument, default) in CTF.items():
+        if name in table:
+            parameters[argument] = numbers(path, table, name)
+        elif name in optics:
+            parameters[argument] = numbers(path, optics, name, "data_optics: ")[group]
+        elif default is None:
+            raise InputError(f"{path}: has defocus, but no column {name}")
+    largest = np.abs(parameters["defocus_u_angstrom"]).max()
+    if largest < 100:
+        raise InputError(
+            f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
+            "(1 micrometre is 10000), or no defocus columns for images without CTF"
+        )
+    return CtfParameters(**parameters, images=_done(path, optics, table, group))
+
+
+def _done(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray:
+    """What was done to each image already."""
+    done = np.full(len(group), "as seen", "U13")
+    for what, name in DONE.items():
+        if name in table:
+            done[numbers(path, table, name) != 0] = what
+        elif name in optics:
+            done[numbers(path, optics, name, "data_optics: ")[group] != 0] = what
+    return done
+
+
+# --------------------------------------------------------------------------------------
+# What is not used
+
+
+def refuse_tomograms(path: Path, optics: Table, table: Table, group: np.ndarray) -> None:
+    """Refuse particles whose images are tilt series, or volumes."""
+    name = "rlnImageDimensionality"
+    if name in optics:
+        found = numbers(path, optics, name, "data_optics: ")[group]
+        if (bad := found != 2).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
+                "group; wanted 2, images"
+            )
+    for name in TOMOGRAMS:
+        for told in (optics, table):
+            if name in told and any(str(value) not in ("0", "0.0") for value in told[name]):
+                raise InputError(
+                    f"{path}: column {name}: particles of tomograms; wanted one image a particle"
+                )
+
+
+def note_unused(path: Path, optics: Table, table: Table) -> None:
+    """Say once which columns would matter and are not used."""
+    found = []
+    for told in (optics, table):
+        for name, column in told.items():
+            usual = UNUSED.get(name)
+            if name in DONE.values():
+                continue
+            if usual is None and TOLD_OTHERWISE.search(name):
+                usual = 0.0
+            if name == "rlnNormCorrection":
+                values = _all_numbers(column)
+                if np.ptp(values) > 0.01 * np.abs(values).max():
+                    found.append(f"{name} ({values.min():g} to {values.max():g})")
+            elif usual is not None:
+                off = _all_numbers(column) - usual
+                if np.abs(off).max() > 1e-4:
+                    found.append(f"{name} ({usual + off[np.abs(off).argmax()]:g})")
+    if found:
+        warnings.warn(f"{path}: columns that are not used: {', '.join(found)}", stacklevel=3)
+
+
+def _all_numbers(column: np.ndarray) -> np.ndarray:
+    """The numbers that a column holds, lists of them among them; at least one."""
+    if column.dtype.kind in "iuf":
+        return column
+    words = [word for text in {*map(str, column)} for word in re.split(r"[\s,\[\]()]+", text)]
+    values = []
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError:
+            values += [1.0] if word.lower() == "true" else []
+    return np.array(values or [0.0])
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+
+
+def same(before: np.ndarray, values: np.ndarray) -> bool:
+    """Whether a column says these numbers already, but for their last digit."""
+    try:
+        return np.allclose(before.astype(float), values.astype(float), rtol=1e-14, atol=1e-13)
+    except (TypeError, ValueError):
+        return False
+
+
+def ctf_columns(stack: ParticleStack, parameters: CtfParameters, optics: Table) -> Table:
+    """Parameters that columns have, and those that the optics groups do not say."""
+    columns: Table = {}
+    for name, (field, default) in CTF.items():
+        values = getattr(parameters, field)
+        if name in stack.columns:
+            told = True
+        elif name in optics:
+            told = not same(optics[name][stack.optics_group], values)
+        else:
+            usual = name == "rlnDefocusAngle" and stack.origin is None
+            told = default is None or usual or bool((values != default).any())
+        if told:
+            columns[name] = values
+    return columns
+
+
+def tell_done(path: Path, stack: ParticleStack, optics: Table, table: Table) -> None:
+    """Write what was done to the images already, where the file does not say so."""
+    group, parameters = stack.optics_group, stack.ctf_parameters
+    if parameters is None:
+        return
+    done = np.asarray(parameters.images)
+    if np.array_equal(done, _done(path, optics, table, group)):
+        return
+    for what, name in DONE.items():
+        flags = (done == what).astype(int)
+        of_groups = np.zeros(length(optics), int)
+        of_groups[group] = flags
+        optics.pop(name, None)
+        table.pop(name, None)
+        if (of_groups[group] == flags).all():
+            optics[name] = of_groups
+        else:
+            table[name] = flags
