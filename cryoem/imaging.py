@@ -20,10 +20,12 @@ __all__ = [
     "CtfParameters",
     "add_noise",
     "apply_ctf",
+    "background_planes",
     "check_images",
     "crop",
     "ctf",
     "downsample",
+    "flatten",
     "flip_contrast",
     "mirror",
     "normalise",
@@ -120,6 +122,43 @@ def normalise(images: ArrayLike, *, radius_px: float | None = None) -> Float[np.
     mean = background.mean(axis=1)[:, None, None]
     deviation = background.std(axis=1)[:, None, None]
     return (images - mean) / np.where(deviation > 0, deviation, 1)
+
+
+def background_planes(images: ArrayLike) -> Float[np.ndarray, "n 3"]:
+    """Level and slopes of each image's background: the plane through what is outside the circle.
+
+    The circle is the one that the frame holds.
+
+    Parameters
+    ----------
+    images : (n, size, size) array
+
+    Returns
+    -------
+    (n, 3) array
+        The level at the centre, and by how much it rises from one edge to the other, along x and y.
+    """
+    images = check_images(images)
+    outside, planes = _planes(images.shape[1])
+    return images[:, outside].astype(np.float64) @ np.linalg.pinv(planes[outside]).T
+
+
+def flatten(images: ArrayLike) -> Float[np.ndarray, "n y x"]:
+    """Take each image's background plane off: its level and its ramp, as RELION's extraction does.
+
+    See :func:`background_planes`.
+    """
+    images = check_images(images)
+    _, planes = _planes(images.shape[1])
+    plane = np.einsum("nc,yxc->nyx", background_planes(images), planes)
+    return images - plane.astype(np.float32)
+
+
+def _planes(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is outside the circle, (size, size), and (1, x, y) of each pixel, edges 1 apart."""
+    x = (np.arange(size) - size // 2) / size
+    planes = np.stack(np.broadcast_arrays(1.0, x, x[:, None]), axis=-1)
+    return np.hypot(x, x[:, None]) > 0.5, planes
 
 
 def flip_contrast(images: ArrayLike) -> Float[np.ndarray, "n y x"]:

@@ -24,6 +24,8 @@ __all__ = ["Noise", "background_noise", "coloured", "from_powers"]
 CORNER = 0.5**0.5
 #: No shell is taken to be quieter than this share of the mean: nothing is divided by next to none.
 QUIETEST = 1e-3
+#: Of how few images no spectrum is measured.
+FEW = 20
 #: How many images are transformed at once.
 AT_ONCE = 256
 
@@ -159,7 +161,7 @@ def background_noise(
     background : (size, size) array of bool
         True where there is noise alone.
     group : (n,) int array, or 0
-        Each image's optics group. A group that is not there is given the noise of all.
+        Each image's optics group. A group of hardly any images is given the noise of all.
 
     Returns
     -------
@@ -181,8 +183,9 @@ def background_noise(
             here = spectrum[group[i : i + AT_ONCE] == g]
             sums[g] += np.sum(here.real**2 + here.imag**2, axis=0)
     count = np.bincount(group)
-    sums = np.where(count[:, None, None] > 0, sums, sums.sum(axis=0))
-    count = np.where(count > 0, count, n)
+    few = count < min(n, FEW)
+    sums = np.where(few[:, None, None], sums.sum(axis=0), sums)
+    count = np.where(few, n, count)
     pairs = _rolled(np.abs(scipy.fft.rfft2(mask, s=padded)) ** 2, size)
     lag = np.hypot(*np.meshgrid(*[np.arange(size) - size // 2] * 2, indexing="ij"))
     taper = 0.5 * (1 + np.cos(np.pi * np.minimum(lag / (size / 4), 1)))

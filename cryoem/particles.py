@@ -265,6 +265,18 @@ class ParticleStack:
         """
         return self.replace(images=_inverted(self.images))
 
+    def flattened(self) -> Self:
+        """The same particles, each image's level and ramp taken off: in files, as they are read.
+
+        See :func:`cryoem.imaging.flatten`.
+        """
+        images = self.images
+        return self.replace(
+            images=images.flattened()
+            if hasattr(images, "flattened")
+            else imaging.flatten(images[:])
+        )
+
     def with_half_sets(self, seed: Seed) -> Self:
         """The same particles in two halves: those that the stack has, else at random.
 

@@ -16,12 +16,22 @@ from .noise import Noise, background_noise
 from .particles import ParticleStack
 from .rotations import Seed
 
-__all__ = ["Survey", "TrainingRanges", "contrast", "survey", "with_noise"]
+__all__ = [
+    "UNEVEN",
+    "Survey",
+    "TrainingRanges",
+    "background",
+    "contrast",
+    "survey",
+    "with_noise",
+]
 
 #: Standard errors at which a sign, or a signal, is believed.
 CERTAIN = 5.0
 #: Rings that differ by this share are equally quiet.
 LITTLE = 2e-3
+#: Level or ramp of the background, in standard deviations, that is no longer the noise's.
+UNEVEN = 1.0
 #: Pixels of background from which a spectrum can be measured.
 ENOUGH = 20_000
 #: SNR from which noise is no matter, and its spectrum is not looked for.
@@ -56,6 +66,9 @@ class Survey:
         Variance that the particles add, over the whole frame, / noise variance.
     snr_error : float
         Its standard error over the images.
+    background_level, background_ramp : float
+        How far outside the particles images are from zero, and by how much they rise from one edge
+        to the other: root mean squares, in standard deviations of the images.
     particle_diameter_angstrom : float
         Of the circle outside which images are no louder than where they are quietest.
     max_shift_px : float
@@ -70,6 +83,8 @@ class Survey:
     noise: Noise | None
     snr: float
     snr_error: float
+    background_level: float
+    background_ramp: float
     particle_diameter_angstrom: float
     max_shift_px: float
     defocus_range_angstrom: tuple[float, float] | None
@@ -127,6 +142,9 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
     rows = np.sort(rotations.generator(seed, "survey").choice(n, min(images, n), replace=False))
     seen = np.asarray(stack.images[rows])
     sign, _ = contrast(seen)
+    level, ramp = background(seen)
+    if max(level, ramp) > UNEVEN:
+        seen = imaging.flatten(seen)
     quiet = _Rings(seen)
     parameters = stack.ctf_parameters
     defocus = None
@@ -145,6 +163,8 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
         noise=noise,
         snr=float(ratio.mean()),
         snr_error=float(ratio.std() / np.sqrt(len(rows))) if quiet.noise > 0 else np.nan,
+        background_level=level,
+        background_ramp=ramp,
         particle_diameter_angstrom=2 * quiet.radius_px * stack.pixel_size_angstrom,
         max_shift_px=float(np.abs(stack.shifts_px).max()),
         defocus_range_angstrom=defocus,
@@ -207,6 +227,13 @@ class _Rings:
         self.background = number >= first
         inside = squares[:, :first] - self.noise * count[:first]
         self.signal = inside.sum(axis=1) / count.sum() - above**2
+
+
+def background(images: np.ndarray) -> tuple[float, float]:
+    """Level and ramp of images' background, in standard deviations of the images; see Survey."""
+    scale = np.maximum(images.std(axis=(1, 2), dtype=np.float64), 1e-30)
+    level, x, y = imaging.background_planes(images).T / scale
+    return float(np.sqrt(np.mean(level**2))), float(np.sqrt(np.mean(x**2 + y**2)))
 
 
 def contrast(images: np.ndarray) -> tuple[int, float]:

@@ -203,9 +203,10 @@ def test_no_shift_is_looked_for_where_origins_are_known(folder, trained, tmp_pat
     np.testing.assert_allclose(found["known"].shifts_px, true.shifts_px, atol=1e-4)
     assert not found["middle"].shifts_px.any()
     q = found["middle"].quaternions
-    assert rotations.distance(found["known"].quaternions, q).max() < 1e-3
+    # The noise is measured in each.
+    assert rotations.distance(found["known"].quaternions, q).max() < 1e-2
     assert np.abs(found["moved"].shifts_px - true.shifts_px).max() > 0.1
-    assert rotations.distance(found["moved"].quaternions, q).max() > 1e-2
+    assert rotations.distance(found["moved"].quaternions, q).max() > 2e-2
 
 
 def test_images_that_the_estimator_does_not_know_are_not_oriented(folder, trained, tmp_path):
@@ -376,7 +377,7 @@ def test_noise_that_is_there_twice_makes_no_resolution(folder, tmp_path, command
     out = tmp_path / {"refine": "out.star", "reconstruct": "out.mrc"}[command]
     done = run(command, path, *rest, "-o", out, "-q")
     assert done.stderr.count("80 rows are of 40 particles") == 1
-    assert float(re.search(r"([\d.]+) A at FSC 0.143", done.stdout)[1]) > 60
+    assert float(re.search(r"([\d.]+) A at FSC 0.143", done.stdout)[1]) > 40
     if command == "refine":  # the same of given halves, and slow
         return
     write_particles(path, twice.replace(half_set=np.repeat([1, 2], 40)))
@@ -458,6 +459,24 @@ def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path):
     given = run("train", folder / "map.mrc", "--like", black, "-o", tmp_path / "m.npz", "--images",
                 64, "-q")  # fmt: skip
     assert "turned" in given.stderr
+
+
+def test_raw_counts_on_a_ramp_give_the_same_map(folder, tmp_path):
+    true = read_particles(folder / "particles.star")
+    ramp = np.linspace(0, 40, true.box_px, dtype=np.float32)
+    scale = true.images[:].std()
+    raw = 3 * true.images[:] + scale * (200 + ramp)
+    write_particles(tmp_path / "raw.star", true.with_images(raw))
+    done = run("reconstruct", tmp_path / "raw.star", "-o", tmp_path / "raw.mrc", "-q")
+    assert "background of the images" in done.stderr and "taken off" in done.stderr
+    plain = run("reconstruct", folder / "particles.star", "-o", tmp_path / "plain.mrc", "-q")
+    assert plain.stderr == ""
+    a, b = (read_density(tmp_path / f"{name}.mrc").values.ravel() for name in ("raw", "plain"))
+    assert np.corrcoef(a, b)[0, 1] > 0.99
+    told = json.loads(run("info", tmp_path / "raw.star", "--json").stdout)
+    assert told["background_level"] > 5 and told["background_ramp"] > 2
+    plain = json.loads(run("info", folder / "particles.star", "--json").stdout)
+    assert told["snr"] == pytest.approx(plain["snr"], rel=0.05)
 
 
 def test_black_particles_are_oriented_as_white_ones(folder, black, trained, tmp_path):

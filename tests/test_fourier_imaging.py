@@ -331,3 +331,16 @@ def test_a_round_ctf_does_not_move_the_particle():
 def test_a_ctf_of_the_wrong_shape_is_refused(shape):
     with pytest.raises(InputError, match=r"\(n, 24, 13\)"):
         imaging.apply_ctf(RANDOM, np.ones(shape))
+
+
+@pytest.mark.parametrize("size", [31, 32])
+def test_level_and_ramp_of_a_background_are_taken_off(size):
+    x = (np.arange(size) - size // 2) / size
+    middle = np.hypot(x, x[:, None]) < 0.3
+    rng = np.random.default_rng(0)
+    planes = rng.uniform(-5, 5, (6, 3))
+    inside = rng.standard_normal((6, size, size)) * middle
+    ramp = planes[:, 0, None, None] + planes[:, 1, None, None] * x
+    uneven = inside + ramp + planes[:, 2, None, None] * x[:, None]
+    np.testing.assert_allclose(imaging.background_planes(uneven), planes, atol=1e-5)
+    np.testing.assert_allclose(imaging.flatten(uneven), inside, atol=1e-5)

@@ -11,12 +11,14 @@ from cryoem import evaluation, imaging, maps, projection, reconstruction, rotati
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
 from cryoem.maps.shells import Shells, half_spectrum
+from cryoem.noise import Noise
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.refinement import (
     Search,
     cross_check,
     expected_error,
     halves,
+    in_frame_of,
     refine,
     refine_against,
     refine_halves,
@@ -243,7 +245,7 @@ def test_under_strong_noise_many_starts_find_the_likeliest():
 
     def refined(at, search, **known):
         return refine(
-            particles(n, images=images, at=at, **known),
+            particles(n, images=images, at=at, noise=Noise.white(variance), **known),
             DENSITY,
             resolution_angstrom=FINEST,
             search=search,
@@ -264,7 +266,7 @@ def test_under_strong_noise_many_starts_find_the_likeliest():
 def test_what_was_given_is_never_left_for_worse():
     # Under so much noise coarse detail leads away from a start that is right.
     images, variance = noisy(1 / 30)
-    given = particles(images=images, shifts_px=SHIFTS)
+    given = particles(images=images, shifts_px=SHIFTS, noise=Noise.white(variance))
     judged, found = (
         refine(given, DENSITY, resolution_angstrom=FINEST, search=search, noise_variance=variance)
         for search in (JUDGE, ONE)
@@ -678,6 +680,39 @@ def test_particles_refined_against_a_reference_give_a_map():
     assert set(found.particles.half_set) == {1, 2}
     assert correlation(found.density.values, DENSITY.values) > 0.5
     assert_weighted_by_what_agrees(found.density, found.half_maps, found.fsc)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_orientations_in_another_frame_are_brought_into_the_references(mirrored):
+    images, _ = noisy(1 / 2)
+    elsewhere = rotations.multiply(rotations.uniform(1, 8)[0], TRUE)
+    if mirrored:
+        elsewhere = rotations.other_hand(elsewhere)
+    given = particles(images=images, at=elsewhere, shifts_px=SHIFTS)
+    with pytest.warns(UserWarning, match="in another frame than the reference") as told:
+        found = in_frame_of(given, DENSITY)
+    assert ("hand exchanged" in str(told[0].message)) == mirrored
+    assert rotations.distance(found.quaternions, TRUE).max() < 0.1
+    assert np.abs(found.shifts_px - SHIFTS).max() < 0.5
+
+
+def test_orientations_in_the_references_frame_stay():
+    images, _ = noisy(1 / 2)
+    given = particles(images=images, at=off(TRUE, 0.2), shifts_px=SHIFTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert in_frame_of(given, DENSITY) is given
+        assert in_frame_of(noise := particles(images=white(3)), DENSITY) is noise
+
+
+def test_a_shift_between_the_frames_moves_the_images_too():
+    moved = maps.turned(DENSITY, np.array([0.0, 0, 0, 1]), np.array([10.0, -15.0, 5.0]))
+    given = particles(images=noisy(1)[0], shifts_px=SHIFTS)
+    with pytest.warns(UserWarning, match="in another frame"):
+        found = in_frame_of(given, moved)
+    again = projection.project(moved, found.quaternions)
+    again = imaging.shift(again, found.shifts_px)
+    assert relative_error(again, CLEAN) < 0.2
 
 
 def test_a_reference_of_another_box_is_refused():

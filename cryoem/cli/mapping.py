@@ -20,10 +20,10 @@ from .options import (
     Symmetry,
     app,
     check_outputs,
-    in_white,
     open_map,
     open_oriented,
     positive,
+    prepared,
     star_files,
 )
 
@@ -57,7 +57,7 @@ def reconstruct_map(
     stack = open_oriented(particles_file, quiet, pixel_size)
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
-    stack = in_white(stack, particles_file, invert, quiet, seed)
+    stack = prepared(stack, particles_file, invert, quiet, seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
         write_density(output, found)
@@ -127,13 +127,13 @@ def refine_particles(
     from .. import report
     from ..density import write_density
     from ..io.particles import write_particles
-    from ..refinement import refine_against, refine_halves
+    from ..refinement import in_frame_of, refine_against, refine_halves
 
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     written = [*star_files(output, stack), map_path, *_half_files(map_path), page]
     check_outputs({"--output": written}, [particles_file, map_file], stack)
-    stack = in_white(stack, particles_file, invert, quiet, seed).with_half_sets(seed)
+    stack = prepared(stack, particles_file, invert, quiet, seed).with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:
@@ -145,6 +145,7 @@ def refine_particles(
     else:
         reference = open_map(map_file, voxel_size, stack)
         reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
+        stack = in_frame_of(stack, reference, seed=seed)
         found = refine_against(
             stack, reference, resolution_angstrom=resolution, seed=seed, progress=not quiet
         )

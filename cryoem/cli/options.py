@@ -263,28 +263,36 @@ def open_map(
     return cube
 
 
-def in_white(
+def prepared(
     stack: ParticleStack, path: Path | None, invert: bool | None, quiet: bool, seed: int
 ) -> ParticleStack:
-    """Particles that are white on black: turned where the user says so, or where they are black."""
-    if invert is None and not shown_black(stack, seed):
-        return stack
-    if invert is None:
+    """Particles that are white on black, on a background of zero.
+
+    Turned where the user says so, or where they are black; flattened where the background of some
+    random images is uneven.
+    """
+    from .. import surveying
+    from ..rotations import generator
+
+    n = len(stack)
+    rows = np.sort(generator(seed, "prepared").choice(n, min(300, n), replace=False))
+    some = stack.select(rows).images[:]
+    if invert is None and surveying.contrast(some)[0] < 0:
         warnings.warn(
             f"{path}: the particles are black on white; their images are turned as they are read "
             "(--no-invert: taken as they are)",
             stacklevel=2,
         )
+        stack = stack.inverted()
     elif invert:
         say(quiet, f"{path}: the images are turned, as --invert says")
-    return stack.inverted() if invert is not False else stack
-
-
-def shown_black(stack: ParticleStack, seed: int) -> bool:
-    """Whether the particles are black on white, by some of their images."""
-    from ..rotations import generator
-    from ..surveying import contrast
-
-    n = len(stack)
-    rows = np.sort(generator(seed, "contrast").choice(n, min(300, n), replace=False))
-    return contrast(stack.images[rows])[0] < 0
+        stack = stack.inverted()
+    level, ramp = surveying.background(some)
+    if max(level, ramp) > surveying.UNEVEN:
+        warnings.warn(
+            f"{path}: the background of the images is {level:.2g} standard deviations from zero "
+            f"and rises by {ramp:.2g} across them; both are taken off as they are read",
+            stacklevel=2,
+        )
+        stack = stack.flattened()
+    return stack

@@ -20,10 +20,10 @@ from .options import (
     StarOut,
     app,
     check_outputs,
-    in_white,
     json_of,
     open_map,
     open_particles,
+    prepared,
     say,
     star_files,
 )
@@ -92,7 +92,7 @@ def train_estimator(
         raise InputError(f"--voxel-size: is told of an MRC map; {density} has its own")
     cube = load_density(density) if shipped else open_map(Path(density), voxel_size, stack)
     symmetry = symmetry or (shipped.symmetry if shipped else "C1")
-    cube, ranges = _as_seen(cube, stack and in_white(stack, like, invert, quiet, seed), seed)
+    cube, ranges = _as_seen(cube, stack and prepared(stack, like, invert, quiet, seed), seed)
     say(quiet, _ranges_told(ranges))
     preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
     source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
@@ -194,7 +194,7 @@ def orient_particles(
     folder = output.with_suffix(".work") if work is None else work
     written = {"--output": star_files(output, stack), "--work": [folder / name for name in WORK]}
     check_outputs(written, [particles_file, model, reference], stack)
-    stack = in_white(stack, particles_file, invert, quiet, seed)
+    stack = prepared(stack, particles_file, invert, quiet, seed)
     found = survey(stack, images=300, seed=seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from .. import imaging
 from ..errors import InputError
 from . import files
 from .files import PathLike
@@ -167,6 +169,8 @@ class ImageStack:
         Rows of the particle file, from 0, which errors name; by default all.
     sign : (n,) array of 1 and -1, optional
         What each image is multiplied by as it is read; by default nothing.
+    flat : bool
+        Whether each image's background is then brought to zero (:func:`cryoem.imaging.flatten`).
 
     Raises
     ------
@@ -186,12 +190,14 @@ class ImageStack:
         source: PathLike | None = None,
         row: ArrayLike | None = None,
         sign: ArrayLike | None = None,
+        flat: bool = False,
     ) -> None:
         self.layouts = tuple(layouts)
         self.file, self.section = np.asarray(file, np.int32), np.asarray(section, np.int32)
         self.source = source
         self.row = np.arange(len(self.file), dtype=np.int32) if row is None else np.asarray(row)
         self.sign = None if sign is None else np.asarray(sign, np.int8)
+        self.flat = flat
         #: (n, size, size)
         self.shape = (len(self.file), *self.layouts[0].shape[1:])
 
@@ -210,14 +216,23 @@ class ImageStack:
 
     def select(self, rows: slice | np.ndarray) -> ImageStack:
         """Some of the images, as a stack; nothing is read."""
-        chosen = self.file[rows], self.section[rows]
-        sign = None if self.sign is None else self.sign[rows]
-        return ImageStack(self.layouts, *chosen, source=self.source, row=self.row[rows], sign=sign)
+        some = copy.copy(self)
+        some.file, some.section, some.row = self.file[rows], self.section[rows], self.row[rows]
+        some.sign = None if self.sign is None else self.sign[rows]
+        some.shape = (len(some.file), *self.shape[1:])
+        return some
 
     def with_sign(self, sign: ArrayLike | None) -> ImageStack:
         """The same images, each multiplied by its sign, 1 or -1, as it is read."""
-        files = self.layouts, self.file, self.section
-        return ImageStack(*files, source=self.source, row=self.row, sign=sign)
+        other = copy.copy(self)
+        other.sign = None if sign is None else np.asarray(sign, np.int8)
+        return other
+
+    def flattened(self) -> ImageStack:
+        """The same images, each one's background brought to zero as it is read."""
+        other = copy.copy(self)
+        other.flat = True
+        return other
 
     def inverted(self) -> ImageStack:
         """The same images, black turned to white as they are read."""
@@ -227,7 +242,7 @@ class ImageStack:
         # Workers are sent the files of these images, not of all.
         used, file = np.unique(self.file, return_inverse=True)
         arguments = [self.layouts[i] for i in used] or self.layouts[:1], file, self.section
-        return _rebuilt, (*arguments, self.source, self.row, self.sign)
+        return _rebuilt, (*arguments, self.source, self.row, self.sign, self.flat)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -249,7 +264,7 @@ class ImageStack:
             rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
         )
         self._refuse(rows, low == high, "is constant")
-        return images
+        return imaging.flatten(images) if self.flat else images
 
     def _refuse(self, rows: np.ndarray, bad: np.ndarray, what: str) -> None:
         if bad.any():
@@ -268,5 +283,6 @@ def _rebuilt(
     source: PathLike | None,
     row: np.ndarray,
     sign: np.ndarray | None,
+    flat: bool,
 ) -> ImageStack:
-    return ImageStack(layouts, file, section, source=source, row=row, sign=sign)
+    return ImageStack(layouts, file, section, source=source, row=row, sign=sign, flat=flat)

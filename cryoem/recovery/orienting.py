@@ -145,10 +145,9 @@ def orient(
         raise InputError(f"chunk must be positive, got {chunk}")
     if (n := len(stack)) < 2 * ENOUGH:
         raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {n}")
-    stack = surveying.with_noise(stack)
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)
-    rng = rotations.generator(seed, "landmarks")
-    some = stack.select(np.sort(rng.choice(n, min(landmarks, n), replace=False, shuffle=False)))
+    some = _drawn(stack, landmarks, seed)
+    stack = stack.replace(noise=some.noise)
     images = job.images(some)
     kept: InMemory | WorkFolder = InMemory()
     if work is not None:
@@ -161,6 +160,15 @@ def orient(
     for start, placed in _placed(job, stack, kept, chunk, scheduler, progress):
         kept.write(start, placed, n)
     return _oriented(stack, kept.rows(), known, estimator.centres_images and not centred)
+
+
+def _drawn(stack: ParticleStack, landmarks: int, seed: int) -> ParticleStack:
+    """The particles that are recovered jointly, their images read; their noise measured."""
+    rng = rotations.generator(seed, "landmarks")
+    n = len(stack)
+    rows = np.sort(rng.choice(n, min(landmarks, n), replace=False, shuffle=False))
+    some = stack.select(rows)
+    return surveying.with_noise(some.with_images(some.images[:]))
 
 
 def _settings(

@@ -3,7 +3,7 @@
 from .check import cross_check, expected_error
 from .fit import RefinedStack, refine
 from .halves import HalvesRefinement, refine_halves
-from .reference import ReferenceRefinement, refine_against
+from .reference import ReferenceRefinement, in_frame_of, refine_against
 from .search import Search
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Search",
     "cross_check",
     "expected_error",
+    "in_frame_of",
     "refine",
     "refine_against",
     "refine_halves",

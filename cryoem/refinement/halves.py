@@ -128,23 +128,26 @@ def refine_halves(
     stack.oriented()
     if rounds < 1:
         raise InputError(f"rounds must be positive, got {rounds}")
-    given = stack.with_half_sets(seed).replace(contrast=None)
     near = replace(search, starts=1, coarse_to_fine=False)
+    given = stack.with_half_sets(seed).replace(contrast=None)
     now, used = given, []
     for turn in tqdm(range(rounds), desc="rounds", disable=not progress):
         maps_now = _round(now, joined_angstrom, seed)
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
         limit = max(limit, resolution_angstrom) if turn == 0 else limit
         used.append(limit)
-        at = near if turn else search
-        separate = refine_each_half(now, maps_now.references, resolution_angstrom=limit, search=at)
+        separate = refine_each_half(
+            now.replace(noise=stack.noise),  # estimated in every round, or given
+            maps_now.references,
+            resolution_angstrom=limit,
+            search=near if turn else search,
+        )
         # The scale of contrast and density together is free.
-        contrast = separate.contrast / np.median(separate.contrast)
-        now = separate.replace(contrast=contrast, noise=given.noise)
+        now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
     last = _round(now, joined_angstrom, seed)
     held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
     return HalvesRefinement(
-        particles=_against_all(last, now, given, used[-1], search),
+        particles=_against_all(last, now, given.replace(noise=now.noise), used[-1], search),
         separate=separate,
         half_maps=last.pair,
         mask=last.mask,

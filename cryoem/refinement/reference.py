@@ -7,17 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial.transform import Rotation
 
-from .. import maps
+from .. import maps, rotations
 from ..density import Density
 from ..errors import InputError
 from ..particles import ParticleStack
+from ..reconstruction import reconstruct
 from ..rotations import Seed
 from .fit import DEFAULT, RefinedStack, refine
 from .halves import believed, half_maps
 from .search import Search
 
-__all__ = ["ReferenceRefinement", "refine_against"]
+__all__ = ["ReferenceRefinement", "in_frame_of", "refine_against"]
+
+#: The correlation, at 30 A, from which a map and a reference are taken to lie alike.
+ALIKE = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +116,60 @@ def refine_against(
         )
         return ReferenceRefinement(refined, pair, mask, test, fsc, None)
     return ReferenceRefinement(refined, pair, mask, test, fsc, believed(pair, fsc))
+
+
+def in_frame_of(
+    stack: ParticleStack, reference: Density, *, images: int = 5000, seed: Seed = 0
+) -> ParticleStack:
+    """Bring orientations into the frame and hand of a reference, where they are in another one.
+
+    Orientations from the images alone leave an overall rotation and the hand open. The map that
+    they give is laid onto the reference; if that makes it far more like it, orientations and
+    shifts follow, with a warning that says so.
+
+    Parameters
+    ----------
+    stack : ParticleStack
+        With orientations.
+    reference : Density, a cube of the images' box
+    images : int
+        How many, at most, the map is made from.
+    seed : int or numpy.random.Generator
+        Of their choice.
+
+    Returns
+    -------
+    ParticleStack
+        The same one where the orientations are in the reference's frame already.
+    """
+    stack.oriented()
+    n = len(stack)
+    rng = rotations.generator(seed, "frame")
+    some = np.sort(rng.choice(n, min(images, n), replace=False))
+    own = reconstruct(stack.select(some), iterations=10, ridge=1e-2)
+    before = _likeness(own, reference)
+    if before > ALIKE:
+        return stack
+    laid = maps.register(own, reference, resolution_angstrom=20.0)
+    after = _likeness(laid.density, reference)
+    if not (after > ALIKE and after > before + 0.2):
+        return stack
+    q = rotations.other_hand(stack.oriented()) if laid.mirrored else stack.oriented()
+    q = rotations.multiply(laid.quaternion, q)
+    # The map was moved by t, and what is seen of that along each line of sight.
+    moved = Rotation.from_quat(q).as_matrix()[:, :, :2].transpose(0, 2, 1) @ laid.shift_angstrom
+    angle = rotations.distance(laid.quaternion, np.array([0.0, 0, 0, 1]))
+    warnings.warn(
+        "the orientations are in another frame than the reference: they were turned by "
+        f"{np.rad2deg(float(angle)):.0f} degrees"
+        + (", and their hand exchanged" if laid.mirrored else "")
+        + f" (correlation of their map with it {before:.2f}, then {after:.2f})",
+        stacklevel=2,
+    )
+    return stack.with_poses(q, stack.shifts_px - moved / stack.pixel_size_angstrom)
+
+
+def _likeness(density: Density, reference: Density) -> float:
+    """Correlation of two maps at 30 A."""
+    a, b = (d.low_passed(30.0).values.ravel() for d in (density, reference))
+    return float(np.corrcoef(a, b)[0, 1])

@@ -1,0 +1,160 @@
+"""What coloured noise costs, beside the limit that it sets: ``make bench-noise``.
+
+4JSV as it ships, at SNR 1/16 of the frame, in noise that is louder at low frequencies by an excess
+of 0 (white), 3, 10 and 30. No step is told the spectrum: each measures it. ``--weights`` takes
+another estimator; a case and an excess, such as ``plain 10``, alone.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import records
+
+from cryoem import (
+    Density,
+    ParticleStack,
+    Preprocessing,
+    evaluation,
+    imaging,
+    load_density,
+    load_estimator,
+    match,
+    orient,
+    refine,
+    refine_halves,
+    rotations,
+    simulate,
+)
+from cryoem.io import files
+
+SEED = 90_417
+SNR, N, N_HALVES, REFERENCES, BOX = 1 / 16, 500, 1650, 10_000, 48
+EXCESSES = (0, 3, 10, 30)
+CASES = {"plain": None, "ctf": (10_000.0, 25_000.0)}
+KEPT = Path("results/bench-noise")
+
+
+def seen(density: Density, case: str, excess: float, n: int) -> ParticleStack:
+    """Particles whose noise is known to nobody but the limit."""
+    return simulate(
+        density, n, SEED, snr=SNR, defocus_range_angstrom=CASES[case], noise_excess=excess
+    )
+
+
+def limit(density, stack):
+    """Mean error that the noise allows, shifts being unknown, from 200 of the particles."""
+    some = stack.select(slice(0, 200))
+    covariance = evaluation.cramer_rao(
+        density, some.quaternions, some.noise, ctf=some.ctf(), shifts=True
+    )
+    return float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
+
+
+def cell(density, estimator, case, excess):
+    """Every step on the same particles: a record each."""
+    truth = seen(density, case, excess, N)
+    unknown = truth.without_poses().replace(noise=None)
+    bound = limit(density, truth)
+
+    def record(step, found, start, true=truth.quaternions, q=None):
+        q = found.quaternions if q is None else q
+        error = rotations.distance(q, true)
+        expected = found.expected_error_rad
+        return {
+            "case": case,
+            "noise_excess": excess,
+            "step": step,
+            "snr": SNR,
+            "n": len(q),
+            "seed": SEED,
+            "error_rad": float(error.mean()),
+            "median_error_rad": float(np.median(error)),
+            "expected_error_rad": None if expected is None else float(expected.mean()),
+            "bound_rad": bound,
+            "cpu_seconds": time.process_time() - start,
+        }
+
+    start = time.process_time()
+    yield record("network", orient(estimator, unknown, reference=density), start)
+    start = time.process_time()
+    whole = density.box_px
+    matched = match(
+        unknown, density, Preprocessing(whole, 80, 40, density.voxel_size_angstrom),
+        references=REFERENCES,
+    )  # fmt: skip
+    yield record("matching", matched, start)
+    start = time.process_time()
+    finest = 2 * density.voxel_size_angstrom
+    refined = refine(matched, density, resolution_angstrom=finest)
+    yield record("refined from matching", refined, start)
+    if case == "ctf":  # half against half takes a quarter of an hour where images cannot be cut
+        return
+    # The density known to nobody: from the network's orientations.
+    truth = seen(density, case, excess, N_HALVES)
+    start = time.process_time()
+    found = orient(estimator, truth.without_poses().replace(noise=None)).replace(noise=None)
+    halves = refine_halves(found.with_images(imaging.crop(truth.images, BOX)), seed=SEED)
+    q = evaluation.align(
+        halves.particles.quaternions, truth.quaternions, over="one-sided"
+    ).quaternions
+    done = record("halves", halves.particles, start, truth.quaternions, q)
+    yield {**done, "half_map_resolution_angstrom": halves.fsc.corrected.resolution(0.143).angstrom}
+
+
+def table(found):
+    """A row a case and step, a column an excess: error, its ratio to the bound, expected error."""
+    rows = []
+    for case in CASES:
+        for step in dict.fromkeys(r["step"] for r in found):
+            of = {r["noise_excess"]: r for r in found if (r["case"], r["step"]) == (case, step)}
+            if of:
+                name = {"plain": "no CTF", "ctf": "CTF"}[case]
+                rows.append([f"{step}, {name}", *(_told(of.get(e)) for e in EXCESSES)])
+    return rows
+
+
+def _told(r):
+    if r is None:
+        return "-"
+    expected = r["expected_error_rad"]
+    return f"{r['error_rad']:.3f}, {r['error_rad'] / r['bound_rad']:.2f} x bound" + (
+        "" if expected is None else f", expects {expected:.3f}"
+    )
+
+
+def kept(name, make):
+    """The records of a cell, made now or in an interrupted run."""
+    path = KEPT / f"{name}.json"
+    if not path.exists():
+        found = []
+        for record in make():
+            print(record, flush=True)
+            found.append(record)
+        with files.atomic(path) as temporary:
+            temporary.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("only", nargs="*", metavar="CASE EXCESS")
+    parser.add_argument("--weights", default="4jsv")
+    arguments = parser.parse_args()
+    density, estimator = load_density("4jsv"), load_estimator(arguments.weights)
+    cells = [(case, excess) for excess in EXCESSES for case in CASES]
+    if arguments.only:
+        cells = [(arguments.only[0], int(arguments.only[1]))]
+    found = []
+    for case, excess in cells:
+        name = f"{case}-{excess}-{estimator.fingerprint[:8]}"
+        found += kept(name, lambda c=case, e=excess: cell(density, estimator, c, e))
+        if not arguments.only:
+            header = ["SNR 1/16", "white", *(f"excess {e}" for e in EXCESSES[1:])]
+            records.write("noise", found, header, table(found), "make bench-noise")
+
+
+if __name__ == "__main__":
+    main()
