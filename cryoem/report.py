@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .maps import HalfMapFsc, HalfMaps, ReferenceBias
+    from .noise import Noise
 
 __all__ = ["environment", "map_summary", "peak_memory_gb", "write", "write_map"]
 
@@ -171,6 +172,7 @@ def write_map(
     quaternions: np.ndarray,
     *,
     test: ReferenceBias | None = None,
+    noise: Noise | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write a page about a map: what it resolves, how that was judged, and what to doubt.
@@ -181,6 +183,8 @@ def write_map(
     title : str
     half_maps, curves, mask, quaternions, test
         See :func:`map_summary`.
+    noise : Noise, optional
+        Of the images.
     notes : list of str
         Paragraphs that stand first.
 
@@ -212,12 +216,35 @@ def write_map(
         ("Fourier shell correlation", [(lines, "FSC of the half-maps.")]),
         ("Coverage", [(views, "Where the particles were seen from, relative to uniform.")]),
         ("Map", [(pictures, "Central slices.")]),
-        ("Made with", [[["what", "value"], *([k, str(v)] for k, v in environment().items())]]),
     ]
-    write(path, title, sections)
-    for figure in (lines, views, pictures):
+    figures = [lines, views, pictures]
+    if noise is not None:
+        figures.append(_noise_figure(noise, half_maps.first.voxel_size_angstrom))
+        sections.append(("Noise", [(figures[-1], "Power of the images' noise.")]))
+    about = [["what", "value"], *([k, str(v)] for k, v in environment().items())]
+    write(path, title, [*sections, ("Made with", [about])])
+    for figure in figures:
         plt.close(figure)
     return summary
+
+
+def _noise_figure(noise: Noise, pixel_size_angstrom: float) -> Figure:
+    """The spectrum of each optics group."""
+    import matplotlib.pyplot as plt
+
+    from .plots import COLOURS
+
+    figure, ax = plt.subplots(figsize=(6.5, 3.0), layout="constrained")
+    seen = noise.frequencies <= 0.5
+    for group, power in enumerate(noise.power):
+        label = f"group {group + 1}" if len(noise.power) > 1 else None
+        colour = COLOURS["estimated"] if group == 0 else None
+        k = noise.frequencies[seen] / pixel_size_angstrom
+        ax.plot(k, power[seen], label=label, color=colour)
+    ax.set(xlabel="frequency (1 / angstrom)", ylabel="variance per pixel", ylim=(0, None))
+    if len(noise.power) > 1:
+        ax.legend()
+    return figure
 
 
 def _map_figures(

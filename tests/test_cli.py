@@ -362,6 +362,7 @@ def test_refinement_goes_without_a_reference(folder, tmp_path):
     after = json.loads(run(*judge, tmp_path / "refined.star").stdout)
     assert after["one_sided_mean_rad"] < before["one_sided_mean_rad"]
     report = (tmp_path / "refined.html").read_text()
+    assert "Power of the images&#x27; noise" in report or "Power of the images' noise" in report
     assert "hand is open" in report and "hardly beyond 40 A" in report  # one round, to 30 A
 
 

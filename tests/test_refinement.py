@@ -359,7 +359,7 @@ def test_an_image_that_shows_nothing_keeps_the_least_contrast():
 
 
 def test_inverted_contrast_is_said():
-    with pytest.raises(InputError, match="flip_contrast"):
+    with pytest.raises(InputError, match="black and white are exchanged"):
         refine(particles(images=-CLEAN, at=off(TRUE, 0.1)), DENSITY)
 
 

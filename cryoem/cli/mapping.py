@@ -163,6 +163,7 @@ def refine_particles(
         found.mask,
         refined.oriented(),
         test=test,
+        noise=refined.noise,
         notes=notes,
     )
     typer.echo(

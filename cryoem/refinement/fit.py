@@ -263,7 +263,7 @@ def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) 
     if wanted_positive and z < -6:
         raise InputError(
             "the images correlate negatively with the density: black and white are exchanged; "
-            "see imaging.flip_contrast"
+            "wanted white particles (--invert, or ParticleStack.inverted, turns them)"
         )
     typical = np.median(my / np.maximum(mm, 1e-30))
     return LEAST_CONTRAST * max(typical, 0.01 * float(np.sqrt(yy.sum() / mm.sum())))
