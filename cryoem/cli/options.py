@@ -149,6 +149,8 @@ def print_figures(found: Mapping[str, object], as_json: bool) -> None:
 
 
 def _figure(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_figure(v)}" for name, v in value.items())
     if not isinstance(value, float):
         return str(value)
     return f"{value:.4g}" if math.isfinite(value) else "not to be told"
