@@ -14,6 +14,7 @@ from cryoem.particles import ParticleStack
 from cryoem.preprocessing import Preprocessing
 from cryoem.recovery.chunks import Job
 from cryoem.refinement import refine
+from cryoem.simulation import TrainingImages
 from cryoem.surveying import survey, with_noise
 
 BOX, VOXEL, N = 40, 5.0, 200
@@ -207,6 +208,33 @@ def test_masked_images_cannot_be_trained_for():
     images[:, outside(BOX, 0.9)] = 0
     with pytest.raises(InputError, match="corners of the images are constant"):
         survey(ParticleStack(images, VOXEL)).training()
+
+
+def test_training_images_are_whitened_as_particles_are():
+    p = Preprocessing(BOX, 32, 24, VOXEL)
+    k = fourier.radius((24, 24), half=True) / 24 * 32 / BOX
+    told = coloured(1.0, 10.0, LENGTH)
+    images = {
+        name: TrainingImages(DENSITY, p, snr_range=(1e6, 1e6), clean_fraction=0.0, noise=noise)
+        for name, noise in (("white", "white"), ("told", told), ("coloured", "coloured"))
+    }
+    made = {name: source.batch(0, 0, 8)[0] for name, source in images.items()}
+    # Hardly any noise: what is left is what whitening does to the particle.
+    wanted = imaging.normalise(imaging.apply_ctf(made["white"], told.gain(k)[0]))
+    assert relative_error(made["told"], wanted) < 0.01
+    assert relative_error(made["white"], wanted) > 0.1
+    rng = np.random.default_rng(0)
+    gains = images["coloured"]._whitening(rng, 200)
+    rng = np.random.default_rng(0)
+    excess = np.exp(rng.uniform(*np.log([1, 40]), 200)) * (rng.random(200) < 0.7)
+    length = np.exp(rng.uniform(*np.log([25, 80]), 200)) / VOXEL
+    for i in (0, 1, 2, 3, 4, 5):
+        one = coloured(1.0, excess[i], length[i], frequencies=2000).gain(k)[0]
+        np.testing.assert_allclose(gains[i], one, rtol=5e-3)
+    assert images["told"].settings["noise"][0] == pytest.approx(told.power[0, 0], rel=1e-3)
+    assert images["coloured"].settings["noise"] == "coloured"
+    with pytest.raises(InputError, match="noise must be 'white', 'coloured' or a Noise"):
+        TrainingImages(DENSITY, p, noise="pink")
 
 
 def test_an_estimator_reads_whitened_images():

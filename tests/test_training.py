@@ -439,6 +439,7 @@ def test_the_broad_ranges_are_those_of_what_ships():
         "max_shift_px": 8.0,
         "defocus_range_angstrom": (5_000.0, 30_000.0),
         "ctf_fraction": 0.4,
+        "noise": "coloured",
     }
     assert estimator.broad_ranges(58)["max_shift_px"] == 4.0
     for name in ("4jsv", "1i10"):
