@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 #: The tests that each folder answers to.
 TESTS = {
     "recovery": ["test_recovery", "test_frame", "test_symmetry", "test_descent"],
-    "refinement": ["test_refinement"],
+    "refinement": ["test_noise", "test_refinement"],
     "maps": ["test_maps"],
     "io": ["test_particle_files", "test_particles"],
 }

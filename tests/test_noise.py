@@ -149,6 +149,9 @@ def test_refinement_ends_at_the_limit_of_coloured_noise():
     for name in ("unknown", "known"):  # 200 particles: the mean is known to 3 %
         assert error[name] < 1.08 * bound
         assert expected[name] == pytest.approx(error[name], rel=0.1)
+    for name in ("unknown", "known"):
+        assert found[name].noise.variance == pytest.approx(found[name].noise_variance)
+        assert found[name].noise_variance == pytest.approx(noise.variance, rel=0.05)
     k = np.arange(1, BOX // 2) / BOX
     np.testing.assert_allclose(found["unknown"].noise.at(k)[0] / noise.at(k)[0], 1, atol=0.25)
 
