@@ -2,7 +2,7 @@
 
 4JSV as it ships, at SNR 1/16 of the frame, in noise that is louder at low frequencies by an excess
 of 0 (white), 3, 10 and 30. No step is told the spectrum: each measures it. ``--weights`` takes
-another estimator; a case and an excess, such as ``plain 10``, alone.
+another estimator.
 """
 
 import argparse
@@ -140,20 +140,15 @@ def kept(name, make):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("only", nargs="*", metavar="CASE EXCESS")
     parser.add_argument("--weights", default="4jsv")
     arguments = parser.parse_args()
     density, estimator = load_density("4jsv"), load_estimator(arguments.weights)
-    cells = [(case, excess) for excess in EXCESSES for case in CASES]
-    if arguments.only:
-        cells = [(arguments.only[0], int(arguments.only[1]))]
     found = []
-    for case, excess in cells:
+    for case, excess in ((case, excess) for excess in EXCESSES for case in CASES):
         name = f"{case}-{excess}-{estimator.fingerprint[:8]}"
         found += kept(name, lambda c=case, e=excess: cell(density, estimator, c, e))
-        if not arguments.only:
-            header = ["SNR 1/16", "white", *(f"excess {e}" for e in EXCESSES[1:])]
-            records.write("noise", found, header, table(found), "make bench-noise")
+        header = ["SNR 1/16", "white", *(f"excess {e}" for e in EXCESSES[1:])]
+        records.write("noise", found, header, table(found), "make bench-noise")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ to the highest, each of which imports from those before it:
 * :mod:`~cryoem.errors`, :mod:`~cryoem.threads`, :mod:`~cryoem.fourier`;
 * how particles are seen: :mod:`~cryoem.rotations`, :mod:`~cryoem.symmetry`,
   :mod:`~cryoem.distances`, :mod:`~cryoem.imaging`, :mod:`~cryoem.noise`;
-* :mod:`~cryoem.halves`, and :mod:`~cryoem.particles`, the particle stack that every step takes
+* :mod:`~cryoem.half_sets`, and :mod:`~cryoem.particles`, the particle stack that every step takes
   and returns, and :mod:`~cryoem.io`, its files;
 * what is seen: :mod:`~cryoem.density`, :mod:`~cryoem.structures` (atomic models),
   :mod:`~cryoem.projection`, :mod:`~cryoem.preprocessing`, :mod:`~cryoem.simulation`, and

@@ -27,6 +27,7 @@ __all__ = [
     "downsample",
     "flatten",
     "flip_contrast",
+    "from_middle",
     "mirror",
     "normalise",
     "quarter_turn",
@@ -100,6 +101,12 @@ def crop(images: ArrayLike, box_px: int) -> Float[np.ndarray, "n y x"]:
     return fourier.crop_or_pad(images, (box_px, box_px))
 
 
+def from_middle(size: int) -> Float[np.ndarray, "y x"]:
+    """Distance of each pixel of a frame from its origin, (size, size), pixels."""
+    axis = np.arange(size) - size // 2
+    return np.hypot(axis[:, None], axis)
+
+
 def normalise(images: ArrayLike, *, radius_px: float | None = None) -> Float[np.ndarray, "n y x"]:
     """Bring each image to mean 0 and standard deviation 1.
 
@@ -112,10 +119,9 @@ def normalise(images: ArrayLike, *, radius_px: float | None = None) -> Float[np.
     """
     images = np.asarray(images, np.float32)
     size = images.shape[-1]
-    axis = np.arange(size) - size // 2
     use = np.ones((size, size), bool)
     if radius_px is not None:
-        use = np.hypot(axis[:, None], axis) > radius_px
+        use = from_middle(size) > radius_px
         if not use.any():
             raise InputError(f"radius_px {radius_px} leaves no background in {size} px")
     background = images[:, use]
@@ -158,7 +164,7 @@ def _planes(size: int) -> tuple[np.ndarray, np.ndarray]:
     """What is outside the circle, (size, size), and (1, x, y) of each pixel, edges 1 apart."""
     x = (np.arange(size) - size // 2) / size
     planes = np.stack(np.broadcast_arrays(1.0, x, x[:, None]), axis=-1)
-    return np.hypot(x, x[:, None]) > 0.5, planes
+    return from_middle(size) > size / 2, planes
 
 
 def flip_contrast(images: ArrayLike) -> Float[np.ndarray, "n y x"]:

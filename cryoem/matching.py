@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from . import imaging, rotations
 from .density import Density
+from .noise import Noise
 from .particles import PER_PARTICLE, ParticleStack
 from .preprocessing import Preprocessing
 from .projection import project
@@ -56,52 +57,21 @@ def match(
     -------
     MatchedStack
     """
+    from tqdm.auto import tqdm
+
     stack = with_noise(stack)
     known = rotations.grid(references)
     best, scores = np.empty(len(stack), int), np.empty(len(stack), np.float32)
-    gains: list[np.ndarray | None] = [None]
+    # One set of references for all optics groups: whitened by their mean.
+    gain = None
     if stack.noise is not None and not stack.noise.is_white:
-        gains = [*stack.noise.whitening(stack.box_px)]
-        group = stack.noise.of(stack.optics_group)
-    for g, gain in enumerate(gains):
-        rows = np.flatnonzero(group == g) if len(gains) > 1 else np.arange(len(stack))
-        if len(rows):
-            table = _table(density, known, preprocessing, gain, progress)
-            best[rows], scores[rows] = _best(stack.select(rows), table, preprocessing, gain)
-    return stack.extended(
-        MatchedStack,
-        quaternions=known[best],
-        scores=scores,
-        # What was known of them belonged to other orientations.
-        contrast=None,
-        expected_error_rad=None,
-    )
-
-
-def _table(
-    density: Density,
-    known: np.ndarray,
-    preprocessing: Preprocessing,
-    gain: np.ndarray | None,
-    progress: bool,
-) -> np.ndarray:
-    """Prepared projections at the ``known`` orientations, (references, pixels)."""
-    from tqdm.auto import tqdm
-
-    table = np.empty((len(known), preprocessing.crop_px**2), np.float32)
-    starts = range(0, len(known), 512)
+        gain = Noise(stack.noise.power.mean(axis=0)).whitening(stack.box_px)[0]
+    table = np.empty((references, preprocessing.crop_px**2), np.float32)
+    starts = range(0, references, 512)
     for i in tqdm(starts, desc="references", unit="batch", disable=not progress):
         frames = project(density, known[i : i + 512])
         frames = frames if gain is None else imaging.apply_ctf(frames, gain)
         table[i : i + 512] = preprocessing(frames).reshape(-1, table.shape[1])
-    return table
-
-
-def _best(
-    stack: ParticleStack, table: np.ndarray, preprocessing: Preprocessing, gain: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The row of ``table`` that each image correlates with best, and how well."""
-    best, scores = np.empty(len(stack), int), np.empty(len(stack), np.float32)
     done = 0
     for part in stack.chunks(256):
         frames = imaging.shift(part.images[:], -part.shifts_px)
@@ -111,4 +81,11 @@ def _best(
         rows = slice(done, done + len(part))
         best[rows], scores[rows] = correlation.argmax(axis=1), correlation.max(axis=1)
         done += len(part)
-    return best, scores
+    return stack.extended(
+        MatchedStack,
+        quaternions=known[best],
+        scores=scores,
+        # What was known of them belonged to other orientations.
+        contrast=None,
+        expected_error_rad=None,
+    )

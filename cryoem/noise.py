@@ -7,6 +7,7 @@ the detector make it so. Whoever weighs all frequencies alike believes the loude
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.fft
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from . import fourier, rotations
 from .errors import InputError
-from .imaging import apply_ctf, check_images
+from .imaging import apply_ctf, check_images, from_middle
 from .rotations import Seed
 
 __all__ = ["Noise", "background_noise", "coloured", "from_powers"]
@@ -73,7 +74,7 @@ class Noise:
         """Of the columns of ``power``, cycles per pixel."""
         return np.linspace(0, CORNER, self.power.shape[1])
 
-    @property
+    @cached_property
     def variances(self) -> Float[np.ndarray, " g"]:
         """Per pixel, of each optics group."""
         k = fourier.radius((256, 256)).ravel() / 256
@@ -108,6 +109,14 @@ class Noise:
                 f"{len(self.power)} groups"
             )
         return group if len(self.power) > 1 else np.zeros_like(group)
+
+    def for_groups(self, groups: int) -> Noise:
+        """The same noise for so many optics groups: those that are missing have the mean power."""
+        missing = groups - len(self.power)
+        if missing <= 0:
+            return self
+        mean = np.tile(self.power.mean(axis=0), (missing, 1))
+        return Noise(np.concatenate([self.power, mean]))
 
     def draw(
         self, n: int, box_px: int, seed: Seed, *, group: ArrayLike = 0
@@ -187,8 +196,7 @@ def background_noise(
     sums = np.where(few[:, None, None], sums.sum(axis=0), sums)
     count = np.where(few, n, count)
     pairs = _rolled(np.abs(scipy.fft.rfft2(mask, s=padded)) ** 2, size)
-    lag = np.hypot(*np.meshgrid(*[np.arange(size) - size // 2] * 2, indexing="ij"))
-    taper = 0.5 * (1 + np.cos(np.pi * np.minimum(lag / (size / 4), 1)))
+    taper = 0.5 * (1 + np.cos(np.pi * np.minimum(from_middle(size) / (size / 4), 1)))
     seen = np.where(pairs > 0.5, taper, 0)
     shells = np.rint(fourier.radius((size, size))).astype(int).ravel()
     powers = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from . import imaging, rotations
 from .errors import InputError
-from .halves import particles_of, random_half_sets, split_particles
+from .half_sets import particles_of, random_half_sets, split_particles
 from .imaging import CtfParameters
 from .noise import Noise
 from .rotations import Seed
@@ -132,6 +132,12 @@ class ParticleStack:
     def box_px(self) -> int:
         """Edge of the images."""
         return self.images.shape[1]
+
+    @property
+    def optics_groups(self) -> int:
+        """How many optics groups there are: those of the file, or up to the last that is used."""
+        told = {} if self.origin is None else self.origin.optics
+        return max(int(self.optics_group.max(initial=0)) + 1, *map(len, told.values()), 0)
 
     def _checked(self, name: str, value: Any) -> Any:
         """A field's value as it is kept, or what is wrong with it."""
@@ -263,24 +269,19 @@ class ParticleStack:
 
         A particle file that names them says so in its column ``cryoemSign``.
         """
-        return self.replace(images=_inverted(self.images))
+        return self.replace(images=_changed(self.images, imaging.flip_contrast, "inverted"))
 
     def flattened(self) -> Self:
         """The same particles, each image's level and ramp taken off: in files, as they are read.
 
         See :func:`cryoem.imaging.flatten`.
         """
-        images = self.images
-        return self.replace(
-            images=images.flattened()
-            if hasattr(images, "flattened")
-            else imaging.flatten(images[:])
-        )
+        return self.replace(images=_changed(self.images, imaging.flatten, "flattened"))
 
     def with_half_sets(self, seed: Seed) -> Self:
         """The same particles in two halves: those that the stack has, else at random.
 
-        Images of one particle (:func:`cryoem.halves.particles_of`) are put into one half, with a
+        Images of one particle (:func:`cryoem.half_sets.particles_of`) are put into one half, with a
         warning; so there is one where the halves that the stack has part them.
         """
         name = "the particles" if self.origin is None else self.origin.path
@@ -318,14 +319,16 @@ class ParticleStack:
             return None
         return self.ctf_parameters.select(rows).values(self.box_px, self.pixel_size_angstrom)
 
-    def whitening(self) -> Float[np.ndarray, "n y x"] | None:
-        """What whitens the images' noise, (n, size, size // 2 + 1), or None: unknown, or white.
+    def whitening(self) -> Float[np.ndarray, "*n y x"] | None:
+        """What whitens the images' noise, or None: unknown, or white.
 
-        Whatever compares a whitened image with projections must whiten these too.
+        (n, size, size // 2 + 1), or one for all where all optics groups have one noise. Whatever
+        compares a whitened image with projections must whiten these too.
         """
         if self.noise is None or self.noise.is_white:
             return None
-        return self.noise.whitening(self.box_px)[self.noise.of(self.optics_group)]
+        gain = self.noise.whitening(self.box_px)
+        return gain[0] if len(gain) == 1 else gain[self.noise.of(self.optics_group)]
 
     def oriented(self) -> Float[np.ndarray, "n 4"]:
         """The orientations, or ``InputError`` where they are unknown or there is no particle."""
@@ -353,8 +356,8 @@ Kind = TypeVar("Kind", bound=ParticleStack)
 class _SomeImages:
     """Some rows of images, which are read or copied where they are indexed."""
 
-    def __init__(self, base: Images, rows: np.ndarray, sign: int = 1) -> None:
-        self.base, self.rows, self.sign = base, rows, sign
+    def __init__(self, base: Images, rows: np.ndarray, sign: int = 1, flat: bool = False) -> None:
+        self.base, self.rows, self.sign, self.flat = base, rows, sign, flat
         self.shape = (len(rows), *base.shape[1:])
 
     def __len__(self) -> int:
@@ -362,17 +365,21 @@ class _SomeImages:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         images = np.asarray(self.base[self.rows[index]])
-        return images if self.sign == 1 else -images
+        images = images if self.sign == 1 else -images
+        return imaging.flatten(images) if self.flat else images
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         images = self[:]
         return images if dtype is None else images.astype(dtype, copy=False)
 
     def select(self, rows: Rows) -> _SomeImages:
-        return _SomeImages(self.base, self.rows[rows], self.sign)
+        return _SomeImages(self.base, self.rows[rows], self.sign, self.flat)
 
     def inverted(self) -> _SomeImages:
-        return _SomeImages(self.base, self.rows, -self.sign)
+        return _SomeImages(self.base, self.rows, -self.sign, self.flat)
+
+    def flattened(self) -> _SomeImages:
+        return _SomeImages(self.base, self.rows, self.sign, flat=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return np.array, (self[:],)  # other processes are sent these images, not all
@@ -394,12 +401,12 @@ def _selected_images(images: Any, rows: Rows) -> Images:
     return _SomeImages(images, np.arange(len(images))[rows])
 
 
-def _inverted(images: Any) -> Images:
-    if hasattr(images, "inverted"):
-        return images.inverted()
+def _changed(images: Any, now: Callable[[np.ndarray], np.ndarray], later: str) -> Images:
+    """Images changed at once where they are in memory, else by ``later()`` as they are read."""
     if isinstance(images, np.ndarray) and not isinstance(images, np.memmap):
-        return imaging.flip_contrast(images)
-    return _SomeImages(images, np.arange(len(images)), -1)
+        return now(images)
+    lazy = images if hasattr(images, later) else _SomeImages(images, np.arange(len(images)))
+    return getattr(lazy, later)()
 
 
 def _checked_images(images: Any) -> Images:

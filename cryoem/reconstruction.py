@@ -104,7 +104,11 @@ def _normal_equations(
     for rows in tqdm(parts, desc="back-projection", unit="chunk", disable=not progress):
         part = stack.select(rows)
         y = slices.from_images(part.images[:])
-        gain = weights[part.optics_group] if len(weights) > 1 else weights
+        gain = (
+            weights[stack.noise.of(part.optics_group)]
+            if stack.noise and len(weights) > 1
+            else weights
+        )
         a = np.ones((1, 1), np.float32)
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]

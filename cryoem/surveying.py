@@ -23,6 +23,7 @@ __all__ = [
     "background",
     "contrast",
     "survey",
+    "told",
     "with_noise",
 ]
 
@@ -47,6 +48,13 @@ class TrainingRanges(TypedDict, total=False):
     defocus_range_angstrom: tuple[float, float]
     ctf_fraction: float
     noise: Literal["white", "coloured"] | Noise
+
+
+class Told(TypedDict):
+    """What is known of all particles; see :class:`Survey`."""
+
+    max_shift_px: float
+    defocus_range_angstrom: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -146,15 +154,11 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
     if max(level, ramp) > UNEVEN:
         seen = imaging.flatten(seen)
     quiet = _Rings(seen)
-    parameters = stack.ctf_parameters
-    defocus = None
-    if parameters is not None:
-        mean = (parameters.defocus_u_angstrom + parameters.defocus_v_angstrom) / 2
-        defocus = (float(mean.min()), float(mean.max()))
     noise = None
     enough = len(rows) * quiet.background.sum() >= ENOUGH
     if enough and quiet.noise > 0 and quiet.signal.mean() < LOUD * quiet.noise:
         noise = background_noise(seen, quiet.background, group=stack.optics_group[rows])
+        noise = noise.for_groups(stack.optics_groups)
     ratio = quiet.signal / quiet.noise if quiet.noise > 0 else np.full(len(rows), np.inf)
     return Survey(
         images=len(rows),
@@ -166,16 +170,27 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
         background_level=level,
         background_ramp=ramp,
         particle_diameter_angstrom=2 * quiet.radius_px * stack.pixel_size_angstrom,
-        max_shift_px=float(np.abs(stack.shifts_px).max()),
-        defocus_range_angstrom=defocus,
+        **told(stack),
     )
 
 
-def with_noise(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
+def told(stack: ParticleStack) -> Told:
+    """What is known of all particles, without a look at their images."""
+    parameters, defocus = stack.ctf_parameters, None
+    if parameters is not None:
+        mean = (parameters.defocus_u_angstrom + parameters.defocus_v_angstrom) / 2
+        defocus = (float(mean.min()), float(mean.max()))
+    return {
+        "max_shift_px": float(np.abs(stack.shifts_px).max()),
+        "defocus_range_angstrom": defocus,
+    }
+
+
+def with_noise(stack: ParticleStack) -> ParticleStack:
     """The stack with a noise: its own, or what is measured where no particle reaches."""
     if stack.noise is not None or len(stack) == 0:
         return stack
-    return stack.replace(noise=survey(stack, seed=seed).noise)
+    return stack.replace(noise=survey(stack).noise)
 
 
 class _Rings:
@@ -195,7 +210,7 @@ class _Rings:
 
     def __init__(self, images: np.ndarray) -> None:
         n, size = images.shape[:2]
-        radius = _radius(size)
+        radius = imaging.from_middle(size)
         # Rings of equal width out to where a circle still fits; the corners are the last one.
         width = max(1.0, size / 32)
         number = np.minimum(radius / width, size / 2 / width).astype(int)
@@ -255,7 +270,7 @@ def contrast(images: np.ndarray) -> tuple[int, float]:
         The difference in standard errors.
     """
     images = imaging.check_images(images)
-    radius, size = _radius(images.shape[1]), images.shape[1]
+    radius, size = imaging.from_middle(images.shape[1]), images.shape[1]
     inner, outer = radius < size / 6, radius > size / 2
     difference = images[:, inner].mean(axis=1) - images[:, outer].mean(axis=1)
     # Noise of the pixels besides the scatter of the images, which one image does not show.
@@ -263,8 +278,3 @@ def contrast(images: np.ndarray) -> tuple[int, float]:
     error = max(float(difference.std()), float(scatter)) / np.sqrt(len(images))
     z = float(difference.mean()) / max(error, 1e-30)
     return int(np.sign(z)) * (abs(z) > CERTAIN), z
-
-
-def _radius(size: int) -> np.ndarray:
-    axis = np.arange(size) - size // 2
-    return np.hypot(axis[:, None], axis)

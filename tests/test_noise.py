@@ -13,7 +13,8 @@ from cryoem.noise import Noise, background_noise, coloured
 from cryoem.particles import ParticleStack
 from cryoem.preprocessing import Preprocessing
 from cryoem.recovery.chunks import Job
-from cryoem.refinement import refine
+from cryoem.refinement import Search, refine
+from cryoem.refinement.halves import refine_each_half
 from cryoem.simulation import TrainingImages
 from cryoem.surveying import survey, with_noise
 
@@ -169,6 +170,26 @@ def test_matching_whitens_images_and_references():
     assert known < 0.75 * white and unknown < 0.75 * white
 
 
+def test_a_group_that_was_not_looked_at_has_the_noise_of_all():
+    both = Noise(np.array([[1.0, 3.0], [3.0, 5.0]]))
+    np.testing.assert_array_equal(both.for_groups(3).power, [[1, 3], [3, 5], [2, 4]])
+    assert both.for_groups(2) is both
+    np.testing.assert_array_equal(Noise.white(2.0).for_groups(3).power, np.full((3, 2), 2.0))
+    # One particle alone is of group 2, and the survey does not meet it.
+    images, _ = in_noise(3.0, 1.0)
+    group = np.zeros(N, int)
+    group[7] = 2
+    stack = ParticleStack(images, VOXEL, quaternions=TRUE, optics_group=group)
+    assert stack.optics_groups == 3
+    assert len(survey(stack, images=50).noise.power) == 3
+    # And in halves only one has it.
+    halves = stack.replace(half_set=np.arange(N) % 2 + 1)
+    refined = refine_each_half(
+        halves, [DENSITY, DENSITY], resolution_angstrom=20.0, search=Search(1, 0.1, False, 2)
+    )
+    assert refined.noise.power.shape[0] == 3 and refined.whitening().shape[0] == N
+
+
 def test_a_map_believes_quiet_images_more():
     loud = Noise(np.array([[1.0, 1.0], [25.0, 25.0]]) * float(CLEAN.var()))
     group = np.arange(N) % 2
@@ -201,7 +222,9 @@ def test_the_noise_is_told_from_the_particle_with_neighbours_about():
 def test_images_without_noise_have_no_spectrum():
     assert survey(ParticleStack(CLEAN, VOXEL)).noise is None
     assert simulate(DENSITY, 10, 0).noise is None
-    assert simulate(DENSITY, 10, 0, snr=1, noise_excess=5).noise.at(0.01) > 1
+    made = simulate(DENSITY, 10, 0, snr=1, noise_excess=5)
+    assert made.noise.at(0.01) > 4 * made.noise.at(0.5)
+    assert made.noise.variance == pytest.approx(simulate(DENSITY, 10, 0, snr=1).noise.variance)
     with pytest.raises(InputError, match="noise_excess must not be negative"):
         simulate(DENSITY, 10, 0, snr=1, noise_excess=-1)
 
@@ -244,7 +267,11 @@ def test_an_estimator_reads_whitened_images():
     images, noise = in_noise(10.0, 1.0)
     stack = ParticleStack(images[:20], VOXEL, noise=noise)
     gain = stack.whitening()
-    assert gain.shape == (20, BOX, BOX // 2 + 1) and stack.replace(noise=None).whitening() is None
+    assert gain.shape == (BOX, BOX // 2 + 1) and stack.replace(noise=None).whitening() is None
+    both = Noise(np.concatenate([noise.power, noise.power[:, ::-1]]))
+    of_each = stack.replace(noise=both, optics_group=np.arange(20) % 2).whitening()
+    np.testing.assert_allclose(of_each[::2], np.broadcast_to(gain, (10, *gain.shape)))
+    assert (of_each[1] > of_each[0]).any()
     assert stack.replace(noise=Noise.white(2.0)).whitening() is None
     read = Job(None, False).images(stack)
     np.testing.assert_allclose(read, imaging.apply_ctf(images[:20], gain), rtol=1e-5)

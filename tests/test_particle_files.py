@@ -938,6 +938,14 @@ def test_images_are_turned_as_they_are_read(written):
     np.testing.assert_array_equal(some.images[:], -IMAGES[[4, 1]])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(some.images))[:], -IMAGES[[4, 1]])
     np.testing.assert_array_equal(in_memory().inverted().images, -IMAGES)
+    for flat in (
+        stack.flattened(),
+        in_memory().flattened(),
+        in_memory().select(np.arange(len(IMAGES))).flattened(),
+    ):
+        np.testing.assert_allclose(flat.images[:], imaging.flatten(IMAGES), atol=1e-5)
+    both = stack.inverted().flattened().select(np.array([3, 0]))
+    np.testing.assert_allclose(both.images[:], -imaging.flatten(IMAGES)[[3, 0]], atol=1e-5)
     lazily = in_memory().select(np.array([3, 0])).inverted()
     np.testing.assert_array_equal(lazily.images[:], -IMAGES[[3, 0]])
     np.testing.assert_array_equal(lazily.select(slice(1)).images[:], -IMAGES[[3]])

@@ -13,7 +13,7 @@ from cryoem import (
     ParticleStack,
     Preprocessing,
     Search,
-    halves,
+    half_sets,
     imaging,
     match,
     orient,
@@ -382,7 +382,7 @@ PLACES = {
     ],
 )
 def test_rows_of_one_particle_are_told(columns, wanted):
-    found = halves.particles_of({name: np.asarray(c) for name, c in columns.items()}, 6)
+    found = half_sets.particles_of({name: np.asarray(c) for name, c in columns.items()}, 6)
     _, first, where = np.unique(found, return_index=True, return_inverse=True)
     np.testing.assert_array_equal(np.argsort(np.argsort(first))[where], wanted)
 
@@ -407,7 +407,7 @@ def test_duplicates_of_many_sizes_leave_the_halves_even():
     particle = np.repeat(np.arange(300), np.random.default_rng(0).integers(1, 6, 300))
     half = random_half_sets(len(particle), 1, particle)
     assert abs((half == 1).sum() - (half == 2).sum()) <= 5
-    assert len(halves.split_particles(particle, half)) == 0
+    assert len(half_sets.split_particles(particle, half)) == 0
     first = np.unique(particle, return_index=True)[1]
     assert 0.4 < np.mean(half[first[:-1]] == half[first[1:]]) < 0.6
 

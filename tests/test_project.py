@@ -35,7 +35,7 @@ LAYERS = [
     errors threads version
     io.files
     fourier rotations symmetry distances
-    imaging halves
+    imaging half_sets
     noise
     particles
     io

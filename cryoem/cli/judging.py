@@ -174,27 +174,20 @@ def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, 
 
 def _told_of(stack: ParticleStack) -> dict[str, object]:
     """What a particle file says, without its images."""
-    from ..io.star import length
+    from ..surveying import told
 
-    assert stack.origin is not None
     names = {str(name).rpartition("@")[2] for name in stack.columns["rlnImageName"]}
-    defocus = None
-    if stack.ctf_parameters is not None:
-        parameters = stack.ctf_parameters
-        mean = (parameters.defocus_u_angstrom + parameters.defocus_v_angstrom) / 2
-        defocus = (float(mean.min()), float(mean.max()))
     return {
         "kind": "particles",
         "particles": len(stack),
         "box_px": stack.box_px or "not told",
         "pixel_size_angstrom": stack.pixel_size_angstrom,
         "stacks": len(names),
-        "optics_groups": length(stack.origin.optics),
+        "optics_groups": stack.optics_groups,
         "angles": stack.quaternions is not None,
         "half_sets": stack.half_set is not None,
         "columns": ", ".join(stack.columns),
-        "max_shift_px": float(np.abs(stack.shifts_px).max()),
-        "defocus_range_angstrom": defocus,
+        **told(stack),
     }
 
 

@@ -57,7 +57,7 @@ def reconstruct_map(
     stack = open_oriented(particles_file, quiet, pixel_size)
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
-    stack = prepared(stack, particles_file, invert, quiet, seed)
+    stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
         write_density(output, found)
@@ -133,7 +133,8 @@ def refine_particles(
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     written = [*star_files(output, stack), map_path, *_half_files(map_path), page]
     check_outputs({"--output": written}, [particles_file, map_file], stack)
-    stack = prepared(stack, particles_file, invert, quiet, seed).with_half_sets(seed)
+    stack, _ = prepared(stack, particles_file, invert, quiet, seed)
+    stack = stack.with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from ..errors import CryoemError, InputError
@@ -20,6 +19,7 @@ from ..errors import CryoemError, InputError
 if TYPE_CHECKING:
     from ..density import Density
     from ..particles import ParticleStack
+    from ..surveying import Survey
 
 __all__ = ["app"]
 
@@ -267,19 +267,16 @@ def open_map(
 
 def prepared(
     stack: ParticleStack, path: Path | None, invert: bool | None, quiet: bool, seed: int
-) -> ParticleStack:
-    """Particles that are white on black, on a background of zero.
+) -> tuple[ParticleStack, Survey]:
+    """Particles that are white on black, on a background of zero; and what some images said.
 
-    Turned where the user says so, or where they are black; flattened where the background of some
-    random images is uneven.
+    Turned where the user says so, or where they are black; flattened where the background is
+    uneven.
     """
     from .. import surveying
-    from ..rotations import generator
 
-    n = len(stack)
-    rows = np.sort(generator(seed, "prepared").choice(n, min(300, n), replace=False))
-    some = stack.select(rows).images[:]
-    if invert is None and surveying.contrast(some)[0] < 0:
+    found = surveying.survey(stack, images=300, seed=seed)
+    if invert is None and found.contrast == "black on white":
         warnings.warn(
             f"{path}: the particles are black on white; their images are turned as they are read "
             "(--no-invert: taken as they are)",
@@ -289,7 +286,7 @@ def prepared(
     elif invert:
         say(quiet, f"{path}: the images are turned, as --invert says")
         stack = stack.inverted()
-    level, ramp = surveying.background(some)
+    level, ramp = found.background_level, found.background_ramp
     if max(level, ramp) > surveying.UNEVEN:
         warnings.warn(
             f"{path}: the background of the images is {level:.2g} standard deviations from zero "
@@ -297,4 +294,4 @@ def prepared(
             stacklevel=2,
         )
         stack = stack.flattened()
-    return stack
+    return stack, found

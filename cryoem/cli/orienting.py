@@ -71,11 +71,12 @@ def train_estimator(
     """Train an estimator of distances on projections of a density.
 
     With --like, the noise is measured outside the particles' circle, shifts and defocus are the
-    file's. Without it the estimator is a broad one: no noise and SNR 1 to 1/128, shifts to 7 % of
-    the box, defocus 0.5 to 3 micrometres and none, as those that ship. Where there are shifts, one
-    network learns to find them, from three fifths of the images, and a second one to read what is
-    centred: a bar for each. The bar shows the time to expect. Some 25,000 images give a first idea,
-    the default a model worth keeping. Its training is told in OUTPUT.json beside it.
+    file's. Without it the estimator is a broad one: no noise and SNR 1 to 1/128 in noise of many
+    spectra, shifts to 7 % of the box, defocus 0.5 to 3 micrometres and none, as those that ship.
+    Where there are shifts, one network learns to find them, from three fifths of the images, and a
+    second one to read what is centred: a bar for each. The bar shows the time to expect. Some
+    25,000 images give a first idea, the default a model worth keeping. Its training is told in
+    OUTPUT.json beside it.
     """
     from ..estimator import Estimator, train
     from ..io import files
@@ -92,7 +93,9 @@ def train_estimator(
         raise InputError(f"--voxel-size: is told of an MRC map; {density} has its own")
     cube = load_density(density) if shipped else open_map(Path(density), voxel_size, stack)
     symmetry = symmetry or (shipped.symmetry if shipped else "C1")
-    cube, ranges = _as_seen(cube, stack and prepared(stack, like, invert, quiet, seed), seed)
+    if stack is not None:
+        stack, _ = prepared(stack, like, invert, quiet, seed)
+    cube, ranges = _as_seen(cube, stack, seed)
     say(quiet, _ranges_told(ranges))
     preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
     source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
@@ -107,10 +110,9 @@ def train_estimator(
         model, source, images=images, seed=seed, checkpoint=checkpoint, progress=not quiet
     )
     model.notes = {
-        "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry}"
-        f" --images {images}"
-        + _told_of_particles(like, invert, pixel_size)
-        + f" --seed {seed} --precision {precision}",
+        "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry} "
+        f"--images {images}{_more_options(voxel_size, like, invert, pixel_size)} --seed {seed} "
+        f"--precision {precision}",
         "images": images,
         "seed": seed,
         "precision": precision,
@@ -144,12 +146,16 @@ def _ranges_told(ranges: TrainingRanges) -> str:
     return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in texts.items())
 
 
-def _told_of_particles(like: Path | None, invert: bool | None, pixel_size: float | None) -> str:
-    """The options that say which particles, as they are typed."""
+def _more_options(
+    voxel_size: float | None, like: Path | None, invert: bool | None, pixel_size: float | None
+) -> str:
+    """The options that say which map and which particles, as they are typed."""
+    of_map = f" --voxel-size {voxel_size:g}" if voxel_size else ""
     if like is None:
-        return ""
+        return of_map
     turned = {None: "", True: " --invert", False: " --no-invert"}[invert]
-    return f" --like {like.name}{turned}" + (f" --pixel-size {pixel_size:g}" if pixel_size else "")
+    of_pixel = f" --pixel-size {pixel_size:g}" if pixel_size else ""
+    return f"{of_map} --like {like.name}{turned}{of_pixel}"
 
 
 @app.command("orient")
@@ -188,14 +194,11 @@ def orient_particles(
     rotation and the hand are left open, as images leave them. Interrupt it
     as you like: called again, it goes on, and a run that is done is only written again.
     """
-    from ..surveying import survey
-
     stack = open_particles(particles_file, quiet, pixel_size)
     folder = output.with_suffix(".work") if work is None else work
     written = {"--output": star_files(output, stack), "--work": [folder / name for name in WORK]}
     check_outputs(written, [particles_file, model, reference], stack)
-    stack = prepared(stack, particles_file, invert, quiet, seed)
-    found = survey(stack, images=300, seed=seed)
+    stack, found = prepared(stack, particles_file, invert, quiet, seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
 
     from ..estimator import load_estimator

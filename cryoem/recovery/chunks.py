@@ -58,13 +58,12 @@ class Job:
     landmarks: FramedLandmarks | None = None
 
     def images(self, stack: ParticleStack) -> np.ndarray:
-        """Read the images of a chunk, whitened, and centred if they are to be."""
+        """Read the images of a chunk, centred if they are to be, and whitened."""
         images = np.asarray(stack.images[:], np.float32)
+        if self.centred and stack.shifts_px.any():
+            images = imaging.shift(images, -stack.shifts_px)
         whitening = stack.whitening()
-        if whitening is not None:
-            images = imaging.apply_ctf(images, whitening)
-        moved = self.centred and stack.shifts_px.any()
-        return imaging.shift(images, -stack.shifts_px) if moved else images
+        return images if whitening is None else imaging.apply_ctf(images, whitening)
 
     def place(self, start: int, stack: ParticleStack) -> tuple[int, np.ndarray]:
         """Embed and place: one record a particle, each by its own image alone."""

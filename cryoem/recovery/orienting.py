@@ -146,9 +146,9 @@ def orient(
     if (n := len(stack)) < 2 * ENOUGH:
         raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {n}")
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)
-    some = _drawn(stack, landmarks, seed)
+    some = _drawn(job, stack, landmarks, seed)
     stack = stack.replace(noise=some.noise)
-    images = job.images(some)
+    images = replace(job, centred=False).images(some)
     kept: InMemory | WorkFolder = InMemory()
     if work is not None:
         settings = _settings(job, stack, images, reference)
@@ -162,13 +162,18 @@ def orient(
     return _oriented(stack, kept.rows(), known, estimator.centres_images and not centred)
 
 
-def _drawn(stack: ParticleStack, landmarks: int, seed: int) -> ParticleStack:
-    """The particles that are recovered jointly, their images read; their noise measured."""
+def _drawn(job: Job, stack: ParticleStack, landmarks: int, seed: int) -> ParticleStack:
+    """The particles that are recovered jointly, their images read, centred if they are to be.
+
+    With the noise of the stack, or what is measured in these images.
+    """
     rng = rotations.generator(seed, "landmarks")
     n = len(stack)
     rows = np.sort(rng.choice(n, min(landmarks, n), replace=False, shuffle=False))
     some = stack.select(rows)
-    return surveying.with_noise(some.with_images(some.images[:]))
+    some = surveying.with_noise(some.with_images(job.images(some.replace(noise=None))))
+    noise = some.noise and some.noise.for_groups(stack.optics_groups)
+    return some.replace(noise=noise)
 
 
 def _settings(

@@ -173,7 +173,7 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
 
     Beyond the plan's resolution, all of them.
     """
-    groups = int(stack.optics_group.max()) + 1
+    groups = stack.optics_groups
     sample = stack.replace(noise=Noise.white(1.0))
     if len(stack) > NOISE_SAMPLE * min(groups, 10):
         rng = rotations.generator(0, "noise")

@@ -241,7 +241,8 @@ def refine_each_half(
             found[f.name] = float(np.mean(values))
         elif "rows" in f.metadata and isinstance(values[0], np.ndarray) and f.name != "images":
             found[f.name] = np.concatenate(values)[order]
-    spectra = [part.noise.power for part in parts if part.noise is not None]
+    groups = stack.optics_groups
+    spectra = [part.noise.for_groups(groups).power for part in parts if part.noise is not None]
     found["noise"] = Noise(np.mean(spectra, axis=0))
     return stack.extended(RefinedStack, **found)
 

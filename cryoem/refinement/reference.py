@@ -23,6 +23,8 @@ __all__ = ["ReferenceRefinement", "in_frame_of", "refine_against"]
 
 #: The correlation, at 30 A, from which a map and a reference are taken to lie alike.
 ALIKE = 0.6
+#: How many particles make a map that tells the frame.
+ENOUGH = 5000
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +120,7 @@ def refine_against(
     return ReferenceRefinement(refined, pair, mask, test, fsc, believed(pair, fsc))
 
 
-def in_frame_of(
-    stack: ParticleStack, reference: Density, *, images: int = 5000, seed: Seed = 0
-) -> ParticleStack:
+def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> ParticleStack:
     """Bring orientations into the frame and hand of a reference, where they are in another one.
 
     Orientations from the images alone leave an overall rotation and the hand open. The map that
@@ -132,10 +132,8 @@ def in_frame_of(
     stack : ParticleStack
         With orientations.
     reference : Density, a cube of the images' box
-    images : int
-        How many, at most, the map is made from.
     seed : int or numpy.random.Generator
-        Of their choice.
+        Of the choice of the particles that the map is made from, at most 5,000.
 
     Returns
     -------
@@ -145,7 +143,7 @@ def in_frame_of(
     stack.oriented()
     n = len(stack)
     rng = rotations.generator(seed, "frame")
-    some = np.sort(rng.choice(n, min(images, n), replace=False))
+    some = np.sort(rng.choice(n, min(ENOUGH, n), replace=False))
     own = reconstruct(stack.select(some), iterations=10, ridge=1e-2)
     before = _likeness(own, reference)
     if before > ALIKE:
