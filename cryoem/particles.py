@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+from scipy.spatial.transform import Rotation
 
 from . import imaging, rotations
 from .errors import InputError
@@ -244,6 +245,26 @@ class ParticleStack:
         """The same particles at other orientations, and where given at other shifts."""
         moved = {} if shifts_px is None else {"shifts_px": shifts_px}
         return self.replace(quaternions=quaternions, **moved)
+
+    def moved(
+        self, quaternion: ArrayLike, shift_angstrom: ArrayLike, *, other_hand: bool = False
+    ) -> Self:
+        """The same particles after their density was turned, and then moved.
+
+        Parameters
+        ----------
+        quaternion : (4,) array
+            Turns the density.
+        shift_angstrom : (3,) array, xyz
+        other_hand : bool
+            It was mirrored first.
+        """
+        q = self.oriented()
+        q = rotations.multiply(quaternion, rotations.other_hand(q) if other_hand else q)
+        # The images stay: what is seen of the density's move is no longer the particle's.
+        matrices = Rotation.from_quat(q).as_matrix()
+        seen = matrices[:, :, :2].transpose(0, 2, 1) @ np.asarray(shift_angstrom, np.float64)
+        return self.with_poses(q, self.shifts_px - seen / self.pixel_size_angstrom)
 
     def without_poses(self) -> Self:
         """What a user has: the same particles, orientations, shifts and contrasts unknown."""

@@ -29,6 +29,12 @@ _POINTS_AT_ONCE = 4_000_000
 class Slices:
     """The half of a central slice's frequencies that a real image needs.
 
+    Parameters
+    ----------
+    box_px : int
+    finest : float, optional
+        No finer frequencies than this, cycles per box, and the coarsest first.
+
     Attributes
     ----------
     index : tuple of two (k,) int arrays
@@ -39,10 +45,15 @@ class Slices:
         2 where the frequency stands for its conjugate too, else 1.
     """
 
-    def __init__(self, box_px: int) -> None:
+    def __init__(self, box_px: int, finest: float | None = None) -> None:
         self.box_px = box_px
-        inside = fourier.radius((box_px, box_px), half=True) < box_px / 2
-        self.index: tuple[np.ndarray, np.ndarray] = np.nonzero(inside)  # type: ignore[assignment]
+        radius = fourier.radius((box_px, box_px), half=True)
+        self.index: tuple[np.ndarray, np.ndarray] = np.nonzero(radius < box_px / 2)  # type: ignore[assignment]
+        if finest is not None:
+            length = radius[self.index]
+            order = np.argsort(length, kind="stable")
+            order = order[(length[order] > 0) & (length[order] <= finest)]
+            self.index = (self.index[0][order], self.index[1][order])
         ky, kx = fourier.frequencies(box_px)[self.index[0]], self.index[1].astype(float)
         self.frequencies = np.stack([kx, ky], axis=1)
         self.weights = np.where(kx > 0, 2.0, 1.0).astype(np.float32)

@@ -1,5 +1,6 @@
 """Judging a map: Fourier shell correlation, half-maps, masks, coverage, registration."""
 
+from .axes import Axes, find_axes, symmetry_of
 from .bias import ReferenceBias, reference_bias
 from .correlation import (
     Fsc,
@@ -16,6 +17,7 @@ from .sampling import Coverage, coverage
 from .shells import filtered
 
 __all__ = [
+    "Axes",
     "Coverage",
     "Fsc",
     "HalfMapFsc",
@@ -25,12 +27,14 @@ __all__ = [
     "Resolution",
     "coverage",
     "filtered",
+    "find_axes",
     "fsc",
     "half_map_fsc",
     "mirrored",
     "reference_bias",
     "register",
     "soft_mask",
+    "symmetry_of",
     "turned",
     "write_fsc",
 ]

@@ -106,7 +106,7 @@ class Registration:
     correlation: float
 
 
-class _Spectrum:
+class Spectrum:
     """A cube's transform, interpolated: coarse and quick, for searches only."""
 
     def __init__(self, values: Float[np.ndarray, "n n n"]) -> None:
@@ -145,9 +145,9 @@ class _Comparison:
         self.extent = reference.box_px * reference.voxel_size_angstrom
         self.finest = 2 * reference.voxel_size_angstrom
         self.rng = np.random.default_rng(seed)
-        self.target = _Spectrum(reference.resampled(small).values)
+        self.target = Spectrum(reference.resampled(small).values)
         self.sources = {
-            hand: _Spectrum((mirrored(density) if hand else density).resampled(small).values)
+            hand: Spectrum((mirrored(density) if hand else density).resampled(small).values)
             for hand in hands
         }
 

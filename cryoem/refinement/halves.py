@@ -12,13 +12,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from jaxtyping import Float
 
-from .. import maps, matching, reconstruction, rotations
+from .. import maps, matching, reconstruction
 from ..density import Density
 from ..errors import InputError
 from ..noise import Noise
 from ..particles import ParticleStack
 from ..preprocessing import Preprocessing
 from ..rotations import Seed
+from ..symmetry import group
 from .fit import DEFAULT, RefinedStack, refine
 from .search import Search
 
@@ -85,6 +86,7 @@ def refine_halves(
     resolution_angstrom: float = 30.0,
     joined_angstrom: float = 40.0,
     search: Search = DEFAULT,
+    symmetry: str = "C1",
     seed: Seed = 0,
     progress: bool = False,
 ) -> HalvesRefinement:
@@ -109,6 +111,8 @@ def refine_halves(
     joined_angstrom : float
     search : Search
         Of the first round and the end. The others start where the last ended.
+    symmetry : str
+        The particle's point group, in whose standard setting the orientations are.
     seed : int or numpy.random.Generator
         Of the split, and of the random phases.
     progress : bool
@@ -132,7 +136,7 @@ def refine_halves(
     given = stack.with_half_sets(seed).replace(contrast=None)
     now, used = given, []
     for turn in tqdm(range(rounds), desc="rounds", disable=not progress):
-        maps_now = _round(now, joined_angstrom, seed)
+        maps_now = _round(now, joined_angstrom, symmetry, seed)
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
         limit = max(limit, resolution_angstrom) if turn == 0 else limit
         used.append(limit)
@@ -144,10 +148,12 @@ def refine_halves(
         )
         # The scale of contrast and density together is free.
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
-    last = _round(now, joined_angstrom, seed)
+    last = _round(now, joined_angstrom, symmetry, seed)
     held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
     return HalvesRefinement(
-        particles=_against_all(last, now, given.replace(noise=now.noise), used[-1], search),
+        particles=_against_all(
+            last, now, given.replace(noise=now.noise), used[-1], search, symmetry
+        ),
         separate=separate,
         half_maps=last.pair,
         mask=last.mask,
@@ -160,9 +166,9 @@ def refine_halves(
     )
 
 
-def _round(stack: ParticleStack, joined_angstrom: float, seed: Seed) -> _Round:
+def _round(stack: ParticleStack, joined_angstrom: float, symmetry: str, seed: Seed) -> _Round:
     """Reconstruct the halves, see how far they agree, and filter them to that."""
-    pair = half_maps(stack, independent=True)
+    pair = half_maps(stack, independent=True, symmetry=symmetry)
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
     weight = up_to_crossing(fsc.corrected, 0.143)
@@ -178,10 +184,14 @@ def masked(mask: np.ndarray, density: Density) -> Density:
     return Density(mask * density.values, density.voxel_size_angstrom)
 
 
-def half_maps(stack: ParticleStack, *, independent: bool) -> maps.HalfMaps:
+def half_maps(
+    stack: ParticleStack, *, independent: bool, symmetry: str = "C1"
+) -> maps.HalfMaps:
     """Reconstruct each half-set, with little iteration: FSC and filters do the rest."""
     first, second = (
-        reconstruction.reconstruct(stack.select(stack.half(half)), iterations=10, ridge=1e-2)
+        reconstruction.reconstruct(
+            stack.select(stack.half(half)), symmetry=symmetry, iterations=10, ridge=1e-2
+        )
         for half in (1, 2)
     )
     return maps.HalfMaps(first, second, independent)
@@ -277,9 +287,11 @@ def _against_all(
     given: ParticleStack,
     resolution_angstrom: float,
     search: Search,
+    symmetry: str,
 ) -> RefinedStack:
     """Refine every particle against the map of all, those that were lost found again before."""
-    found = _found_again(stack, given, last.references[::-1], resolution_angstrom, search)
+    others = last.references[::-1]
+    found = _found_again(stack, given, others, resolution_angstrom, search, symmetry)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     weight = 2 * last.weight / (1 + last.weight)
     whole = masked(last.mask, maps.filtered(last.pair.mean, weight))
@@ -292,6 +304,7 @@ def _found_again(
     others: Sequence[Density],
     resolution_angstrom: float,
     search: Search,
+    symmetry: str,
 ) -> ParticleStack:
     """Bring back particles that match better elsewhere on the sphere, with their given shifts.
 
@@ -304,7 +317,8 @@ def _found_again(
     for half, other in zip((1, 2), others, strict=True):
         mine = stack.half(half)
         matched = matching.match(given.select(mine), other, Preprocessing(box, small, small, voxel))
-        far = rotations.distance(matched.oriented(), q[mine]) > 2 * search.spread_rad
+        apart = group(symmetry).distance(matched.oriented(), q[mine])
+        far = apart > 2 * search.spread_rad
         if not far.any():
             continue
         rows = mine[far]

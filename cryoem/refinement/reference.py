@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.transform import Rotation
 
 from .. import maps, rotations
 from ..density import Density
@@ -152,10 +151,6 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     after = _likeness(laid.density, reference)
     if not (after > ALIKE and after > before + 0.2):
         return stack
-    q = rotations.other_hand(stack.oriented()) if laid.mirrored else stack.oriented()
-    q = rotations.multiply(laid.quaternion, q)
-    # The map was moved by t, and what is seen of that along each line of sight.
-    moved = Rotation.from_quat(q).as_matrix()[:, :, :2].transpose(0, 2, 1) @ laid.shift_angstrom
     angle = rotations.distance(laid.quaternion, np.array([0.0, 0, 0, 1]))
     warnings.warn(
         "the orientations are in another frame than the reference: they were turned by "
@@ -164,7 +159,7 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
         + f" (correlation of their map with it {before:.2f}, then {after:.2f})",
         stacklevel=2,
     )
-    return stack.with_poses(q, stack.shifts_px - moved / stack.pixel_size_angstrom)
+    return stack.moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
 
 
 def _likeness(density: Density, reference: Density) -> float:

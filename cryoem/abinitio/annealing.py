@@ -1,0 +1,273 @@
+"""One start: from random orientations to a map, coarse detail first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial.transform import Rotation
+
+from .. import maps, rotations
+from ..density import Density
+from .coarse import Coarse
+from .expectation import Expected, Sums, expect, slices_of, solve
+
+__all__ = ["Schedule", "Start"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a start goes from coarse to fine.
+
+    Attributes
+    ----------
+    rounds : int
+    annealed : float
+        Share of the rounds over which the resolution rises; the rest are at the finest.
+    first_angstrom : float
+        Resolution of the first round.
+    finest_angstrom : float
+        Of the last, at best: it is a share of the particle's diameter, and 20 A at worst.
+    images : (int, int)
+        How many, at random, a round looks at: the first, and the last at most.
+    orientations : (int, int)
+        Of the grid: 24 and 15 degrees apart.
+    momentum : float
+        Share of the last round's map that is kept while the resolution rises.
+    """
+
+    rounds: int = 60
+    annealed: float = 0.75
+    first_angstrom: float = 60.0
+    finest_angstrom: float = 10.0
+    images: tuple[int, int] = (200, 2000)
+    orientations: tuple[int, int] = (1000, 4608)
+    momentum: float = 0.5
+
+
+#: The finest detail over the particle's diameter: what a grid of 15 degrees resolves at its rim.
+DETAIL = 1 / 8
+#: Resolution that is always gone to.
+COARSEST = 20.0
+#: Shifts are tried this far apart, over the resolution, and at least so far; angstrom.
+STEP, LEAST_STEP = 1 / 6, 2.0
+#: Steps finer than this are tried only about the known shift.
+NEAR = 7.0
+#: Every so many rounds the maps, seen along z, are kept for a picture.
+PICTURE = 6
+
+
+class Start:
+    """One start: the maps of its classes, and where each image has been found.
+
+    Parameters
+    ----------
+    images : Coarse
+    diameter_angstrom : float
+        Of the ball that holds the particle, wherever it was shifted to.
+    shift_angstrom : float
+        How far off its centre a particle may be; 0: they are centred.
+    seed : int
+    classes : int
+    schedule : Schedule
+
+    Attributes
+    ----------
+    volumes : (c, m, m, m) array
+    offsets_px : (n, 2) array
+        Where particles were found, in pixels of ``images``.
+    diameter_angstrom : float
+        As the map shows it.
+    resolution_angstrom : float
+        Of the last round.
+    """
+
+    def __init__(
+        self,
+        images: Coarse,
+        diameter_angstrom: float,
+        shift_angstrom: float,
+        seed: int,
+        *,
+        classes: int = 1,
+        schedule: Schedule = Schedule(),
+    ) -> None:
+        self.images, self.schedule = images, schedule
+        self.widest_angstrom = self.diameter_angstrom = diameter_angstrom
+        self.shift_px = shift_angstrom / images.pixel_size_angstrom
+        self.rng = rotations.generator(seed, "ab initio")
+        self.offsets_px = np.zeros((len(images), 2))
+        self.located = np.zeros(len(images), bool)
+        self.gain = np.sqrt(images.slices.weights / images.power)
+        self.done = 0
+        self.centre_px = np.zeros(3)
+        self.history: list[tuple[float, np.ndarray]] = []
+        self.resolution_angstrom = schedule.first_angstrom
+        self.volumes = self._first(classes)
+
+    def _first(self, classes: int) -> np.ndarray:
+        """Back-projections of random images at random orientations."""
+        images, schedule = self.images, self.schedule
+        used = images.count(schedule.first_angstrom)
+        n = min(len(images), classes * schedule.images[0])
+        rows = self.rng.permutation(len(images))[:n]
+        volumes = []
+        for some in np.array_split(rows, classes):
+            matrices = Rotation.from_quat(rotations.uniform(len(some), self.rng)).as_matrix()
+            part, sums = images.select(some), Sums(len(some), used)
+            gain = self.gain[:, :used][part.group]
+            transfer = gain if part.transfer is None else gain * part.transfer[:, :used]
+            identity = np.eye(len(some), dtype=np.float32)
+            seen = part.values[:, :used] * gain * transfer
+            sums.add(identity, np.ascontiguousarray(seen).view(np.float32))
+            sums.add_weights(identity, transfer**2)
+            frequencies = images.slices.frequencies[:used]
+            volumes.append(solve(sums, frequencies, matrices, images.box_px))
+        return np.stack(volumes)
+
+    # ----------------------------------------------------------------------------------
+
+    def run(self, rounds: int) -> None:
+        """Go on until so many rounds are done."""
+        while self.done < min(rounds, self.schedule.rounds):
+            self.done += 1
+            self._round(min(1.0, self.done / (self.schedule.annealed * self.schedule.rounds)))
+
+    def _round(self, progress: float) -> None:
+        """One round, ``progress`` of the way from coarse to fine."""
+        schedule, n = self.schedule, len(self.images)
+        if progress >= 0.5 and progress < 1:
+            self._look_at_map()
+        finest = self.finest_angstrom
+        coarse, fine = 1 / schedule.first_angstrom, 1 / finest
+        self.resolution_angstrom = 1 / ((1 - progress) * coarse + progress * fine)
+        few, many = (min(n, m * len(self.volumes)) for m in schedule.images)
+        count = round(few * (many / few) ** progress)
+        rows = np.sort(self.rng.choice(n, count, replace=False))
+        few, many = schedule.orientations
+        grid = self.random_grid(round(few * (many / few) ** progress))
+        used, each = self.images.count(self.resolution_angstrom), len(grid)
+        sums = Sums(len(self.volumes) * each, used)
+        self.look(rows, grid, sums)
+        matrices = Rotation.from_quat(grid).as_matrix()
+        keep = schedule.momentum if progress < 1 else 0.0
+        for c, volume in enumerate(self.volumes):
+            one = sums.of(slice(c * each, (c + 1) * each))
+            frequencies = self.images.slices.frequencies[:used]
+            new = solve(one, frequencies, matrices, self.images.box_px)
+            self.volumes[c] = keep * volume + (1 - keep) * new
+        if self.done % PICTURE == 0:
+            self.history.append((self.resolution_angstrom, self.volumes.sum(axis=1)))
+
+    @property
+    def finest_angstrom(self) -> float:
+        """How fine the last rounds go."""
+        limit = min(COARSEST, DETAIL * self.diameter_angstrom)
+        return max(limit, self.schedule.finest_angstrom)
+
+    def random_grid(self, orientations: int | None = None) -> Float[np.ndarray, "r 4"]:
+        """Orientations spread evenly, turned at random: the lattice never shows in a map."""
+        turns = rotations.uniform(2, self.rng)
+        grid = rotations.grid(orientations or self.schedule.orientations[1])
+        return rotations.multiply(rotations.multiply(turns[0], grid), turns[1])
+
+    def look(
+        self,
+        rows: Int[np.ndarray, " m"],
+        grid: Float[np.ndarray, "r 4"],
+        sums: Sums | None = None,
+        *,
+        volumes: Float[np.ndarray, "c m m m"] | None = None,
+        resolution_angstrom: float | None = None,
+    ) -> Expected:
+        """Find where some images lie, and keep their shifts.
+
+        Parameters
+        ----------
+        rows : (m,) array of int
+        grid : (r, 4) array, unit, xyzw
+            Orientations that are tried; references are counted through them for each class in turn.
+        sums : Sums, optional
+            To which the images are added.
+        volumes : (c, m, m, m) array, optional
+            By default the maps as they are.
+        resolution_angstrom : float, optional
+            By default that of the last round.
+        """
+        finest = resolution_angstrom or self.resolution_angstrom
+        part, used = self.images.select(rows), self.images.count(finest)
+        matrices = Rotation.from_quat(grid).as_matrix()
+        frequencies, mask = self.images.slices.frequencies[:used], self.mask()
+        references = np.concatenate(
+            [
+                slices_of(volume * mask, frequencies, matrices)
+                for volume in (self.volumes if volumes is None else volumes)
+            ]
+        )
+        gain = self.gain[:, :used]
+        steps = self._steps(near=False)
+        near = self._steps(near=True)
+        spread = max(self.shift_px / 2, 1e-3)
+        if len(near) == len(steps):
+            zero = np.zeros((len(rows), 2))
+            found = expect(part, gain, zero, references, steps, sums, spread_px=spread, quick=False)
+            self.offsets_px[rows] = steps[found.step]
+            self.located[rows] = True
+        else:
+            new = np.flatnonzero(~self.located[rows])
+            if len(new):
+                zero = np.zeros((len(new), 2))
+                first = expect(part.select(new), gain, zero, references, steps, None, spread_px=spread, quick=False)
+                self.offsets_px[rows[new]] = steps[first.step]
+                self.located[rows[new]] = True
+            known = self.offsets_px[rows]
+            found = expect(part, gain, known, references, near, sums, spread_px=spread, quick=True)
+            moved = known + near[found.step]
+            length = np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-9)
+            self.offsets_px[rows] = moved * np.minimum(1, self.shift_px / length)
+        return found
+
+    def _steps(self, *, near: bool) -> Float[np.ndarray, "s 2"]:
+        """Shifts that are tried at this resolution, the first of them none; pixels."""
+        if self.shift_px == 0:
+            return np.zeros((1, 2))
+        pixel = self.images.pixel_size_angstrom
+        step = max(STEP * self.resolution_angstrom, LEAST_STEP)
+        if not near:
+            step = max(step, NEAR)
+        elif step > NEAR:
+            near = False
+        radius = 1.5 * step / pixel if near else self.shift_px
+        axis = np.arange(-int(radius * pixel / step), int(radius * pixel / step) + 1) * step / pixel
+        grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+        length = np.linalg.norm(grid, axis=1)
+        order = np.argsort(length, kind="stable")
+        return grid[order[length[order] <= radius + 1e-9]]
+
+    # ----------------------------------------------------------------------------------
+
+    def mask(self) -> Float[np.ndarray, "m m m"]:
+        """A soft ball about the particle."""
+        n, pixel = self.images.box_px, self.images.pixel_size_angstrom
+        axes = [np.arange(n) - n // 2 - c for c in self.centre_px[::-1]]
+        z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
+        radius = self.diameter_angstrom / 2 / pixel
+        beyond = (np.sqrt(x**2 + y**2 + z**2) - radius) / max(2.0, 0.2 * radius)
+        return (0.5 * (1 + np.cos(np.pi * np.clip(beyond, 0, 1)))).astype(np.float32)
+
+    def _look_at_map(self) -> None:
+        """How large the particle is, and where, as far as the map shows it."""
+        pixel = self.images.pixel_size_angstrom
+        n = self.images.box_px
+        diameter, centre = 0.0, np.zeros(3)
+        for volume in self.volumes:
+            density = Density(volume * self.mask(), pixel)
+            inside = maps.soft_mask(density, resolution_angstrom=self.resolution_angstrom) > 0.99
+            at = np.argwhere(inside)[:, ::-1] - n // 2
+            middle = (at.min(axis=0) + at.max(axis=0)) / 2
+            size = 2 * np.linalg.norm(at - middle, axis=1).max() * pixel
+            if size > diameter:
+                diameter, centre = size, middle
+        self.diameter_angstrom = min(self.widest_angstrom, diameter)
+        self.centre_px = centre * (diameter < self.widest_angstrom)

@@ -1,0 +1,302 @@
+"""One round of expectation-maximisation: where every image may lie, and the map that follows.
+
+An image is ``y = S_t C P_R V + noise``. Of every image the likelihood of all orientations of a grid
+is one row of a matrix product; its posterior weighs the image at each of them, and the map is the
+least-squares solution of all that, with a ridge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import finufft
+import numpy as np
+import scipy.fft
+import scipy.sparse
+from jaxtyping import Complex, Float, Int
+from scipy.sparse.linalg import LinearOperator, cg
+
+from .coarse import Coarse
+
+__all__ = ["Expected", "Sums", "expect", "slices_of", "solve"]
+
+#: Entries of the table of likelihoods that are held at once.
+ENTRIES = 8_000_000
+#: Posterior probabilities below this are left out.
+LEAST = 1e-4
+#: Of how many orientations, at most, shifts about the known one are tried.
+TOP = 48
+#: Relative accuracy of the NUFFT.
+ACCURACY = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """Where images lie, by the references of a round.
+
+    Attributes
+    ----------
+    evidence : (n,) array
+        Logarithm of the likelihood, the mean over references and shifts, over an empty image's.
+    reference : (n,) int array
+        The most probable one,
+    step : (n,) int array
+        and its shift's number.
+    weight : (n,) array
+        Its share of the posterior.
+    """
+
+    evidence: Float[np.ndarray, " n"]
+    reference: Int[np.ndarray, " n"]
+    step: Int[np.ndarray, " n"]
+    weight: Float[np.ndarray, " n"]
+
+
+class Sums:
+    """What images add to each orientation's slice: the right-hand side and its weights.
+
+    Attributes
+    ----------
+    right : (r, k) complex array
+    weight : (r, k) array
+    """
+
+    def __init__(self, references: int, frequencies: int) -> None:
+        self._right = np.zeros((references, 2 * frequencies), np.float32)
+        self.weight = np.zeros((references, frequencies), np.float32)
+
+    @property
+    def right(self) -> Complex[np.ndarray, "r k"]:
+        """Sums of the images, as complex numbers."""
+        return self._right.view(np.complex64)
+
+    def of(self, rows: slice) -> Sums:
+        """Those of some orientations."""
+        some = object.__new__(Sums)
+        some._right, some.weight = self._right[rows], self.weight[rows]
+        return some
+
+    def add(self, at: scipy.sparse.csr_matrix | np.ndarray, images: np.ndarray) -> None:
+        """Add images, (m, 2 k) real, with posterior weights (r, m)."""
+        self._right += at @ images
+
+    def add_weights(self, at: scipy.sparse.csr_matrix | np.ndarray, squares: np.ndarray) -> None:
+        """Add squared transfer functions, (m, k), with posterior weights (r, m)."""
+        self.weight += at @ squares
+
+
+def slices_of(
+    volume: Float[np.ndarray, "m m m"],
+    frequencies: Float[np.ndarray, "k 2"],
+    matrices: Float[np.ndarray, "r 3 3"],
+) -> Complex[np.ndarray, "r k"]:
+    """Central slices of a small density."""
+    points = _points(frequencies, matrices, len(volume))
+    found = finufft.nufft3d2(
+        *points, volume.astype(np.complex64), eps=ACCURACY, isign=-1, nthreads=1, showwarn=0
+    )
+    return found.reshape(len(matrices), -1)
+
+
+def _points(frequencies: np.ndarray, matrices: np.ndarray, box: int) -> list[np.ndarray]:
+    """Where slices lie in the density's transform: z, y, x in radians."""
+    k = np.einsum("nij,kj->ink", matrices[:, :, :2], frequencies * (2 * np.pi / box))
+    return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
+
+
+def expect(
+    images: Coarse,
+    gain: Float[np.ndarray, "g k"],
+    offsets_px: Float[np.ndarray, "n 2"],
+    references: Complex[np.ndarray, "r k"],
+    steps_px: Float[np.ndarray, "s 2"],
+    sums: Sums | None,
+    *,
+    spread_px: float,
+    quick: bool,
+) -> Expected:
+    """Compare every image with every reference, at some shifts, and share it out among them.
+
+    Parameters
+    ----------
+    images : Coarse
+    gain : (g, k) array
+        What whitens the noise of each optics group, at the frequencies that are used.
+    offsets_px : (n, 2) array
+        Where each particle has been found so far.
+    references : (r, k) complex array
+    steps_px : (s, 2) array
+        Shifts about there that are tried, the first of them none.
+    spread_px : float
+        Standard deviation that shifts are expected to have along each axis.
+    sums : Sums or None
+        To which the images are added.
+    quick : bool
+        Try the shifts only at the orientations that match best without.
+    """
+    n, used = len(images), gain.shape[1]
+    frequencies = images.slices.frequencies[:used] * (2j * np.pi / images.box_px)
+    ramps = np.exp(steps_px @ frequencies.T).astype(np.complex64)
+    flat = np.ascontiguousarray(references).view(np.float32)
+    squares = (references.real**2 + references.imag**2).T.copy()
+    found = Expected(np.empty(n), np.empty(n, int), np.empty(n, int), np.empty(n))
+    quick = quick and len(steps_px) > 1
+    at_once = max(1, ENTRIES // (len(references) * (1 if quick else len(steps_px))))
+    for start in range(0, n, at_once):
+        rows = slice(start, start + at_once)
+        whitening = gain[images.group[rows]]
+        seen = images.values[rows, :used] * whitening
+        if offsets_px.any():
+            seen *= np.exp(offsets_px[rows] @ frequencies.T).astype(np.complex64)
+        transfer = whitening
+        if images.transfer is not None:
+            transfer = whitening * images.transfer[rows, :used]
+        seen *= transfer
+        transfer = transfer**2
+        lost = transfer @ squares
+        lost *= 0.5
+        far = np.sum((offsets_px[rows, None] + steps_px) ** 2, axis=2) / (2 * spread_px**2)
+        share = _share_of_few if quick else _share_of_all
+        share(rows, seen, transfer, lost, far, flat, ramps, sums, found)
+    return found
+
+
+def _share_of_all(
+    rows: slice,
+    seen: np.ndarray,
+    transfer: np.ndarray,
+    lost: np.ndarray,
+    far: np.ndarray,
+    references: np.ndarray,
+    ramps: np.ndarray,
+    sums: Sums | None,
+    found: Expected,
+) -> None:
+    """Try all shifts at all orientations."""
+    m, s, r = len(seen), len(ramps), len(references)
+    moved = (seen[:, None] * ramps).view(np.float32).reshape(m * s, -1)
+    likelihood = (moved @ references.T).reshape(m, s, r)
+    likelihood -= lost[:, None]
+    likelihood -= far[:, :, None].astype(np.float32)
+    table = likelihood.reshape(m, s * r)
+    best = _normalised(rows, table, s * r, found)
+    found.step[rows], found.reference[rows] = np.divmod(best, r)
+    if sums is None:
+        return
+    image, column = np.nonzero(table > LEAST)
+    if len(image) > 0.03 * table.size:
+        sums.add(likelihood.reshape(m * s, r).T, moved)
+        sums.add_weights(likelihood.sum(axis=1).T, transfer)
+        return
+    step, reference = np.divmod(column, r)
+    _add_few(sums, table[image, column], image, step, reference, moved, transfer, s)
+
+
+def _share_of_few(
+    rows: slice,
+    seen: np.ndarray,
+    transfer: np.ndarray,
+    lost: np.ndarray,
+    far: np.ndarray,
+    references: np.ndarray,
+    ramps: np.ndarray,
+    sums: Sums | None,
+    found: Expected,
+) -> None:
+    """Try the shifts at the orientations that match best without."""
+    m, s, r = len(seen), len(ramps), len(references)
+    plain = seen.view(np.float32) @ references.T
+    plain -= lost
+    top = min(TOP, r)
+    chosen = np.argpartition(plain, r - top, axis=1)[:, r - top :]
+    moved = (seen[:, None] * ramps).view(np.float32)
+    likelihood = moved @ references[chosen].transpose(0, 2, 1)  # (m, s, top)
+    likelihood -= np.take_along_axis(lost, chosen, axis=1)[:, None]
+    likelihood -= far[:, :, None].astype(np.float32)
+    table = likelihood.reshape(m, s * top)
+    best = _normalised(rows, table, s * r, found)
+    found.step[rows], best = np.divmod(best, top)
+    found.reference[rows] = chosen[np.arange(m), best]
+    if sums is None:
+        return
+    image, column = np.nonzero(table > LEAST)
+    step, at = np.divmod(column, top)
+    moved = moved.reshape(m * s, -1)
+    _add_few(sums, table[image, column], image, step, chosen[image, at], moved, transfer, s)
+
+
+def _normalised(rows: slice, table: np.ndarray, tried: int, found: Expected) -> np.ndarray:
+    """Turn logarithms of likelihoods, (m, ...), into posteriors in place; the best column."""
+    best = table.argmax(axis=1)
+    top = table[np.arange(len(table)), best]
+    table -= top[:, None]
+    np.exp(table, out=table)
+    total = table.sum(axis=1)
+    table /= total[:, None]
+    found.evidence[rows] = top + np.log(total) - np.log(tried)
+    found.weight[rows] = 1 / total
+    return best
+
+
+def _add_few(
+    sums: Sums,
+    weight: np.ndarray,
+    image: np.ndarray,
+    step: np.ndarray,
+    reference: np.ndarray,
+    moved: np.ndarray,
+    transfer: np.ndarray,
+    steps: int,
+) -> None:
+    """Add images where their posterior is more than nothing."""
+    r, m = len(sums.weight), len(transfer)
+    at = (reference, image * steps + step)
+    sums.add(scipy.sparse.csr_matrix((weight, at), shape=(r, m * steps)), moved)
+    at = (reference, image)
+    sums.add_weights(scipy.sparse.csr_matrix((weight, at), shape=(r, m)), transfer)
+
+
+def solve(
+    sums: Sums,
+    frequencies: Float[np.ndarray, "k 2"],
+    matrices: Float[np.ndarray, "r 3 3"],
+    box_px: int,
+    *,
+    ridge: float = 1e-2,
+    iterations: int = 6,
+) -> Float[np.ndarray, "m m m"]:
+    """The density that the sums ask for, by least squares with a ridge.
+
+    Parameters
+    ----------
+    sums : Sums
+    frequencies : (k, 2) array, cycles per box
+    matrices : (r, 3, 3) array
+        Orientations of the sums.
+    box_px : int
+    ridge : float
+        Relative to the mean weight of the frequencies that are used.
+    iterations : int
+        Of conjugate gradients.
+    """
+    used = np.flatnonzero(sums.weight.any(axis=1))
+    points = _points(frequencies, matrices[used], box_px)
+    options = {"eps": ACCURACY, "isign": +1, "nthreads": 1, "showwarn": 0}
+    right = finufft.nufft3d1(*points, sums.right[used].ravel(), (box_px,) * 3, **options).real
+    weight = sums.weight[used].astype(np.complex64).ravel()
+    wide = (2 * box_px,) * 3
+    kernel = finufft.nufft3d1(*points, weight, wide, upsampfac=1.25, **options).real
+    spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel)).real.astype(np.float32)
+    finest = np.linalg.norm(frequencies, axis=1).max()
+    mean = kernel[(box_px,) * 3] * box_px**3 / (4 / 3 * np.pi * finest**3)
+    damping = np.float32(ridge * mean)
+
+    def normal(v: np.ndarray) -> np.ndarray:
+        padded = np.zeros(wide, np.float32)
+        padded[:box_px, :box_px, :box_px] = v.reshape(right.shape)
+        back = scipy.fft.irfftn(scipy.fft.rfftn(padded) * spectrum, s=wide, overwrite_x=True)
+        return back[:box_px, :box_px, :box_px].ravel() + damping * v.ravel()
+
+    operator = LinearOperator((right.size,) * 2, matvec=normal, dtype=np.float32)
+    values, _ = cg(operator, right.astype(np.float32).ravel(), rtol=1e-4, maxiter=iterations)
+    return values.reshape(right.shape)

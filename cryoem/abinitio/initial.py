@@ -1,0 +1,343 @@
+"""A map from the images alone: two halves, each solved by itself, and whether they agree."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import threadpoolctl
+from jaxtyping import Float
+
+from .. import maps, rotations, surveying, threads
+from ..density import Density
+from ..errors import InputError
+from ..maps import Axes, HalfMapFsc, HalfMaps
+from ..particles import ParticleStack
+from ..refinement import Search, refine
+from ..refinement.halves import believed, half_maps
+from ..rotations import Seed
+from ..symmetry import group
+from .annealing import COARSEST, DETAIL, Schedule, Start
+from .coarse import Coarse, coarsened, small_stack
+
+__all__ = ["AbInitio", "Verdict", "ab_initio"]
+
+#: Edge of what is cut out of the images: so many diameters, and some room for shifts, angstrom.
+ROOM, MORE = 1.1, 30.0
+#: The particle may turn out to be smaller than the images say by this factor.
+SMALLER = 0.7
+#: Poses from the two halves' maps that differ by less than this agree, radians: a step and a third
+#: of the grid.
+SAME_POSE = 0.35
+#: Share of the images whose poses must agree.
+ENOUGH = 0.5
+#: Maps of two starts that correlate so well are one answer.
+SAME_MAP = 0.8
+#: Share of the rounds after which only the likeliest starts of each half go on.
+FINALISTS = 2
+#: Images by which starts are compared.
+JUDGES = 2000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether there is a map, and why.
+
+    Attributes
+    ----------
+    found : bool
+    agreement : float
+        Share of the images that lie alike by the map of either half, to 0.35 rad and the symmetry.
+    by_chance : float
+        The same where every image is exchanged for another one.
+    resolution_angstrom : float
+        FSC 0.143 of the halves, each solved by itself, corrected for the mask.
+    starts, same_answer : int
+        How many starts there were, and how many of them came to the map that was chosen.
+    reasons : tuple of str
+        Why there is no map.
+    """
+
+    found: bool
+    agreement: float
+    by_chance: float
+    resolution_angstrom: float
+    starts: int
+    same_answer: int
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        said = "; ".join(self.reasons)
+        return (
+            (f"no map: {said}. " if not self.found else "a map: ")
+            + f"{self.agreement:.0%} of the images lie alike by the map of either half "
+            f"({self.by_chance:.0%} by chance), half-maps agree to {self.resolution_angstrom:.1f} "
+            f"A, {self.same_answer} of {self.starts} starts gave this answer"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AbInitio:
+    """What the images alone give.
+
+    Attributes
+    ----------
+    particles : ParticleStack
+        With poses, expected errors and half-sets.
+    density : Density
+        The mean of the half-maps, filtered as far as they agree. Its mirror image explains the
+        images as well: no projection tells the hand.
+    half_maps : HalfMaps
+        Of halves that were solved each by itself, laid onto each other.
+    mask : (m, m, m) array
+    fsc : HalfMapFsc
+    axes : Axes
+        The symmetry, in whose standard setting everything is.
+    diameter_angstrom : float
+    verdict : Verdict
+    history : list of (float, (m, m) array)
+        The map of the best start as it grew: its resolution in angstrom, and its projection.
+    """
+
+    particles: ParticleStack
+    density: Density
+    half_maps: HalfMaps
+    mask: Float[np.ndarray, "m m m"]
+    fsc: HalfMapFsc
+    axes: Axes
+    diameter_angstrom: float
+    verdict: Verdict
+    history: list[tuple[float, Float[np.ndarray, "m m"]]]
+
+
+def ab_initio(
+    stack: ParticleStack,
+    *,
+    symmetry: str | None = None,
+    starts: int = 8,
+    diameter_angstrom: float | None = None,
+    shift_angstrom: float | None = None,
+    schedule: Schedule = Schedule(),
+    seed: Seed = 0,
+    progress: bool = False,
+) -> AbInitio:
+    """Find orientations, shifts and a map from the images alone: no model, no training.
+
+    Each half of the particles is solved by itself, from several random starts, by
+    expectation-maximisation over a grid of orientations and shifts, from coarse detail to an eighth
+    of the particle's diameter; of the starts the likeliest is kept, its poses are refined against
+    its map, and the two halves are laid onto each other. Only their agreement tells a map from
+    noise: noise alone converges too.
+
+    Parameters
+    ----------
+    stack : ParticleStack
+        White on black, on a background of zero. Its shifts and half-sets are used; orientations are
+        not. All images are held in memory, cut out and in coarse pixels.
+    symmetry : str, optional
+        Cn or Dn, where it is known. By default the map is asked; ``"C1"``: it is not.
+    starts : int
+        At least two, shared out among the halves.
+    diameter_angstrom : float, optional
+        Of the particle; by default what the images say (:func:`cryoem.survey`).
+    shift_angstrom : float, optional
+        How far particles may lie off the middle; by default a tenth of the frame.
+    schedule : Schedule
+    seed : int or numpy.random.Generator
+    progress : bool
+        Show a bar.
+
+    Returns
+    -------
+    AbInitio
+        With a verdict; where it is against the map, look at nothing else.
+
+    Raises
+    ------
+    InputError
+        Fewer than 20 images, or a particle that leaves nothing to see.
+
+    References
+    ----------
+    Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation with noise weights; Punjani et al.,
+    Nat. Methods 14 (2017), from random starts; Scheres and Chen, Nat. Methods 9 (2012), the halves.
+    """
+    if len(stack) < 20:
+        raise InputError(f"wanted at least 20 images, got {len(stack)}")
+    if starts < 2:
+        raise InputError(f"wanted at least 2 starts, one a half, got {starts}")
+    if symmetry is not None:
+        group(symmetry)
+    rng = rotations.generator(seed, "ab initio")
+    frame = stack.box_px * stack.pixel_size_angstrom
+    if diameter_angstrom is None:
+        diameter_angstrom = surveying.survey(stack, seed=seed).particle_diameter_angstrom
+    diameter_angstrom = min(diameter_angstrom, frame)
+    if shift_angstrom is None:
+        shift_angstrom = 0.1 * frame
+    stack = stack.with_half_sets(seed)
+    smallest = max(schedule.finest_angstrom, SMALLER * DETAIL * diameter_angstrom)
+    finest = max(min(smallest, COARSEST), 2 * stack.pixel_size_angstrom)
+    extent = min(frame, ROOM * diameter_angstrom + min(MORE, shift_angstrom))
+    small = small_stack(stack, extent, finest)
+    halves = [small.select(small.half(h)) for h in (1, 2)]
+    seeds = rng.integers(2**31, size=starts)
+    solved = _starts(
+        [coarsened(half, finest) for half in halves],
+        (diameter_angstrom, shift_angstrom),
+        [(int(s), i % 2) for i, s in enumerate(seeds)],
+        schedule,
+        progress,
+    )
+    best = [max(s, key=lambda start: start.evidence) for s in solved]
+    polished = [_polished(half, start) for half, start in zip(halves, best, strict=True)]
+    return _joined(stack, small, solved, best, polished, symmetry, seed)
+
+
+def _starts(
+    images: list[Coarse],
+    sizes: tuple[float, float],
+    seeds: list[tuple[int, int]],
+    schedule: Schedule,
+    progress: bool,
+) -> list[list[Start]]:
+    """Run the starts of both halves; of each half all, with their evidence, the finalists' last."""
+    from tqdm.auto import tqdm
+
+    first = round(schedule.annealed * schedule.rounds)
+    total = len(seeds) * first + 2 * FINALISTS * (schedule.rounds - first)
+    with (
+        threadpoolctl.threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(threads.count()) as pool,
+        tqdm(total=total, desc="ab initio", unit="round", disable=not progress) as bar,
+    ):
+
+        def run(start: Start, rounds: int) -> Start:
+            while start.done < rounds:
+                start.run(start.done + 1)
+                bar.update()
+            return start
+
+        def begin(task: tuple[int, int]) -> Start:
+            start = Start(images[task[1]], *sizes, task[0], schedule=schedule)
+            return run(start, first)
+
+        begun = list(pool.map(begin, seeds))
+        halves = [[s for s, t in zip(begun, seeds, strict=True) if t[1] == h] for h in (0, 1)]
+        finalists = []
+        for half in halves:
+            list(pool.map(_judge, half, [max(s.resolution_angstrom for s in half)] * len(half)))
+            half.sort(key=lambda start: -start.evidence)
+            finalists += half[:FINALISTS]
+        list(pool.map(lambda start: run(start, schedule.rounds), finalists))
+        for half in halves:
+            coarsest = max(s.resolution_angstrom for s in half[:FINALISTS])
+            list(pool.map(_judge, half[:FINALISTS], [coarsest] * FINALISTS))
+            for start in half[FINALISTS:]:
+                start.evidence = -np.inf
+    return halves
+
+
+def _judge(start: Start, resolution_angstrom: float) -> None:
+    """How likely the images are by a start's map: its evidence, at a resolution."""
+    rng = rotations.generator(0, "judges")
+    n = len(start.images)
+    rows = np.sort(rng.choice(n, min(n, JUDGES), replace=False))
+    grid = rotations.grid(start.schedule.orientations[1])
+    found = start.look(rows, grid, resolution_angstrom=resolution_angstrom)
+    start.evidence = float(found.evidence.mean())
+
+
+def _polished(half: ParticleStack, start: Start) -> ParticleStack:
+    """Poses of a half off the grid: refined against its own map."""
+    grid = start.random_grid()
+    found = start.look(np.arange(len(half)), grid)
+    placed = half.with_poses(grid[found.reference], start.offsets_px).replace(noise=None)
+    density = Density(start.volumes[0] * start.mask(), half.pixel_size_angstrom)
+    refined = refine(
+        placed,
+        density,
+        resolution_angstrom=start.resolution_angstrom,
+        search=Search(starts=2, spread_rad=0.2, coarse_to_fine=False),
+    )
+    return refined
+
+
+def _joined(
+    stack: ParticleStack,
+    small: ParticleStack,
+    solved: list[list[Start]],
+    best: list[Start],
+    polished: list[ParticleStack],
+    symmetry: str | None,
+    seed: Seed,
+) -> AbInitio:
+    """Lay the halves onto each other, find the symmetry, and judge."""
+    pixel = small.pixel_size_angstrom
+    own = [Density(start.volumes[0] * start.mask(), pixel) for start in best]
+    finest = max(start.resolution_angstrom for start in best)
+    laid = maps.register(own[1], own[0], resolution_angstrom=finest)
+    second = polished[1].moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
+    pair = HalfMaps(own[0], laid.density, independent=True)
+    if symmetry is None:
+        axes = maps.symmetry_of(pair, resolution_angstrom=finest)
+    else:
+        axes = maps.find_axes(pair, symmetry, resolution_angstrom=finest)
+    agreement, by_chance = _agreement(best, own[0], laid.density, axes, finest)
+    same = 0
+    for start in (s for half in solved for s in half):
+        volume = Density(start.volumes[0] * start.mask(), pixel)
+        same += maps.register(volume, own[0], resolution_angstrom=1.5 * finest).correlation > SAME_MAP
+    # Everything in the standard setting, in the pixels of the particle file.
+    q, shifts = np.empty((len(stack), 4)), np.empty((len(stack), 2))
+    error = np.empty(len(stack))
+    for h, part in ((1, polished[0]), (2, second)):
+        rows, at = stack.half(h), part.moved(axes.quaternion, axes.shift_angstrom)
+        q[rows], error[rows] = at.oriented(), at.expected_error_rad
+        shifts[rows] = at.shifts_px * (pixel / stack.pixel_size_angstrom) + stack.shifts_px[rows]
+    placed = stack.with_poses(q, shifts).replace(expected_error_rad=error, contrast=None)
+    pair = half_maps(placed, independent=True, symmetry=axes.symmetry)
+    mask = maps.soft_mask(pair.mean)
+    fsc = maps.half_map_fsc(pair, mask, seed=seed)
+    resolution = fsc.corrected.resolution(0.143).angstrom
+    reasons = []
+    if agreement < ENOUGH:
+        reasons.append(f"the halves lay only {agreement:.0%} of the images alike")
+    verdict = Verdict(
+        not reasons, agreement, by_chance, resolution, sum(map(len, solved)), int(same),
+        tuple(reasons),
+    )  # fmt: skip
+    return AbInitio(
+        placed,
+        believed(pair, fsc),
+        pair,
+        mask,
+        fsc,
+        axes,
+        max(start.diameter_angstrom for start in best),
+        verdict,
+        [(r, v[0]) for r, v in best[0].history],
+    )
+
+
+def _agreement(
+    best: list[Start], first: Density, second: Density, axes: Axes, resolution_angstrom: float
+) -> tuple[float, float]:
+    """Share of the images that lie alike by the map of either half; and by chance."""
+    points, same, exchanged = group(axes.symmetry), [], []
+    for start in best:
+        n = len(start.images)
+        rows = np.sort(rotations.generator(0, "judges").choice(n, min(n, JUDGES), replace=False))
+        grid = start.random_grid()
+        start.centre_px, start.diameter_angstrom = np.zeros(3), start.widest_angstrom
+        q = []
+        for density in (first, second):
+            volumes = density.values[None]
+            found = start.look(
+                rows, grid, volumes=volumes, resolution_angstrom=resolution_angstrom
+            )
+            q.append(rotations.multiply(axes.quaternion, grid[found.reference]))
+        same.append(points.distance(q[0], q[1]) < SAME_POSE)
+        exchanged.append(points.distance(np.roll(q[0], 1, axis=0), q[1]) < SAME_POSE)
+    return float(np.concatenate(same).mean()), float(np.concatenate(exchanged).mean())

@@ -1,0 +1,208 @@
+"""The symmetry that a map has: its axes found, and laid as the standard setting has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+
+
+from ..symmetry import group
+from .correlation import HalfMaps
+from .registration import Spectrum
+from .shells import common_box
+
+__all__ = ["Axes", "find_axes", "symmetry_of"]
+
+#: What is left of the half-maps' agreement when one of them is turned by a symmetry that both have.
+ENOUGH = 0.8
+#: Half-maps that agree less than this tell no symmetry.
+LEAST = 0.2
+#: Axes of more than this fold are not looked for.
+FOLDS = 12
+#: Axes that the first look tries, and frequencies that it compares.
+AXES, FREQUENCIES = 1200, 1500
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How a point group lies in a map.
+
+    Attributes
+    ----------
+    symmetry : str
+    quaternion : (4,) array
+        Turns the map so that the group's axes are where the standard setting has them,
+    shift_angstrom : (3,) array, xyz
+        and then moves it so that they meet at the origin.
+    ratio : float
+        Correlation of one half-map with the other one turned by the group's elements, the mean,
+        over that without a turn; every shell of frequencies counts alike. About 1 where the
+        particle has the symmetry.
+    """
+
+    symmetry: str
+    quaternion: Float[np.ndarray, "4"]
+    shift_angstrom: Float[np.ndarray, "3"]
+    ratio: float
+
+
+class _Turns:
+    """Half-maps, one of them turned about the other."""
+
+    def __init__(self, pair: HalfMaps, resolution_angstrom: float, seed: int) -> None:
+        n = common_box(pair.first, pair.second)
+        self.extent = n * pair.first.voxel_size_angstrom
+        small = min(n, 4 * int(np.ceil(0.75 * self.extent / resolution_angstrom)))
+        self.first, self.second = (
+            Spectrum(d.resampled(small).values) for d in (pair.first, pair.second)
+        )
+        rng = np.random.default_rng(seed)
+        k = rng.standard_normal((FREQUENCIES, 3))
+        k /= np.linalg.norm(k, axis=1, keepdims=True)
+        finest = min(self.extent / resolution_angstrom, small / 2 - 1)
+        low = min(self.extent / 100, finest / 2)
+        radius = (rng.random((FREQUENCIES, 1)) * (finest**3 - low**3) + low**3) ** (1 / 3)
+        self.k = k * radius
+        shell = np.rint(radius[:, 0]).astype(int)
+
+        def even(f: np.ndarray) -> np.ndarray:
+            power = np.bincount(shell, np.abs(f) ** 2) / np.maximum(np.bincount(shell), 1)
+            return 1 / np.sqrt(np.maximum(power[shell], 1e-30))
+
+        at = self.first.at(self.k)
+        self.wanted = at * even(at)
+        self.even = even(self.second.at(self.k))
+        self.plain = self.score(np.array([[0, 0, 0, 1.0]]), np.zeros(3))[0]
+
+    def score(
+        self, turns: Float[np.ndarray, "m 4"], centre: Float[np.ndarray, "3"], *, quick: bool = False
+    ) -> Float[np.ndarray, " m"]:
+        """Correlation of the first with the second turned about a centre, angstrom."""
+        matrices = Rotation.from_quat(turns).as_matrix()
+        found = np.empty(len(turns))
+        for part in np.array_split(np.arange(len(turns)), -(-len(turns) // 200)):
+            k = self.k @ matrices[part]  # R^-1 k
+            f = self.second.at(k, quick=quick) * self.even
+            phase = np.exp(-2j * np.pi * (self.k - k) @ centre / self.extent)
+            found[part] = ((f * phase) @ self.wanted.conj()).real / len(self.k)
+        return found
+
+
+def find_axes(
+    pair: HalfMaps, symmetry: str, *, resolution_angstrom: float = 20.0, seed: int = 0
+) -> Axes:
+    """Find how a point group lies in a map, and how well the map has it.
+
+    Parameters
+    ----------
+    pair : HalfMaps
+        In one frame.
+    symmetry : str
+        Cn or Dn.
+    resolution_angstrom : float
+        The finest detail that is compared.
+    seed : int
+        Of the frequencies that are compared.
+    """
+    return _laid(_Turns(pair, resolution_angstrom, seed), _centre(pair), symmetry)
+
+
+def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int = 0) -> Axes:
+    """Tell the point group, Cn or Dn, that a map has, and how it lies there.
+
+    A symmetry is believed where a half-map turned by it agrees with the other half-map at least
+    four fifths as well as it does unturned, the finest shells included; of those the group with the
+    most elements.
+
+    Parameters
+    ----------
+    pair, resolution_angstrom, seed
+        See :func:`find_axes`.
+
+    Returns
+    -------
+    Axes
+        Of C1 where there is none: nothing is to be turned.
+    """
+    turns, centre = _Turns(pair, resolution_angstrom, seed), _centre(pair)
+    best = Axes("C1", np.array([0, 0, 0, 1.0]), np.zeros(3), 1.0)
+    if turns.plain < LEAST:
+        return best
+    folds = [n for n in range(2, FOLDS + 1) if _first_axis(turns, centre, n)[1] > 0.5 * ENOUGH]
+    found = [_laid(turns, centre, f"C{n}") for n in folds]
+    cyclic = [axes for axes in found if axes.ratio > ENOUGH]
+    for axes in cyclic:
+        dihedral = _laid(turns, centre, "D" + axes.symmetry[1:])
+        for one in (axes, dihedral):
+            if one.ratio > ENOUGH and group(one.symmetry).order > group(best.symmetry).order:
+                best = one
+    return best
+
+
+def _centre(pair: HalfMaps) -> Float[np.ndarray, "3"]:
+    """Centre of mass of what stands out of the map, angstrom, xyz."""
+    mean = pair.mean
+    n, v = mean.box_px, mean.values
+    weight = np.maximum(v - 0.1 * np.percentile(v, 99.9), 0).astype(float)
+    axis = np.arange(n) - n // 2
+    middle = [
+        float(axis @ weight.sum(axis=tuple({0, 1, 2} - {a})) / max(weight.sum(), 1e-30))
+        for a in (2, 1, 0)
+    ]
+    return np.array(middle) * mean.voxel_size_angstrom
+
+
+def _first_axis(
+    turns: _Turns, centre: np.ndarray, fold: int
+) -> tuple[Float[np.ndarray, "3"], float]:
+    """The direction of the best axis of a grid, and its ratio."""
+    i = np.arange(AXES) + 0.5
+    z = 1 - i / AXES  # half a sphere: a spiral
+    around = i * np.pi * (1 + 5**0.5)
+    directions = np.stack([*(np.sqrt(1 - z**2) * [np.cos(around), np.sin(around)]), z], axis=1)
+    q = Rotation.from_rotvec(2 * np.pi / fold * directions).as_quat()
+    scores = turns.score(q, centre, quick=True)
+    return directions[scores.argmax()], float(scores.max() / turns.plain)
+
+
+def _laid(turns: _Turns, centre: np.ndarray, symmetry: str) -> Axes:
+    """The group where it fits best, by a local fit from the grid's best axis."""
+    elements = group(symmetry).elements[1:]
+    fold = int(symmetry[1:])
+    direction, _ = _first_axis(turns, centre, fold)
+    upright = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
+    starts = [upright]
+    if symmetry[0] == "D":  # a two-fold at right angles: any that maps onto x
+        about = Rotation.from_rotvec(np.outer(np.pi / fold * np.arange(24) / 24, [0, 0, 1.0]))
+        tries = about * upright
+        scores = [_mean(turns, elements, t, centre, quick=True) for t in tries]
+        starts = [tries[int(np.argmax(scores))]]
+
+    def loss(p: np.ndarray) -> float:
+        return -_mean(turns, elements, Rotation.from_rotvec(p[:3] / 10) * starts[0], p[3:])
+
+    found = minimize(loss, np.r_[0, 0, 0, centre], method="Powell", options={"xtol": 1e-2})
+    to_standard = Rotation.from_rotvec(found.x[:3] / 10) * starts[0]
+    return Axes(
+        symmetry,
+        to_standard.as_quat(),
+        -to_standard.apply(found.x[3:]),
+        float(-found.fun / max(turns.plain, 1e-9)),
+    )
+
+
+def _mean(
+    turns: _Turns,
+    elements: np.ndarray,
+    to_standard: Rotation,
+    centre: np.ndarray,
+    *,
+    quick: bool = False,
+) -> float:
+    """Mean correlation over the elements of a group that lies as ``to_standard`` says."""
+    here = (to_standard.inv() * Rotation.from_quat(elements) * to_standard).as_quat()
+    return float(turns.score(here, centre, quick=quick).mean())
