@@ -34,6 +34,7 @@ to the highest, each of which imports from those before it:
 * :mod:`~cryoem.matching`, the baseline, and :mod:`~cryoem.reconstruction`, the map;
 * :mod:`~cryoem.maps`, which judges maps, and :mod:`~cryoem.refinement`, which brings poses to the
   limit;
+* :mod:`~cryoem.abinitio`, orientations and a map from the images alone;
 * :mod:`~cryoem.plots`, :mod:`~cryoem.report`, :mod:`~cryoem.demo`, and :mod:`~cryoem.cli`.
 
 Only :mod:`~cryoem.estimator` and :mod:`cryoem.recovery.descent` import TensorFlow, by
@@ -71,6 +72,8 @@ PUBLIC = {
     "descend": ("recovery.descent", "the same by the paper's gradient descent"),
     "orient": ("recovery", "a stack's orientations, by an estimator"),
     "match": ("matching", "a stack's orientations, by projection matching"),
+    # from the images alone
+    "ab_initio": ("abinitio", "orientations and a map without a model, with a verdict"),
     # the map, and poses to the limit
     "reconstruct": ("reconstruction", "the density of an oriented stack"),
     "Search": ("refinement", "how orientations are sought about given ones"),

@@ -174,6 +174,7 @@ def write_map(
     test: ReferenceBias | None = None,
     noise: Noise | None = None,
     notes: Sequence[str] = (),
+    growth: Sequence[tuple[float, np.ndarray]] = (),
 ) -> dict[str, Any]:
     """Write a page about a map: what it resolves, how that was judged, and what to doubt.
 
@@ -187,6 +188,8 @@ def write_map(
         Of the images.
     notes : list of str
         Paragraphs that stand first.
+    growth : list of (float, (m, m) array)
+        How the map grew: resolutions, angstrom, and projections.
 
     Returns
     -------
@@ -221,6 +224,11 @@ def write_map(
     if noise is not None:
         figures.append(_noise_figure(noise, half_maps.first.voxel_size_angstrom))
         sections.append(("Noise", [(figures[-1], "Power of the images' noise.")]))
+    if growth:
+        figures.append(_growth_figure(growth))
+        sections.append(
+            ("How it grew", [(figures[-1], "The map of the best start, seen along z.")])
+        )
     about = [["what", "value"], *([k, str(v)] for k, v in environment().items())]
     write(path, title, [*sections, ("Made with", [about])])
     for figure in figures:
@@ -244,6 +252,23 @@ def _noise_figure(noise: Noise, pixel_size_angstrom: float) -> Figure:
     ax.set(xlabel="frequency (1 / angstrom)", ylabel="variance per pixel", ylim=(0, None))
     if len(noise.power) > 1:
         ax.legend()
+    return figure
+
+
+def _growth_figure(growth: Sequence[tuple[float, np.ndarray]]) -> Figure:
+    """Projections of a map as it grew."""
+    import matplotlib.pyplot as plt
+
+    columns = min(5, len(growth))
+    rows = -(-len(growth) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.6 * columns, 1.8 * rows), layout="constrained", squeeze=False
+    )
+    for ax in axes.ravel():
+        ax.axis("off")
+    for (resolution, seen), ax in zip(growth, axes.ravel(), strict=False):
+        ax.imshow(seen, cmap="gray")
+        ax.set_title(f"{resolution:.0f} Å", fontsize=9)
     return figure
 
 

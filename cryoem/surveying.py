@@ -33,6 +33,8 @@ CERTAIN = 5.0
 LITTLE = 2e-3
 #: Level or ramp of the background, in standard deviations, that is no longer the noise's.
 UNEVEN = 1.0
+#: Share of what a particle adds at its loudest ring that is next to nothing.
+FAINT = 0.02
 #: Pixels of background from which a spectrum can be measured.
 ENOUGH = 20_000
 #: SNR from which noise is no matter, and its spectrum is not looked for.
@@ -78,7 +80,8 @@ class Survey:
         How far outside the particles images are from zero, and by how much they rise from one edge
         to the other: root mean squares, in standard deviations of the images.
     particle_diameter_angstrom : float
-        Of the circle outside which images are no louder than where they are quietest.
+        Of the circle, wherever the particles lie in the frame, outside which next to nothing of
+        them is left.
     max_shift_px : float
         The largest component of any particle's shift; 0 where the file says none.
     defocus_range_angstrom : (low, high) or None
@@ -201,9 +204,9 @@ class _Rings:
     noise : float
         The variance of the quietest rings.
     radius_px : float
-        Where they begin.
+        Of the circle that holds the particles, but for what is faint.
     background : (size, size) array of bool
-        From there on.
+        Those rings.
     signal : (n,) array
         What is louder than that within, over the whole frame.
     """
@@ -238,7 +241,12 @@ class _Rings:
         self.noise = float(squares[:, ring].sum() / n / count[ring].sum())
         if np.mean(np.ptp(corners, axis=1) == 0) > 0.5:  # they have been masked
             self.noise = 0.0
-        self.radius_px = float(first * width)
+        # The particle ends where hardly any of what it adds in the middle is left.
+        faint = np.maximum(FAINT * (loud[:first].max(initial=0) - self.noise), 2 * error)
+        beyond = np.flatnonzero(loud[:first] - self.noise < faint[:first])
+        middle = int(np.argmax(loud[:first])) if first else 0
+        beyond = beyond[beyond > middle]
+        self.radius_px = float((beyond[0] + 1 if len(beyond) else first) * width)
         self.background = number >= first
         inside = squares[:, :first] - self.noise * count[:first]
         self.signal = inside.sum(axis=1) / count.sum() - above**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,7 @@ class Schedule:
     momentum: float = 0.5
 
 
+DEFAULT = Schedule()
 #: The finest detail over the particle's diameter: what a grid of 15 degrees resolves at its rim.
 DETAIL = 1 / 8
 #: Resolution that is always gone to.
@@ -56,6 +58,8 @@ STEP, LEAST_STEP = 1 / 6, 2.0
 NEAR = 7.0
 #: Every so many rounds the maps, seen along z, are kept for a picture.
 PICTURE = 6
+#: Slices by which the power of a map is measured, and the least share of the images' that is noise.
+SLICES, QUIETEST = 500, 0.1
 
 
 class Start:
@@ -77,6 +81,12 @@ class Start:
     volumes : (c, m, m, m) array
     offsets_px : (n, 2) array
         Where particles were found, in pixels of ``images``.
+    spread_px : float
+        Standard deviation of the shifts along each axis, as far as they are known.
+    noise : (g, k) array
+        Its power; until the last rounds all that the images have.
+    evidence : float
+        How likely the images are by the map, when it was judged last.
     diameter_angstrom : float
         As the map shows it.
     resolution_angstrom : float
@@ -91,16 +101,18 @@ class Start:
         seed: int,
         *,
         classes: int = 1,
-        schedule: Schedule = Schedule(),
+        schedule: Schedule = DEFAULT,
     ) -> None:
         self.images, self.schedule = images, schedule
         self.widest_angstrom = self.diameter_angstrom = diameter_angstrom
         self.shift_px = shift_angstrom / images.pixel_size_angstrom
         self.rng = rotations.generator(seed, "ab initio")
+        self.spread_px = max(self.shift_px / 2, 1e-3)
         self.offsets_px = np.zeros((len(images), 2))
         self.located = np.zeros(len(images), bool)
-        self.gain = np.sqrt(images.slices.weights / images.power)
+        self.noise = self.images.power.copy()
         self.done = 0
+        self.evidence = -np.inf
         self.centre_px = np.zeros(3)
         self.history: list[tuple[float, np.ndarray]] = []
         self.resolution_angstrom = schedule.first_angstrom
@@ -116,7 +128,7 @@ class Start:
         for some in np.array_split(rows, classes):
             matrices = Rotation.from_quat(rotations.uniform(len(some), self.rng)).as_matrix()
             part, sums = images.select(some), Sums(len(some), used)
-            gain = self.gain[:, :used][part.group]
+            gain = self._gain(used)[part.group]
             transfer = gain if part.transfer is None else gain * part.transfer[:, :used]
             identity = np.eye(len(some), dtype=np.float32)
             seen = part.values[:, :used] * gain * transfer
@@ -127,6 +139,13 @@ class Start:
         return np.stack(volumes)
 
     # ----------------------------------------------------------------------------------
+
+    def on(self, images: Coarse) -> Start:
+        """The same maps for other images, of which nothing is known."""
+        other = copy.copy(self)
+        other.images = images
+        other.offsets_px, other.located = np.zeros((len(images), 2)), np.zeros(len(images), bool)
+        return other
 
     def run(self, rounds: int) -> None:
         """Go on until so many rounds are done."""
@@ -150,7 +169,12 @@ class Start:
         used, each = self.images.count(self.resolution_angstrom), len(grid)
         sums = Sums(len(self.volumes) * each, used)
         self.look(rows, grid, sums)
+        if self.shift_px:
+            found = np.sqrt(np.mean(self.offsets_px[self.located] ** 2))
+            self.spread_px = min(max(found, 1.0), self.shift_px / 2)
         matrices = Rotation.from_quat(grid).as_matrix()
+        if progress == 1:
+            self._take_off_signal(matrices[:SLICES], used)
         keep = schedule.momentum if progress < 1 else 0.0
         for c, volume in enumerate(self.volumes):
             one = sums.of(slice(c * each, (c + 1) * each))
@@ -159,6 +183,27 @@ class Start:
             self.volumes[c] = keep * volume + (1 - keep) * new
         if self.done % PICTURE == 0:
             self.history.append((self.resolution_angstrom, self.volumes.sum(axis=1)))
+
+    def _gain(self, used: int, *, judged: bool = False) -> np.ndarray:
+        """What whitens the noise; to judge starts, that of all that the images have."""
+        power = self.images.power if judged else self.noise
+        return np.sqrt(self.images.slices.weights[:used] / power[:, :used])
+
+    def _take_off_signal(self, matrices: np.ndarray, used: int) -> None:
+        """Take what the maps let expect off the images' power: what is left is noise."""
+        frequencies, mask = self.images.slices.frequencies[:used], self.mask()
+        signal = np.mean(
+            [np.abs(slices_of(v * mask, frequencies, matrices)) ** 2 for v in self.volumes],
+            axis=(0, 1),
+        )
+        for g, power in enumerate(self.images.power):
+            here = self.images.group == g
+            seen = signal
+            if self.images.transfer is not None and here.any():
+                seen = signal * np.mean(self.images.transfer[here, :used] ** 2, axis=0)
+            shell = np.rint(np.linalg.norm(frequencies, axis=1)).astype(int)
+            mean = np.bincount(shell, seen) / np.maximum(np.bincount(shell), 1)
+            self.noise[g, :used] = np.maximum(power[:used] - mean[shell], QUIETEST * power[:used])
 
     @property
     def finest_angstrom(self) -> float:
@@ -205,10 +250,10 @@ class Start:
                 for volume in (self.volumes if volumes is None else volumes)
             ]
         )
-        gain = self.gain[:, :used]
+        gain = self._gain(used, judged=resolution_angstrom is not None)
         steps = self._steps(near=False)
         near = self._steps(near=True)
-        spread = max(self.shift_px / 2, 1e-3)
+        spread = self.spread_px
         if len(near) == len(steps):
             zero = np.zeros((len(rows), 2))
             found = expect(part, gain, zero, references, steps, sums, spread_px=spread, quick=False)
@@ -218,7 +263,10 @@ class Start:
             new = np.flatnonzero(~self.located[rows])
             if len(new):
                 zero = np.zeros((len(new), 2))
-                first = expect(part.select(new), gain, zero, references, steps, None, spread_px=spread, quick=False)
+                first = expect(
+                    part.select(new), gain, zero, references, steps, None,
+                    spread_px=spread, quick=False,
+                )  # fmt: skip
                 self.offsets_px[rows[new]] = steps[first.step]
                 self.located[rows[new]] = True
             known = self.offsets_px[rows]

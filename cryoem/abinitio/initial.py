@@ -18,7 +18,7 @@ from ..refinement import Search, refine
 from ..refinement.halves import believed, half_maps
 from ..rotations import Seed
 from ..symmetry import group
-from .annealing import COARSEST, DETAIL, Schedule, Start
+from .annealing import COARSEST, DEFAULT, DETAIL, Schedule, Start
 from .coarse import Coarse, coarsened, small_stack
 
 __all__ = ["AbInitio", "Verdict", "ab_initio"]
@@ -34,8 +34,10 @@ SAME_POSE = 0.35
 ENOUGH = 0.5
 #: Maps of two starts that correlate so well are one answer.
 SAME_MAP = 0.8
-#: Share of the rounds after which only the likeliest starts of each half go on.
+#: How many starts of each half go on when the resolution has risen: the likeliest.
 FINALISTS = 2
+#: Share of the images that agree from which no further starts are tried; and how often they are.
+WELL, BATCHES = 0.85, 2
 #: Images by which starts are compared.
 JUDGES = 2000
 
@@ -118,7 +120,8 @@ def ab_initio(
     starts: int = 8,
     diameter_angstrom: float | None = None,
     shift_angstrom: float | None = None,
-    schedule: Schedule = Schedule(),
+    images: int = 10_000,
+    schedule: Schedule = DEFAULT,
     seed: Seed = 0,
     progress: bool = False,
 ) -> AbInitio:
@@ -143,6 +146,8 @@ def ab_initio(
         Of the particle; by default what the images say (:func:`cryoem.survey`).
     shift_angstrom : float, optional
         How far particles may lie off the middle; by default a tenth of the frame.
+    images : int
+        How many, at random, the starts look at; the others are placed by the map that these give.
     schedule : Schedule
     seed : int or numpy.random.Generator
     progress : bool
@@ -168,7 +173,7 @@ def ab_initio(
     if starts < 2:
         raise InputError(f"wanted at least 2 starts, one a half, got {starts}")
     if symmetry is not None:
-        group(symmetry)
+        group(symmetry)  # refused before anything is computed
     rng = rotations.generator(seed, "ab initio")
     frame = stack.box_px * stack.pixel_size_angstrom
     if diameter_angstrom is None:
@@ -182,17 +187,32 @@ def ab_initio(
     extent = min(frame, ROOM * diameter_angstrom + min(MORE, shift_angstrom))
     small = small_stack(stack, extent, finest)
     halves = [small.select(small.half(h)) for h in (1, 2)]
-    seeds = rng.integers(2**31, size=starts)
-    solved = _starts(
-        [coarsened(half, finest) for half in halves],
-        (diameter_angstrom, shift_angstrom),
-        [(int(s), i % 2) for i, s in enumerate(seeds)],
-        schedule,
-        progress,
-    )
-    best = [max(s, key=lambda start: start.evidence) for s in solved]
-    polished = [_polished(half, start) for half, start in zip(halves, best, strict=True)]
-    return _joined(stack, small, solved, best, polished, symmetry, seed)
+    coarse = [coarsened(half, finest) for half in halves]
+    some = [one.select(np.sort(rng.permutation(len(one))[: -(-images // 2)])) for one in coarse]
+    sizes, found = (diameter_angstrom, shift_angstrom), None
+    solved: list[list[Start]] = [[], []]
+    for _ in range(BATCHES):
+        seeds = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=starts))]
+        more = _starts(some, sizes, seeds, schedule, progress)
+        solved = [[*old, *new] for old, new in zip(solved, more, strict=True)]
+        best = [max(half, key=lambda start: start.evidence) for half in solved]
+        found = _laid([b.on(one) for b, one in zip(best, coarse, strict=True)], halves, symmetry)
+        if found.agreement > WELL:
+            break
+    assert found is not None
+    return _judged(stack, small, solved, found, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Laid:
+    """The best starts of the halves, laid onto each other."""
+
+    best: list[Start]
+    polished: list[ParticleStack]
+    pair: HalfMaps
+    axes: Axes
+    agreement: float
+    by_chance: float
 
 
 def _starts(
@@ -264,35 +284,35 @@ def _polished(half: ParticleStack, start: Start) -> ParticleStack:
     return refined
 
 
-def _joined(
-    stack: ParticleStack,
-    small: ParticleStack,
-    solved: list[list[Start]],
-    best: list[Start],
-    polished: list[ParticleStack],
-    symmetry: str | None,
-    seed: Seed,
-) -> AbInitio:
-    """Lay the halves onto each other, find the symmetry, and judge."""
-    pixel = small.pixel_size_angstrom
+def _laid(best: list[Start], halves: list[ParticleStack], symmetry: str | None) -> _Laid:
+    """Lay the halves onto each other, find the symmetry, and see how many images agree."""
+    polished = [_polished(half, start) for half, start in zip(halves, best, strict=True)]
+    pixel = halves[0].pixel_size_angstrom
     own = [Density(start.volumes[0] * start.mask(), pixel) for start in best]
     finest = max(start.resolution_angstrom for start in best)
     laid = maps.register(own[1], own[0], resolution_angstrom=finest)
-    second = polished[1].moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
+    polished[1] = polished[1].moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
     pair = HalfMaps(own[0], laid.density, independent=True)
     if symmetry is None:
         axes = maps.symmetry_of(pair, resolution_angstrom=finest)
     else:
         axes = maps.find_axes(pair, symmetry, resolution_angstrom=finest)
     agreement, by_chance = _agreement(best, own[0], laid.density, axes, finest)
-    same = 0
-    for start in (s for half in solved for s in half):
-        volume = Density(start.volumes[0] * start.mask(), pixel)
-        same += maps.register(volume, own[0], resolution_angstrom=1.5 * finest).correlation > SAME_MAP
-    # Everything in the standard setting, in the pixels of the particle file.
+    return _Laid(best, polished, pair, axes, agreement, by_chance)
+
+
+def _judged(
+    stack: ParticleStack,
+    small: ParticleStack,
+    solved: list[list[Start]],
+    found: _Laid,
+    seed: Seed,
+) -> AbInitio:
+    """Bring everything into the standard setting and the particle file's pixels, and judge."""
+    axes, pixel = found.axes, small.pixel_size_angstrom
     q, shifts = np.empty((len(stack), 4)), np.empty((len(stack), 2))
     error = np.empty(len(stack))
-    for h, part in ((1, polished[0]), (2, second)):
+    for h, part in zip((1, 2), found.polished, strict=True):
         rows, at = stack.half(h), part.moved(axes.quaternion, axes.shift_angstrom)
         q[rows], error[rows] = at.oriented(), at.expected_error_rad
         shifts[rows] = at.shifts_px * (pixel / stack.pixel_size_angstrom) + stack.shifts_px[rows]
@@ -300,24 +320,40 @@ def _joined(
     pair = half_maps(placed, independent=True, symmetry=axes.symmetry)
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
-    resolution = fsc.corrected.resolution(0.143).angstrom
+    everyone = [start for half in solved for start in half]
+    finest = 1.5 * max(start.resolution_angstrom for start in found.best)
+    same = 0
+    for start in everyone:
+        volume = Density(start.volumes[0] * start.mask(), pixel)
+        laid = maps.register(volume, found.pair.first, resolution_angstrom=finest)
+        same += laid.correlation > SAME_MAP
     reasons = []
-    if agreement < ENOUGH:
-        reasons.append(f"the halves lay only {agreement:.0%} of the images alike")
+    if found.agreement < ENOUGH:
+        reasons.append(f"the halves lay only {found.agreement:.0%} of the images alike")
+    if not axes.believed:
+        reasons.append(
+            f"it has not the symmetry {axes.symmetry}: turned by it, the half-maps agree "
+            f"{axes.ratio:.2f} times as well"
+        )
     verdict = Verdict(
-        not reasons, agreement, by_chance, resolution, sum(map(len, solved)), int(same),
-        tuple(reasons),
-    )  # fmt: skip
+        found=not reasons,
+        agreement=found.agreement,
+        by_chance=found.by_chance,
+        resolution_angstrom=fsc.corrected.resolution(0.143).angstrom,
+        starts=len(everyone),
+        same_answer=same,
+        reasons=tuple(reasons),
+    )
     return AbInitio(
-        placed,
-        believed(pair, fsc),
-        pair,
-        mask,
-        fsc,
-        axes,
-        max(start.diameter_angstrom for start in best),
-        verdict,
-        [(r, v[0]) for r, v in best[0].history],
+        particles=placed,
+        density=believed(pair, fsc),
+        half_maps=pair,
+        mask=mask,
+        fsc=fsc,
+        axes=axes,
+        diameter_angstrom=max(start.diameter_angstrom for start in found.best),
+        verdict=verdict,
+        history=[(resolution, seen[0]) for resolution, seen in found.best[0].history],
     )
 
 
@@ -334,9 +370,7 @@ def _agreement(
         q = []
         for density in (first, second):
             volumes = density.values[None]
-            found = start.look(
-                rows, grid, volumes=volumes, resolution_angstrom=resolution_angstrom
-            )
+            found = start.look(rows, grid, volumes=volumes, resolution_angstrom=resolution_angstrom)
             q.append(rotations.multiply(axes.quaternion, grid[found.reference]))
         same.append(points.distance(q[0], q[1]) < SAME_POSE)
         exchanged.append(points.distance(np.roll(q[0], 1, axis=0), q[1]) < SAME_POSE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from ..errors import InputError
 from .options import (
     Invert,
     MapOut,
@@ -55,7 +56,7 @@ def reconstruct_map(
     from ..reconstruction import reconstruct
 
     stack = open_oriented(particles_file, quiet, pixel_size)
-    written = [output, *_half_files(output)] if half_maps else [output]
+    written = [output, *half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     if not half_maps:
@@ -68,7 +69,7 @@ def reconstruct_map(
         reconstruct(stack.select(stack.half(half)), symmetry=symmetry, progress=not quiet)
         for half in (1, 2)
     )
-    curves = _write_halves(output, HalfMaps(first, second, independent=False), seed)
+    curves = write_halves(output, HalfMaps(first, second, independent=False), seed)
     typer.echo(
         f"{output}: from {len(stack):,} particles; "
         f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of half-maps with "
@@ -76,20 +77,20 @@ def reconstruct_map(
     )
 
 
-def _half_files(output: Path) -> tuple[Path, Path, Path]:
+def half_files(output: Path) -> tuple[Path, Path, Path]:
     """The half-maps of a map, and their FSC."""
     first, second = (output.with_stem(f"{output.stem}_half{half}") for half in (1, 2))
     return first, second, output.with_name(f"{output.stem}_fsc.star")
 
 
-def _write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
+def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
     """Write the mean of two half-maps, the two, and their FSC, which is returned."""
     from ..density import write_density
     from ..maps import half_map_fsc, soft_mask, write_fsc
 
     curves = half_map_fsc(pair, soft_mask(pair.mean), seed=seed)
     write_density(output, pair.mean)
-    first, second, table = _half_files(output)
+    first, second, table = half_files(output)
     write_density(first, pair.first)
     write_density(second, pair.second)
     write_fsc(table, curves)
@@ -112,6 +113,9 @@ def refine_particles(
         ),
     ] = 15.0,
     rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
+    symmetry: Annotated[
+        str, typer.Option(help="Point group, in the standard setting; without a reference.")
+    ] = "C1",
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
@@ -129,19 +133,23 @@ def refine_particles(
     from ..io.particles import write_particles
     from ..refinement import in_frame_of, refine_against, refine_halves
 
+    if map_file is not None and symmetry.upper() != "C1":
+        raise InputError("--symmetry: a particle is refined in it without --map only")
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
-    written = [*star_files(output, stack), map_path, *_half_files(map_path), page]
+    written = [*star_files(output, stack), map_path, *half_files(map_path), page]
     check_outputs({"--output": written}, [particles_file, map_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     stack = stack.with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:
-        found = refine_halves(stack, rounds=rounds, seed=seed, progress=not quiet)
+        found = refine_halves(
+            stack, rounds=rounds, symmetry=symmetry, seed=seed, progress=not quiet
+        )
         notes = [
             "No reference: the hand is open; the mirror image explains the images as well. "
-            + _held_out(found)
+            + held_out(found)
         ]
     else:
         reference = open_map(map_file, voxel_size, stack)
@@ -154,7 +162,7 @@ def refine_particles(
     refined = found.particles
     write_particles(output, refined)
     if found.density is not None:
-        _write_halves(map_path, found.half_maps, seed)
+        write_halves(map_path, found.half_maps, seed)
         write_density(map_path, found.density)
     summary = report.write_map(
         page,
@@ -174,7 +182,7 @@ def refine_particles(
     )
 
 
-def _held_out(found: HalvesRefinement) -> str:
+def held_out(found: HalvesRefinement) -> str:
     """Tell whether images match the map of the half that they are not in."""
     if np.isnan(found.held_out_correlation):
         return (

@@ -56,10 +56,12 @@ app = typer.Typer(
     cls=_Commands,
     help="""Orientations of cryo-EM particles from learned distances, and the map they give.
 
-    A way from particles to a map: `density`, `train --like`, `orient`, `reconstruct`, `refine`;
-    `simulate` and `evaluate` show how well it does where the truth is known. Particle files are
-    RELION's (.star, 3.0 and later) and cryoSPARC's (.cs); written is RELION 3.1, every row and
-    column kept. Exit code 0: done; 1: an input was refused, and says which; 2: wrong usage.""",
+    From the images alone: `solve`, which is `abinitio` and `refine`. Where the density of the
+    particle is known: `density`, `train --like`, `orient`, `reconstruct`, `refine`. `simulate` and
+    `evaluate` show how well it does where the truth is known. Particle files are RELION's (.star,
+    3.0 and later) and cryoSPARC's (.cs); written is RELION 3.1, every row and column kept. Exit
+    code 0: done; 1: an input was refused, and says which; 2: wrong usage; 3: the images do not
+    agree on a map.""",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
-
 from ..symmetry import group
 from .correlation import HalfMaps
 from .registration import Spectrum
@@ -20,7 +19,7 @@ __all__ = ["Axes", "find_axes", "symmetry_of"]
 #: What is left of the half-maps' agreement when one of them is turned by a symmetry that both have.
 ENOUGH = 0.8
 #: Half-maps that agree less than this tell no symmetry.
-LEAST = 0.2
+LEAST = 0.4
 #: Axes of more than this fold are not looked for.
 FOLDS = 12
 #: Axes that the first look tries, and frequencies that it compares.
@@ -45,9 +44,14 @@ class Axes:
     """
 
     symmetry: str
-    quaternion: Float[np.ndarray, "4"]
-    shift_angstrom: Float[np.ndarray, "3"]
+    quaternion: Float[np.ndarray, " 4"]
+    shift_angstrom: Float[np.ndarray, " 3"]
     ratio: float
+
+    @property
+    def believed(self) -> bool:
+        """Whether the map has the symmetry."""
+        return self.ratio > ENOUGH
 
 
 class _Turns:
@@ -79,7 +83,11 @@ class _Turns:
         self.plain = self.score(np.array([[0, 0, 0, 1.0]]), np.zeros(3))[0]
 
     def score(
-        self, turns: Float[np.ndarray, "m 4"], centre: Float[np.ndarray, "3"], *, quick: bool = False
+        self,
+        turns: Float[np.ndarray, "m 4"],
+        centre: Float[np.ndarray, " 3"],
+        *,
+        quick: bool = False,
     ) -> Float[np.ndarray, " m"]:
         """Correlation of the first with the second turned about a centre, angstrom."""
         matrices = Rotation.from_quat(turns).as_matrix()
@@ -134,16 +142,16 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
         return best
     folds = [n for n in range(2, FOLDS + 1) if _first_axis(turns, centre, n)[1] > 0.5 * ENOUGH]
     found = [_laid(turns, centre, f"C{n}") for n in folds]
-    cyclic = [axes for axes in found if axes.ratio > ENOUGH]
+    cyclic = [axes for axes in found if axes.believed]
     for axes in cyclic:
         dihedral = _laid(turns, centre, "D" + axes.symmetry[1:])
         for one in (axes, dihedral):
-            if one.ratio > ENOUGH and group(one.symmetry).order > group(best.symmetry).order:
+            if one.believed and group(one.symmetry).order > group(best.symmetry).order:
                 best = one
     return best
 
 
-def _centre(pair: HalfMaps) -> Float[np.ndarray, "3"]:
+def _centre(pair: HalfMaps) -> Float[np.ndarray, " 3"]:
     """Centre of mass of what stands out of the map, angstrom, xyz."""
     mean = pair.mean
     n, v = mean.box_px, mean.values
@@ -158,7 +166,7 @@ def _centre(pair: HalfMaps) -> Float[np.ndarray, "3"]:
 
 def _first_axis(
     turns: _Turns, centre: np.ndarray, fold: int
-) -> tuple[Float[np.ndarray, "3"], float]:
+) -> tuple[Float[np.ndarray, " 3"], float]:
     """The direction of the best axis of a grid, and its ratio."""
     i = np.arange(AXES) + 0.5
     z = 1 - i / AXES  # half a sphere: a spiral

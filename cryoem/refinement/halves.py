@@ -184,9 +184,7 @@ def masked(mask: np.ndarray, density: Density) -> Density:
     return Density(mask * density.values, density.voxel_size_angstrom)
 
 
-def half_maps(
-    stack: ParticleStack, *, independent: bool, symmetry: str = "C1"
-) -> maps.HalfMaps:
+def half_maps(stack: ParticleStack, *, independent: bool, symmetry: str = "C1") -> maps.HalfMaps:
     """Reconstruct each half-set, with little iteration: FSC and filters do the rest."""
     first, second = (
         reconstruction.reconstruct(
