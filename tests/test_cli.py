@@ -19,12 +19,24 @@ from cryoem import (
     read_density,
     read_particles,
     rotations,
+    simulate,
     write_density,
     write_particles,
 )
 from cryoem.cli import options, orienting
 
-COMMANDS = ("density", "simulate", "train", "orient", "reconstruct", "refine", "evaluate", "info")
+COMMANDS = (
+    "density",
+    "simulate",
+    "train",
+    "orient",
+    "reconstruct",
+    "refine",
+    "evaluate",
+    "info",
+    "abinitio",
+    "solve",
+)
 
 
 def run(*arguments, code=0):
@@ -662,3 +674,35 @@ def test_paths_may_hold_blanks_and_stacks_may_be_links(folder, trained, tmp_path
         assert run("evaluate", found, "--truth", "some particles.star", "--json").stderr == ""
         run("reconstruct", found, "--half-maps", "-o", home / "new folder" / "a map.mrc", "-q")
         assert json.loads(run("info", found, "--json").stdout)["particles"] == 60
+
+
+def test_the_images_alone_give_a_map_and_noise_none(tmp_path, phantom):
+    """``solve`` from a particle file to a refined map; called again, it goes on where it was."""
+    truth = simulate(phantom.density(32, 7.0), 240, 1, snr=1.0, max_shift_px=1)
+    write_particles(tmp_path / "seen.star", truth)
+    out = tmp_path / "out"
+    solve = ["solve", tmp_path / "seen.star", "-o", out, "--starts", "2", "--rounds", "1", "-q"]
+    solve += ["--shift", "14", "--symmetry", "C1"]
+    run(*solve)
+    made = {path.name for path in out.iterdir()}
+    assert {"initial.star", "initial.mrc", "initial.html", "refined.star", "refined.mrc"} <= made
+    before = (out / "initial.star").stat().st_mtime_ns
+    judged = run("evaluate", out / "refined.star", "--truth", tmp_path / "seen.star", "--json")
+    assert json.loads(judged.stdout)["one_sided_median_rad"] < 0.1
+    run(*solve)
+    assert (out / "initial.star").stat().st_mtime_ns == before
+    assert "seed differ" in run(*solve, "--seed", "7", code=1).output
+
+
+def test_noise_ends_in_no_map(tmp_path):
+    """An exit code of its own, the reasons, and nothing that looks like a result."""
+    noise = np.random.default_rng(0).standard_normal((120, 32, 32)).astype(np.float32)
+    write_particles(tmp_path / "noise.star", ParticleStack(noise, 5.0))
+    done = run(
+        "abinitio", tmp_path / "noise.star", "-o", tmp_path / "none.star", "--starts", "2",
+        "--diameter", "110", "--shift", "0", "-q", code=3,
+    )  # fmt: skip
+    assert "no map" in done.output
+    page = (tmp_path / "none.html").read_text()
+    assert "of the images alike" in page and "<img" not in page
+    assert not (tmp_path / "none.star").exists() and not (tmp_path / "none.mrc").exists()

@@ -46,6 +46,7 @@ LAYERS = [
     recovery
     maps
     refinement
+    abinitio
     plots
     report
     demo cli

@@ -27,9 +27,8 @@ __all__ = ["AbInitio", "Verdict", "ab_initio"]
 ROOM, MORE = 1.1, 30.0
 #: The particle may turn out to be smaller than the images say by this factor.
 SMALLER = 0.7
-#: Poses from the two halves' maps that differ by less than this agree, radians: a step and a third
-#: of the grid.
-SAME_POSE = 0.35
+#: Poses from the two halves' maps that differ by less than this agree, in steps of the grid.
+SAME_POSE = 1.4
 #: Share of the images whose poses must agree.
 ENOUGH = 0.5
 #: Maps of two starts that correlate so well are one answer.
@@ -50,7 +49,8 @@ class Verdict:
     ----------
     found : bool
     agreement : float
-        Share of the images that lie alike by the map of either half, to 0.35 rad and the symmetry.
+        Share of the images that lie alike by the map of either half: within 1.4 steps of the grid
+        of orientations (0.36 rad), up to the symmetry.
     by_chance : float
         The same where every image is exchanged for another one.
     resolution_angstrom : float
@@ -168,39 +168,42 @@ def ab_initio(
     Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation with noise weights; Punjani et al.,
     Nat. Methods 14 (2017), from random starts; Scheres and Chen, Nat. Methods 9 (2012), the halves.
     """
-    if len(stack) < 20:
-        raise InputError(f"wanted at least 20 images, got {len(stack)}")
-    if starts < 2:
-        raise InputError(f"wanted at least 2 starts, one a half, got {starts}")
-    if symmetry is not None:
-        group(symmetry)  # refused before anything is computed
-    rng = rotations.generator(seed, "ab initio")
+    if len(stack) < 20 or starts < 2:
+        raise InputError(
+            f"wanted at least 20 images and 2 starts, one a half; got {len(stack)} and {starts}"
+        )
+    group(symmetry or "C1")  # refused before anything is computed
     frame = stack.box_px * stack.pixel_size_angstrom
     if diameter_angstrom is None:
         diameter_angstrom = surveying.survey(stack, seed=seed).particle_diameter_angstrom
-    diameter_angstrom = min(diameter_angstrom, frame)
-    if shift_angstrom is None:
-        shift_angstrom = 0.1 * frame
+    sizes = min(diameter_angstrom, frame), 0.1 * frame if shift_angstrom is None else shift_angstrom
     stack = stack.with_half_sets(seed)
-    smallest = max(schedule.finest_angstrom, SMALLER * DETAIL * diameter_angstrom)
-    finest = max(min(smallest, COARSEST), 2 * stack.pixel_size_angstrom)
-    extent = min(frame, ROOM * diameter_angstrom + min(MORE, shift_angstrom))
-    small = small_stack(stack, extent, finest)
+    small, finest = _small(stack, *sizes, schedule)
     halves = [small.select(small.half(h)) for h in (1, 2)]
     coarse = [coarsened(half, finest) for half in halves]
+    rng = rotations.generator(seed, "ab initio")
     some = [one.select(np.sort(rng.permutation(len(one))[: -(-images // 2)])) for one in coarse]
-    sizes, found = (diameter_angstrom, shift_angstrom), None
     solved: list[list[Start]] = [[], []]
     for _ in range(BATCHES):
         seeds = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=starts))]
         more = _starts(some, sizes, seeds, schedule, progress)
         solved = [[*old, *new] for old, new in zip(solved, more, strict=True)]
-        best = [max(half, key=lambda start: start.evidence) for half in solved]
-        found = _laid([b.on(one) for b, one in zip(best, coarse, strict=True)], halves, symmetry)
+        best = [_likeliest(half).on(one) for half, one in zip(solved, coarse, strict=True)]
+        found = _laid(best, halves, symmetry)
         if found.agreement > WELL:
             break
-    assert found is not None
     return _judged(stack, small, solved, found, seed)
+
+
+def _small(
+    stack: ParticleStack, diameter_angstrom: float, shift_angstrom: float, schedule: Schedule
+) -> tuple[ParticleStack, float]:
+    """The particles cut out, in pixels that hold the finest detail, and that."""
+    finest = max(schedule.finest_angstrom, SMALLER * DETAIL * diameter_angstrom)
+    finest = max(min(finest, COARSEST), 2 * stack.pixel_size_angstrom)
+    extent = ROOM * diameter_angstrom + min(MORE, shift_angstrom)
+    extent = min(extent, stack.box_px * stack.pixel_size_angstrom)
+    return small_stack(stack, extent, finest), finest
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +225,7 @@ def _starts(
     schedule: Schedule,
     progress: bool,
 ) -> list[list[Start]]:
-    """Run the starts of both halves; of each half all, with their evidence, the finalists' last."""
+    """Run the starts of both halves, of each the likeliest few to the end."""
     from tqdm.auto import tqdm
 
     first = round(schedule.annealed * schedule.rounds)
@@ -251,12 +254,16 @@ def _starts(
             half.sort(key=lambda start: -start.evidence)
             finalists += half[:FINALISTS]
         list(pool.map(lambda start: run(start, schedule.rounds), finalists))
-        for half in halves:
-            coarsest = max(s.resolution_angstrom for s in half[:FINALISTS])
-            list(pool.map(_judge, half[:FINALISTS], [coarsest] * FINALISTS))
-            for start in half[FINALISTS:]:
-                start.evidence = -np.inf
     return halves
+
+
+def _likeliest(starts: list[Start]) -> Start:
+    """Of the starts that went to the end, the one whose map makes the images likeliest."""
+    ended = [start for start in starts if start.done == start.schedule.rounds]
+    coarsest = max(start.resolution_angstrom for start in ended)
+    for start in ended:
+        _judge(start, coarsest)
+    return max(ended, key=lambda start: start.evidence)
 
 
 def _judge(start: Start, resolution_angstrom: float) -> None:
@@ -321,7 +328,7 @@ def _judged(
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
     everyone = [start for half in solved for start in half]
-    finest = 1.5 * max(start.resolution_angstrom for start in found.best)
+    finest = 2 * max(start.resolution_angstrom for start in found.best)
     same = 0
     for start in everyone:
         volume = Density(start.volumes[0] * start.mask(), pixel)
@@ -372,6 +379,7 @@ def _agreement(
             volumes = density.values[None]
             found = start.look(rows, grid, volumes=volumes, resolution_angstrom=resolution_angstrom)
             q.append(rotations.multiply(axes.quaternion, grid[found.reference]))
-        same.append(points.distance(q[0], q[1]) < SAME_POSE)
-        exchanged.append(points.distance(np.roll(q[0], 1, axis=0), q[1]) < SAME_POSE)
+        near = SAME_POSE * (8 * np.pi**2 / len(grid)) ** (1 / 3)
+        same.append(points.distance(q[0], q[1]) < near)
+        exchanged.append(points.distance(np.roll(q[0], 1, axis=0), q[1]) < near)
     return float(np.concatenate(same).mean()), float(np.concatenate(exchanged).mean())

@@ -147,10 +147,7 @@ def refine_particles(
         found = refine_halves(
             stack, rounds=rounds, symmetry=symmetry, seed=seed, progress=not quiet
         )
-        notes = [
-            "No reference: the hand is open; the mirror image explains the images as well. "
-            + held_out(found)
-        ]
+        notes = [_held_out(found)]
     else:
         reference = open_map(map_file, voxel_size, stack)
         reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
@@ -182,14 +179,15 @@ def refine_particles(
     )
 
 
-def held_out(found: HalvesRefinement) -> str:
-    """Tell whether images match the map of the half that they are not in."""
+def _held_out(found: HalvesRefinement) -> str:
+    """What to mind: the hand, and whether images match the map of the half they are not in."""
+    open_hand = "No reference: the hand is open; the mirror image explains the images as well. "
     if np.isnan(found.held_out_correlation):
-        return (
+        return open_hand + (
             f"The halves agree hardly beyond {found.joined_angstrom:.0f} A, which they share: "
             "nothing else tells structure from noise."
         )
-    return (
+    return open_hand + (
         "Correlation with projections of the other half's map "
         f"{found.held_out_correlation:.3f}, by chance {found.chance_correlation:.3f}."
     )

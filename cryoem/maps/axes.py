@@ -10,20 +10,20 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from ..symmetry import group
-from .correlation import HalfMaps
+from .correlation import HalfMaps, fsc
 from .registration import Spectrum
 from .shells import common_box
 
 __all__ = ["Axes", "find_axes", "symmetry_of"]
 
 #: What is left of the half-maps' agreement when one of them is turned by a symmetry that both have.
-ENOUGH = 0.8
-#: Half-maps that agree less than this tell no symmetry.
-LEAST = 0.4
+ENOUGH = 0.9
+#: Half-maps that agree less than this, over so many shells at least, tell no symmetry.
+LEAST, LEAST_SHELLS = 0.4, 4
 #: Axes of more than this fold are not looked for.
 FOLDS = 12
 #: Axes that the first look tries, and frequencies that it compares.
-AXES, FREQUENCIES = 1200, 1500
+AXES, FREQUENCIES = 1200, 1000
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,19 @@ class Axes:
         return self.ratio > ENOUGH
 
 
+#: No symmetry: nothing is turned.
+NONE = Axes("C1", np.array([0, 0, 0, 1.0]), np.zeros(3), 1.0)
+
+
 class _Turns:
     """Half-maps, one of them turned about the other."""
 
     def __init__(self, pair: HalfMaps, resolution_angstrom: float, seed: int) -> None:
         n = common_box(pair.first, pair.second)
         self.extent = n * pair.first.voxel_size_angstrom
+        # No finer than the half-maps agree: beyond, nothing has any symmetry.
+        agreed = fsc(pair.first, pair.second).resolution(0.5).angstrom
+        resolution_angstrom = min(max(resolution_angstrom, agreed), self.extent / LEAST_SHELLS)
         small = min(n, 4 * int(np.ceil(0.75 * self.extent / resolution_angstrom)))
         self.first, self.second = (
             Spectrum(d.resampled(small).values) for d in (pair.first, pair.second)
@@ -116,6 +123,8 @@ def find_axes(
     seed : int
         Of the frequencies that are compared.
     """
+    if group(symmetry).order == 1:
+        return NONE
     return _laid(_Turns(pair, resolution_angstrom, seed), _centre(pair), symmetry)
 
 
@@ -123,7 +132,7 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
     """Tell the point group, Cn or Dn, that a map has, and how it lies there.
 
     A symmetry is believed where a half-map turned by it agrees with the other half-map at least
-    four fifths as well as it does unturned, the finest shells included; of those the group with the
+    nine tenths as well as it does unturned, the finest shells included; of those the group with the
     most elements.
 
     Parameters
@@ -137,7 +146,7 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
         Of C1 where there is none: nothing is to be turned.
     """
     turns, centre = _Turns(pair, resolution_angstrom, seed), _centre(pair)
-    best = Axes("C1", np.array([0, 0, 0, 1.0]), np.zeros(3), 1.0)
+    best = NONE
     if turns.plain < LEAST:
         return best
     folds = [n for n in range(2, FOLDS + 1) if _first_axis(turns, centre, n)[1] > 0.5 * ENOUGH]
@@ -182,25 +191,21 @@ def _laid(turns: _Turns, centre: np.ndarray, symmetry: str) -> Axes:
     elements = group(symmetry).elements[1:]
     fold = int(symmetry[1:])
     direction, _ = _first_axis(turns, centre, fold)
-    upright = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
-    starts = [upright]
+    start = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
     if symmetry[0] == "D":  # a two-fold at right angles: any that maps onto x
         about = Rotation.from_rotvec(np.outer(np.pi / fold * np.arange(24) / 24, [0, 0, 1.0]))
-        tries = about * upright
+        tries = about * start
         scores = [_mean(turns, elements, t, centre, quick=True) for t in tries]
-        starts = [tries[int(np.argmax(scores))]]
+        start = tries[int(np.argmax(scores))]
 
     def loss(p: np.ndarray) -> float:
-        return -_mean(turns, elements, Rotation.from_rotvec(p[:3] / 10) * starts[0], p[3:])
+        turned = Rotation.from_rotvec(p[:3] / 10) * start
+        return -_mean(turns, elements, turned, p[3:], quick=True)
 
     found = minimize(loss, np.r_[0, 0, 0, centre], method="Powell", options={"xtol": 1e-2})
-    to_standard = Rotation.from_rotvec(found.x[:3] / 10) * starts[0]
-    return Axes(
-        symmetry,
-        to_standard.as_quat(),
-        -to_standard.apply(found.x[3:]),
-        float(-found.fun / max(turns.plain, 1e-9)),
-    )
+    to_standard = Rotation.from_rotvec(found.x[:3] / 10) * start
+    ratio = _mean(turns, elements, to_standard, found.x[3:]) / max(turns.plain, 1e-9)
+    return Axes(symmetry, to_standard.as_quat(), -to_standard.apply(found.x[3:]), ratio)
 
 
 def _mean(

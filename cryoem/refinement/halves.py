@@ -93,12 +93,11 @@ def refine_halves(
     """Reconstruct and refine in turns, without letting noise build structure.
 
     Two halves of the particles are kept apart: each is refined against the map of its own, masked,
-    every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to the
-    resolution at which the FSC, corrected for the mask, falls below 0.143. What is coarser than
-    ``joined_angstrom`` the references share, so that their frames stay together; there the FSC
-    proves nothing. At the end the few particles that match the map of the other half better
-    elsewhere on the sphere are brought there, and all are refined once more, against the map of
-    all.
+    every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to where
+    the FSC, corrected for the mask, falls below 0.143. What is coarser than ``joined_angstrom`` the
+    references share, so that their frames stay together. At the end the few particles that match
+    the other half's map better elsewhere are brought there, and all are refined once more, against
+    the map of all.
 
     Parameters
     ----------
@@ -124,8 +123,8 @@ def refine_halves(
 
     References
     ----------
-    Scheres and Chen, Nat. Methods 9 (2012), the two halves; Scheres, J. Struct. Biol. 180 (2012),
-    joining them at low resolution; Rosenthal and Henderson, J. Mol. Biol. 333 (2003), the weights.
+    Scheres and Chen, Nat. Methods 9 (2012), halves; Scheres, J. Struct. Biol. 180 (2012), joined at
+    low resolution; Rosenthal and Henderson, J. Mol. Biol. 333 (2003), the weights.
     """
     from tqdm.auto import tqdm
 
@@ -134,26 +133,26 @@ def refine_halves(
         raise InputError(f"rounds must be positive, got {rounds}")
     near = replace(search, starts=1, coarse_to_fine=False)
     given = stack.with_half_sets(seed).replace(contrast=None)
-    now, used = given, []
+    now, used = given, [resolution_angstrom]
     for turn in tqdm(range(rounds), desc="rounds", disable=not progress):
         maps_now = _round(now, joined_angstrom, symmetry, seed)
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
-        limit = max(limit, resolution_angstrom) if turn == 0 else limit
-        used.append(limit)
+        used.append(limit if turn else max(limit, resolution_angstrom))
         separate = refine_each_half(
             now.replace(noise=stack.noise),  # estimated in every round, or given
             maps_now.references,
-            resolution_angstrom=limit,
+            resolution_angstrom=used[-1],
             search=near if turn else search,
         )
         # The scale of contrast and density together is free.
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
     last = _round(now, joined_angstrom, symmetry, seed)
     held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
+    all_of_them = _against_all(
+        last, now, given.replace(noise=now.noise), used[-1], search, symmetry
+    )
     return HalvesRefinement(
-        particles=_against_all(
-            last, now, given.replace(noise=now.noise), used[-1], search, symmetry
-        ),
+        particles=all_of_them,
         separate=separate,
         half_maps=last.pair,
         mask=last.mask,
@@ -161,7 +160,7 @@ def refine_halves(
         density=believed(last.pair, last.fsc),
         held_out_correlation=held_out,
         chance_correlation=chance,
-        resolutions_angstrom=tuple(used),
+        resolutions_angstrom=tuple(used[1:]),
         joined_angstrom=joined_angstrom,
     )
 

@@ -1,0 +1,253 @@
+"""From the images alone: the likelihood, the map, the axes, and the verdict."""
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from cryoem import Density, ParticleStack, ab_initio, evaluation, maps, project, rotations, simulate
+from cryoem.abinitio import Schedule
+from cryoem.abinitio.annealing import Start
+from cryoem.abinitio.coarse import coarsened, small_stack
+from cryoem.abinitio.expectation import Sums, expect, slices_of, solve
+from cryoem.errors import InputError
+from cryoem.particles import CtfParameters
+from cryoem.symmetry import group
+
+BOX, VOXEL = 32, 5.0
+QUICK = Schedule(rounds=40, images=(100, 400), orientations=(500, 2500), finest_angstrom=12.0)
+
+
+def phantom(symmetry: str = "C1", seed: int = 3) -> Density:
+    """Blobs off the middle, copied by a group's elements."""
+    rng = np.random.default_rng(seed)
+    order = group(symmetry).order
+    centres = rng.uniform(-34, 34, (max(3, 14 // order), 3))
+    centres[:, 0] += 12 if order > 1 else 0
+    heights = rng.uniform(0.5, 1.5, len(centres))
+    axis = (np.arange(BOX) - BOX // 2) * VOXEL
+    z, y, x = np.meshgrid(axis, axis, axis, indexing="ij")
+    values = np.zeros((BOX,) * 3)
+    for g in Rotation.from_quat(group(symmetry).elements):
+        for (cx, cy, cz), height in zip(g.apply(centres), heights, strict=True):
+            values += height * np.exp(-((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / (2 * 64))
+    return Density(values, VOXEL)
+
+
+# --------------------------------------------------------------------------------------
+# One round
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Four particles with CTF and shifts, as the search sees them, and five references."""
+    stack = simulate(phantom(), 4, 0, snr=2.0, max_shift_px=2, defocus_range_angstrom=(8e3, 2e4))
+    small = small_stack(stack.without_poses(), 160.0, 15.0)
+    images = coarsened(small, 15.0)
+    frequencies = images.slices.frequencies
+    matrices = Rotation.from_quat(rotations.uniform(5, 1)).as_matrix()
+    values = phantom().resampled(images.box_px).values
+    return images, slices_of(values, frequencies, matrices), matrices
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_posteriors_are_those_of_the_model(few, quick):
+    images, references, _ = few
+    gain = np.sqrt(images.slices.weights / images.power)
+    offsets = np.array([[0.5, -1.0], [0, 0], [2.0, 1.0], [-1.0, 0.3]])
+    steps = np.array([[0, 0], [1.0, 0], [0, -0.5]])
+    sums = Sums(len(references), images.values.shape[1])
+    found = expect(images, gain, offsets, references, steps, sums, spread_px=1.5, quick=quick)
+    # The same, term by term.
+    k = 2j * np.pi / images.box_px * images.slices.frequencies
+    right = np.zeros_like(sums.right, complex)
+    weight = np.zeros_like(sums.weight, float)
+    for i in range(4):
+        y = images.values[i] * gain[0]
+        model = references * images.transfer[i] * gain[0]
+        logs = np.empty((3, 5))
+        moved = [y * np.exp(k @ (offsets[i] + step)) for step in steps]
+        for s, step in enumerate(steps):
+            distance = np.sum(np.abs(moved[s] - model) ** 2, axis=1)
+            far = np.sum((offsets[i] + step) ** 2) / (2 * 1.5**2)
+            logs[s] = -0.5 * distance + 0.5 * np.sum(np.abs(y) ** 2) - far
+        posterior = np.exp(logs - logs.max())
+        assert np.isclose(
+            found.evidence[i], logs.max() + np.log(posterior.sum() / 15), rtol=1e-4, atol=1e-3
+        )
+        posterior /= posterior.sum()
+        assert (found.step[i], found.reference[i]) == divmod(int(logs.argmax()), 5)
+        assert np.isclose(found.weight[i], posterior.max(), atol=1e-3)
+        transfer = images.transfer[i] * gain[0]
+        for s in range(3):
+            right += posterior[s][:, None] * (moved[s] * transfer)
+        weight += posterior.sum(axis=0)[:, None] * transfer**2
+    assert np.allclose(sums.right, right, atol=2e-3 * np.abs(right).max())
+    assert np.allclose(sums.weight, weight, atol=2e-3 * weight.max())
+
+
+def test_the_map_of_images_that_are_placed_right_is_the_density():
+    density = phantom().resampled(24)
+    q = rotations.uniform(400, 2)
+    matrices = Rotation.from_quat(q).as_matrix()
+    images = coarsened(
+        ParticleStack(project(density, q), density.voxel_size_angstrom), 2.2 * 160 / 24
+    )
+    sums = Sums(400, images.values.shape[1])
+    identity = np.eye(400, dtype=np.float32)
+    sums.add(identity, np.ascontiguousarray(images.values).view(np.float32))
+    sums.add_weights(identity, np.ones(images.values.shape, np.float32))
+    found = solve(sums, images.slices.frequencies, matrices, 24, ridge=1e-4, iterations=20)
+    wanted = density.low_passed(2.2 * 160 / 24, edge=0.0).values
+    axis = np.arange(24) - 12
+    ball = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 11**2
+    assert np.corrcoef(found[ball], wanted[ball])[0, 1] > 0.995
+    assert np.isclose(found[ball].std(), wanted[ball].std(), rtol=0.1)
+
+
+def test_small_images_show_the_middle_with_phases_flipped():
+    density = phantom()
+    q = rotations.uniform(3, 4)
+    parameters = CtfParameters(np.array([9e3, 15e3, 22e3]))
+    stack = simulate(density, 3, 0, defocus_range_angstrom=(9e3, 22e3))
+    stack = stack.with_poses(q).replace(ctf_parameters=parameters)
+    from cryoem import imaging
+
+    frames = imaging.apply_ctf(project(density, q), stack.ctf())
+    shifts = np.array([[1.0, 2.0], [-3.0, 0.5], [0, 0]])
+    seen = stack.replace(images=imaging.shift(frames, shifts), shifts_px=shifts)
+    small = small_stack(seen, 120.0, 16.0)
+    assert small.box_px < BOX and not small.shifts_px.any()
+    assert (small.ctf_parameters.images == "phase flipped").all()
+    n = round(BOX * VOXEL / small.pixel_size_angstrom)
+    wanted = imaging.downsample(imaging.flip_phases(frames, stack.ctf()), n)
+    assert np.allclose(small.images, imaging.crop(wanted, small.box_px), atol=2e-3 * frames.max())
+
+
+def test_images_too_small_to_tell_are_refused():
+    stack = simulate(phantom(), 30, 0)
+    with pytest.raises(InputError, match="pixels of"):
+        ab_initio(stack, diameter_angstrom=10.0, shift_angstrom=0.0)
+    with pytest.raises(InputError, match="at least 20 images"):
+        ab_initio(stack.select(slice(0, 5)))
+    with pytest.raises(InputError, match="symmetry"):
+        ab_initio(stack, symmetry="banana")
+
+
+# --------------------------------------------------------------------------------------
+# Frames
+
+
+def test_particles_follow_their_density():
+    density, q = phantom(), rotations.uniform(20, 5)
+    stack = ParticleStack(project(density, q), VOXEL, quaternions=q)
+    turn, move = rotations.uniform(1, 6)[0], np.array([7.0, -4.0, 11.0])
+    for hand in (False, True):
+        source = maps.mirrored(density) if hand else density
+        there = maps.turned(source, turn, move)
+        found = stack.moved(turn, move, other_hand=hand)
+        from cryoem import imaging
+
+        again = imaging.shift(project(there, found.quaternions), found.shifts_px)
+        assert np.corrcoef(again.ravel(), stack.images.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "C2", "C3", "D2", "D3", "C7"])
+def test_the_symmetry_of_a_map_is_found_wherever_it_lies(symmetry):
+    rng = np.random.default_rng(8)
+    turn, move = rotations.uniform(1, 9)[0], np.array([6.0, -9.0, 4.0])
+    lies = maps.turned(phantom(symmetry), turn, move)
+    noise = 0.1 * lies.values.std() * rng.standard_normal((2, BOX, BOX, BOX))
+    pair = maps.HalfMaps(*(Density(lies.values + n, VOXEL) for n in noise), independent=True)
+    found = maps.symmetry_of(pair)
+    assert found.symmetry == symmetry
+    standard = maps.turned(lies, found.quaternion, found.shift_angstrom)
+    for g in group(symmetry).elements[1:]:
+        copy = maps.turned(standard, g)
+        assert np.corrcoef(copy.values.ravel(), standard.values.ravel())[0, 1] > 0.97
+    wrong = {"C1": "C2", "C2": "C3", "C3": "C2", "D2": "D3", "D3": "D4", "C7": "C5"}[symmetry]
+    assert not maps.find_axes(pair, wrong).believed
+
+
+def test_maps_that_do_not_agree_have_no_symmetry():
+    noise = np.random.default_rng(10).standard_normal((2, BOX, BOX, BOX))
+    pair = maps.HalfMaps(*(Density(n, VOXEL) for n in noise), independent=True)
+    assert maps.symmetry_of(pair).symmetry == "C1"
+
+
+# --------------------------------------------------------------------------------------
+# From the images alone
+
+
+def test_orientations_and_shifts_are_found_from_the_images_alone():
+    density = phantom()
+    truth = simulate(
+        density, 400, 11, snr=0.6, max_shift_px=2, defocus_range_angstrom=(8e3, 2e4),
+        noise_excess=3.0,
+    )  # fmt: skip
+    unknown = truth.without_poses().replace(noise=None)
+    found = ab_initio(unknown, starts=4, schedule=QUICK, seed=1)
+    assert found.verdict.found and found.verdict.agreement > 0.75
+    assert found.axes.symmetry == "C1"
+    q = found.particles.quaternions
+    error = evaluation.orientation_errors(q, truth.quaternions)
+    assert error.median_rad < 0.12 and error.mean_rad < 0.2
+    expected = found.particles.expected_error_rad
+    assert 0.4 < np.median(expected) / error.median_rad < 1.5
+    laid = maps.register(found.density, density)
+    assert laid.correlation > 0.9
+    # Shifts too, once the map lies where the density does.
+    there = found.particles.moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
+    assert np.median(np.linalg.norm(there.shifts_px - truth.shifts_px, axis=1)) < 0.5
+
+
+def test_a_part_of_the_images_is_enough_to_place_all():
+    truth = simulate(phantom(), 400, 12, snr=1.5)
+    found = ab_initio(
+        truth.without_poses(), starts=2, images=200, shift_angstrom=0.0, schedule=QUICK, seed=2
+    )
+    error = evaluation.orientation_errors(found.particles.quaternions, truth.quaternions)
+    assert len(found.particles) == 400 and error.median_rad < 0.12
+    again = ab_initio(
+        truth.without_poses(), starts=2, images=200, shift_angstrom=0.0, schedule=QUICK, seed=2
+    )
+    assert np.allclose(again.particles.quaternions, found.particles.quaternions)
+
+
+def test_a_symmetric_particle_ends_in_the_standard_setting():
+    density = phantom("D2")
+    truth = simulate(density, 300, 13, snr=1.5)
+    found = ab_initio(truth.without_poses(), starts=2, shift_angstrom=0.0, schedule=QUICK, seed=3)
+    assert found.axes.symmetry == "D2" and found.verdict.found
+    for g in group("D2").elements[1:]:
+        copy = maps.turned(found.half_maps.mean, g)
+        assert np.corrcoef(copy.values.ravel(), found.half_maps.mean.values.ravel())[0, 1] > 0.9
+
+
+def test_a_symmetry_that_the_particle_has_not_is_noticed():
+    truth = simulate(phantom(), 300, 14, snr=1.5)
+    found = ab_initio(
+        truth.without_poses(), symmetry="C3", starts=2, shift_angstrom=0.0, schedule=QUICK, seed=4
+    )
+    assert not found.verdict.found
+    assert any("C3" in reason for reason in found.verdict.reasons)
+
+
+def test_noise_gives_no_map():
+    images = np.random.default_rng(0).standard_normal((300, BOX, BOX))
+    found = ab_initio(
+        ParticleStack(images, VOXEL), starts=2, diameter_angstrom=110.0, schedule=QUICK, seed=0
+    )
+    assert not found.verdict.found and found.verdict.agreement < 0.2
+    assert str(found.verdict).startswith("no map")
+
+
+def test_classes_part_two_particles():
+    stacks = [simulate(phantom(seed=s), 200, 15, snr=1.0) for s in (3, 21)]
+    images = np.concatenate([s.images for s in stacks])
+    small = small_stack(ParticleStack(images, VOXEL), 160.0, 14.0)
+    start = Start(coarsened(small, 14.0), 130.0, 0.0, 5, classes=2, schedule=QUICK)
+    start.run(QUICK.rounds)
+    grid = start.random_grid()
+    which = start.look(np.arange(400), grid).reference // len(grid)
+    first = which[:200].mean()
+    assert abs(first - which[200:].mean()) > 0.8
