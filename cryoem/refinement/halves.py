@@ -123,14 +123,13 @@ def refine_halves(
 
     References
     ----------
-    Scheres and Chen, Nat. Methods 9 (2012), halves; Scheres, J. Struct. Biol. 180 (2012), joined at
-    low resolution; Rosenthal and Henderson, J. Mol. Biol. 333 (2003), the weights.
+    Scheres and Chen, Nat. Methods 9 (2012); Rosenthal and Henderson, J. Mol. Biol. 333 (2003).
     """
     from tqdm.auto import tqdm
 
-    stack.oriented()
     if rounds < 1:
         raise InputError(f"rounds must be positive, got {rounds}")
+    stack.oriented()
     near = replace(search, starts=1, coarse_to_fine=False)
     given = stack.with_half_sets(seed).replace(contrast=None)
     now, used = given, [resolution_angstrom]
