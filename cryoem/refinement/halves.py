@@ -146,12 +146,22 @@ def refine_halves(
         # The scale of contrast and density together is free.
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
     last = _round(now, joined_angstrom, symmetry, seed)
+    everyone = _against_all(last, now, given.replace(noise=now.noise), used[-1], search, symmetry)
+    return _ended(everyone, separate, now, last, tuple(used[1:]), joined_angstrom)
+
+
+def _ended(
+    particles: RefinedStack,
+    separate: RefinedStack,
+    now: ParticleStack,
+    last: _Round,
+    used: tuple[float, ...],
+    joined_angstrom: float,
+) -> HalvesRefinement:
+    """What the last round ends with."""
     held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
-    all_of_them = _against_all(
-        last, now, given.replace(noise=now.noise), used[-1], search, symmetry
-    )
     return HalvesRefinement(
-        particles=all_of_them,
+        particles=particles,
         separate=separate,
         half_maps=last.pair,
         mask=last.mask,
@@ -159,7 +169,7 @@ def refine_halves(
         density=believed(last.pair, last.fsc),
         held_out_correlation=held_out,
         chance_correlation=chance,
-        resolutions_angstrom=tuple(used[1:]),
+        resolutions_angstrom=used,
         joined_angstrom=joined_angstrom,
     )
 
