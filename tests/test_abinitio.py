@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from cryoem import Density, ParticleStack, ab_initio, evaluation, maps, project, rotations, simulate
+from cryoem import (
+    Density,
+    ParticleStack,
+    ab_initio,
+    evaluation,
+    imaging,
+    load_density,
+    maps,
+    project,
+    rotations,
+    simulate,
+)
 from cryoem.abinitio import Schedule
 from cryoem.abinitio.annealing import Start
 from cryoem.abinitio.coarse import coarsened, small_stack
@@ -14,7 +25,7 @@ from cryoem.particles import CtfParameters
 from cryoem.symmetry import group
 
 BOX, VOXEL = 32, 5.0
-QUICK = Schedule(rounds=40, images=(100, 400), orientations=(500, 2500), finest_angstrom=12.0)
+QUICK = Schedule(rounds=32, images=(100, 400), orientations=(500, 2500), finest_angstrom=14.0)
 
 
 def phantom(symmetry: str = "C1", seed: int = 3) -> Density:
@@ -110,8 +121,6 @@ def test_small_images_show_the_middle_with_phases_flipped():
     parameters = CtfParameters(np.array([9e3, 15e3, 22e3]))
     stack = simulate(density, 3, 0, defocus_range_angstrom=(9e3, 22e3))
     stack = stack.with_poses(q).replace(ctf_parameters=parameters)
-    from cryoem import imaging
-
     frames = imaging.apply_ctf(project(density, q), stack.ctf())
     shifts = np.array([[1.0, 2.0], [-3.0, 0.5], [0, 0]])
     seen = stack.replace(images=imaging.shift(frames, shifts), shifts_px=shifts)
@@ -145,8 +154,6 @@ def test_particles_follow_their_density():
         source = maps.mirrored(density) if hand else density
         there = maps.turned(source, turn, move)
         found = stack.moved(turn, move, other_hand=hand)
-        from cryoem import imaging
-
         again = imaging.shift(project(there, found.quaternions), found.shifts_px)
         assert np.corrcoef(again.ravel(), stack.images.ravel())[0, 1] > 0.999
 
@@ -214,8 +221,8 @@ def test_a_part_of_the_images_is_enough_to_place_all():
 
 
 def test_a_symmetric_particle_ends_in_the_standard_setting():
-    density = phantom("D2")
-    truth = simulate(density, 300, 13, snr=1.5)
+    density = load_density("1i10", voxel_size_angstrom=5.0, resolution_angstrom=10.0, box_px=32)
+    truth = simulate(density, 400, 13, snr=1.0)
     found = ab_initio(truth.without_poses(), starts=2, shift_angstrom=0.0, schedule=QUICK, seed=3)
     assert found.axes.symmetry == "D2" and found.verdict.found
     for g in group("D2").elements[1:]:

@@ -23,7 +23,9 @@ LEAST, LEAST_SHELLS = 0.4, 4
 #: Axes of more than this fold are not looked for.
 FOLDS = 12
 #: Axes that the first look tries, and frequencies that it compares.
-AXES, FREQUENCIES = 1200, 1000
+AXES, FREQUENCIES = 1000, 800
+#: Ratio at the best axis of the grid from which one is looked for nearby.
+NEARLY = 0.5
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ def find_axes(
     """
     if group(symmetry).order == 1:
         return NONE
-    return _laid(_Turns(pair, resolution_angstrom, seed), _centre(pair), symmetry)
+    turns, centre = _Turns(pair, resolution_angstrom, seed), _centre(pair)
+    direction, _ = _first_axis(turns, centre, int(symmetry[1:]))
+    return _laid(turns, centre, symmetry, direction)
 
 
 def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int = 0) -> Axes:
@@ -149,14 +153,16 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
     best = NONE
     if turns.plain < LEAST:
         return best
-    folds = [n for n in range(2, FOLDS + 1) if _first_axis(turns, centre, n)[1] > 0.5 * ENOUGH]
-    found = [_laid(turns, centre, f"C{n}") for n in folds]
-    cyclic = [axes for axes in found if axes.believed]
-    for axes in cyclic:
-        dihedral = _laid(turns, centre, "D" + axes.symmetry[1:])
-        for one in (axes, dihedral):
-            if one.believed and group(one.symmetry).order > group(best.symmetry).order:
-                best = one
+    found: list[Axes] = []
+    for n in range(2, FOLDS + 1):
+        # An axis of six-fold symmetry has two-fold and three-fold symmetry too.
+        if all(any(a.symmetry == f"C{m}" for a in found) for m in range(2, n) if n % m == 0):
+            direction, ratio = _first_axis(turns, centre, n)
+            if ratio > NEARLY and (axes := _laid(turns, centre, f"C{n}", direction)).believed:
+                found += [axes, _laid(turns, centre, f"D{n}", direction)]
+    for one in found:
+        if one.believed and group(one.symmetry).order > group(best.symmetry).order:
+            best = one
     return best
 
 
@@ -186,11 +192,10 @@ def _first_axis(
     return directions[scores.argmax()], float(scores.max() / turns.plain)
 
 
-def _laid(turns: _Turns, centre: np.ndarray, symmetry: str) -> Axes:
-    """The group where it fits best, by a local fit from the grid's best axis."""
+def _laid(turns: _Turns, centre: np.ndarray, symmetry: str, direction: np.ndarray) -> Axes:
+    """The group where it fits best, by a local fit from an axis of the grid."""
     elements = group(symmetry).elements[1:]
     fold = int(symmetry[1:])
-    direction, _ = _first_axis(turns, centre, fold)
     start = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
     if symmetry[0] == "D":  # a two-fold at right angles: any that maps onto x
         about = Rotation.from_rotvec(np.outer(np.pi / fold * np.arange(24) / 24, [0, 0, 1.0]))
@@ -202,7 +207,9 @@ def _laid(turns: _Turns, centre: np.ndarray, symmetry: str) -> Axes:
         turned = Rotation.from_rotvec(p[:3] / 10) * start
         return -_mean(turns, elements, turned, p[3:], quick=True)
 
-    found = minimize(loss, np.r_[0, 0, 0, centre], method="Powell", options={"xtol": 1e-2})
+    found = minimize(
+        loss, np.r_[0, 0, 0, centre], method="Powell", options={"xtol": 1e-2, "ftol": 1e-3}
+    )
     to_standard = Rotation.from_rotvec(found.x[:3] / 10) * start
     ratio = _mean(turns, elements, to_standard, found.x[3:]) / max(turns.plain, 1e-9)
     return Axes(symmetry, to_standard.as_quat(), -to_standard.apply(found.x[3:]), ratio)
