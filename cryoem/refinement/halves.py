@@ -146,20 +146,20 @@ def refine_halves(
         # The scale of contrast and density together is free.
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
     last = _round(now, joined_angstrom, symmetry, seed)
+    held_out = _held_out(last, now, used[-1], joined_angstrom)
     everyone = _against_all(last, now, given.replace(noise=now.noise), used[-1], search, symmetry)
-    return _ended(everyone, separate, now, last, tuple(used[1:]), joined_angstrom)
+    return _ended(everyone, separate, last, held_out, tuple(used[1:]), joined_angstrom)
 
 
 def _ended(
     particles: RefinedStack,
     separate: RefinedStack,
-    now: ParticleStack,
     last: _Round,
+    held_out: tuple[float, float],
     used: tuple[float, ...],
     joined_angstrom: float,
 ) -> HalvesRefinement:
     """What the last round ends with."""
-    held_out, chance = _held_out(last, now, used[-1], joined_angstrom)
     return HalvesRefinement(
         particles=particles,
         separate=separate,
@@ -167,8 +167,8 @@ def _ended(
         mask=last.mask,
         fsc=last.fsc,
         density=believed(last.pair, last.fsc),
-        held_out_correlation=held_out,
-        chance_correlation=chance,
+        held_out_correlation=held_out[0],
+        chance_correlation=held_out[1],
         resolutions_angstrom=used,
         joined_angstrom=joined_angstrom,
     )
