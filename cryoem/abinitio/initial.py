@@ -35,6 +35,8 @@ ENOUGH = 0.5
 SAME_MAP = 0.8
 #: How many starts of each half go on when the resolution has risen: the likeliest.
 FINALISTS = 2
+#: Share of the images that must agree for a map without a doubt.
+PLAIN = 0.75
 #: Share of the images that agree from which no further starts are tried; and how often they are.
 WELL, BATCHES = 0.85, 2
 #: Images by which starts are compared.
@@ -70,10 +72,14 @@ class Verdict:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        said = "; ".join(self.reasons)
+        if not self.found:
+            said = f"no map: {'; '.join(self.reasons)}. "
+        elif self.agreement < PLAIN:
+            said = "a map that many of the images are in doubt about: "
+        else:
+            said = "a map: "
         return (
-            (f"no map: {said}. " if not self.found else "a map: ")
-            + f"{self.agreement:.0%} of the images lie alike by the map of either half "
+            said + f"{self.agreement:.0%} of the images lie alike by the map of either half "
             f"({self.by_chance:.0%} by chance), half-maps agree to {self.resolution_angstrom:.1f} "
             f"A, {self.same_answer} of {self.starts} starts gave this answer"
         )
