@@ -75,7 +75,7 @@ class Verdict:
         if not self.found:
             said = f"no map: {'; '.join(self.reasons)}. "
         elif self.agreement < PLAIN:
-            said = "a map that many of the images are in doubt about: "
+            said = "a map with doubts: "
         else:
             said = "a map: "
         return (
