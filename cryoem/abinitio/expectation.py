@@ -281,11 +281,16 @@ def solve(
     """
     used = np.flatnonzero(sums.weight.any(axis=1))
     points = _points(frequencies, matrices[used], box_px)
-    options = {"eps": ACCURACY, "isign": +1, "nthreads": 1, "showwarn": 0}
-    right = finufft.nufft3d1(*points, sums.right[used].ravel(), (box_px,) * 3, **options).real
+    # One thread: as many starts run beside each other as there are.
+    right = finufft.nufft3d1(
+        *points, sums.right[used].ravel(), (box_px,) * 3,
+        eps=ACCURACY, isign=+1, nthreads=1, showwarn=0,
+    ).real  # fmt: skip
     weight = sums.weight[used].astype(np.complex64).ravel()
     wide = (2 * box_px,) * 3
-    kernel = finufft.nufft3d1(*points, weight, wide, upsampfac=1.25, **options).real
+    kernel = finufft.nufft3d1(
+        *points, weight, wide, eps=ACCURACY, isign=+1, upsampfac=1.25, nthreads=1, showwarn=0
+    ).real
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel)).real.astype(np.float32)
     finest = np.linalg.norm(frequencies, axis=1).max()
     mean = kernel[(box_px,) * 3] * box_px**3 / (4 / 3 * np.pi * finest**3)
