@@ -51,7 +51,7 @@ def density_of(source):
     return load_density(source, box_px=BOX)
 
 
-def seen(density: Density, cell: str, seed: int) -> ParticleStack:
+def seen(density: Density, name: str, cell: str, seed: int) -> ParticleStack:
     """Particles of a cell, with the truth."""
     n, snr, options = CELLS[cell]
     if cell == "noise":  # no particle at all
@@ -59,9 +59,11 @@ def seen(density: Density, cell: str, seed: int) -> ParticleStack:
         images = rng.standard_normal((n, BOX, BOX)).astype(np.float32)
         return ParticleStack(images, VOXEL, quaternions=np.tile([0, 0, 0, 1.0], (n, 1)))
     if cell == "two proteins":
-        halves = [simulate(d, n // 2, seed, snr=snr) for d in (density, load_density("1i10"))]
+        other = load_density("4jsv" if name == "1i10" else "1i10")
+        halves = [simulate(d, n // 2, seed + i, snr=snr) for i, d in enumerate((density, other))]
         images, q = (
-            np.concatenate([getattr(h, name) for h in halves]) for name in ("images", "quaternions")
+            np.concatenate([getattr(h, field) for h in halves])
+            for field in ("images", "quaternions")
         )
         order = np.random.default_rng(seed).permutation(n)
         return ParticleStack(images[order], VOXEL, quaternions=q[order])
@@ -73,7 +75,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     name, _, symmetry = source.partition(":")
     symmetry = symmetry or "C1"
     density = density_of(name)
-    truth = seen(density, cell, seed)
+    truth = seen(density, name, cell, seed)
     unknown = truth.without_poses().replace(noise=None)
     wall, cpu = time.monotonic(), time.process_time()
     found = ab_initio(unknown, seed=seed)
@@ -97,20 +99,18 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     }
     if cell in ("noise", "two proteins"):
         return {**record, "success": not found.verdict.found}
-    errors = of(found.particles, truth, symmetry)
+    errors = evaluation.orientation_errors(
+        found.particles.quaternions, truth.quaternions, symmetry=symmetry
+    )
     record |= {"one_sided_error_rad": errors.mean_rad, "median_rad": errors.median_rad}
     record["far_fraction"] = errors.far_fraction
-    bound = np.nan
-    if truth.noise is not None:
-        some = truth.select(slice(0, 200))
-        covariance = evaluation.cramer_rao(
-            density, some.quaternions, some.noise, ctf=some.ctf(), shifts=True
-        )
-        bound = float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
+    bound = np.nan if truth.noise is None else records.limit(density, truth)
     record["bound_mean_rad"] = bound
     if refined:
         at_end = refine_halves(found.particles, symmetry=found.axes.symmetry, seed=seed)
-        errors = of(at_end.particles, truth, symmetry)
+        errors = evaluation.orientation_errors(
+            at_end.particles.quaternions, truth.quaternions, symmetry=symmetry
+        )
         record |= {
             "refined_error_rad": errors.mean_rad,
             "refined_median_rad": errors.median_rad,
@@ -119,25 +119,22 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     return record
 
 
-def of(particles, truth, symmetry):
-    """Errors after a rotation and the hand are fitted, up to the symmetry."""
-    return evaluation.orientation_errors(
-        particles.quaternions, truth.quaternions, symmetry=symmetry
-    )
-
-
 def kept(source, cell, seed, refined):
-    """The record of a particle, cell and seed, made now or in an interrupted run."""
-    name = (
-        f"{Path(source.partition(':')[0]).name.partition('.')[0]}-{cell.replace(' ', '-')}-{seed}"
-    )
-    path = KEPT / f"{name}.json"
-    if not path.exists():
-        made = run(source, cell, seed, refined)
-        print(made, flush=True)
-        with files.atomic(path) as temporary:
-            temporary.write_text(json.dumps(made))
-    return json.loads(path.read_text())
+    """The record of a particle, cell and seed, made now or in an interrupted run.
+
+    One that was made without refinement is made again where that is asked for.
+    """
+    particle = Path(source.partition(":")[0]).name.partition(".")[0]
+    path = KEPT / f"{particle}-{cell.replace(' ', '-')}-{seed}.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if "success" in before or not refined:
+            return before
+    made = run(source, cell, seed, refined)
+    print(made, flush=True)
+    with files.atomic(path) as temporary:
+        temporary.write_text(json.dumps(made))
+    return made
 
 
 def table(found):

@@ -44,20 +44,11 @@ def seen(density: Density, case: str, excess: float, n: int) -> ParticleStack:
     )
 
 
-def limit(density, stack):
-    """Mean error that the noise allows, shifts being unknown, from 200 of the particles."""
-    some = stack.select(slice(0, 200))
-    covariance = evaluation.cramer_rao(
-        density, some.quaternions, some.noise, ctf=some.ctf(), shifts=True
-    )
-    return float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
-
-
 def cell(density, estimator, case, excess):
     """Every step on the same particles: a record each."""
     truth = seen(density, case, excess, N)
     unknown = truth.without_poses().replace(noise=None)
-    bound = limit(density, truth)
+    bound = records.limit(density, truth)
 
     def record(step, found, start, true=truth.quaternions, q=None):
         q = found.quaternions if q is None else q

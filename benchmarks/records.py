@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from cryoem import load_density, read_density, report
+from cryoem import evaluation, load_density, read_density, report
 from cryoem.io import files
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,6 +21,15 @@ def volume_of(source, symmetry="C1", box_px=116):
     if str(source).endswith((".mrc", ".map", ".mrc.gz", ".map.gz")):
         return read_density(source).in_box(box_px)
     return load_density(str(source), symmetry=symmetry, box_px=box_px)
+
+
+def limit(density, stack):
+    """Mean error that the noise allows, shifts being unknown, from 200 of the particles."""
+    some = stack.select(slice(0, 200))
+    covariance = evaluation.cramer_rao(
+        density, some.quaternions, some.noise, ctf=some.ctf(), shifts=True
+    )
+    return float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
 
 
 def write(name, records, header, rows, command):

@@ -60,10 +60,7 @@ class Slices:
 
     def points(self, quaternions: ArrayLike, density_box_px: int) -> list[np.ndarray]:
         """Where slices lie in the density's transform: float32 arrays z, y, x in radians."""
-        matrices = Rotation.from_quat(quaternions).as_matrix()
-        k = np.einsum("nij,kj->ink", matrices[:, :, :2], self.frequencies)
-        k *= 2 * np.pi / density_box_px
-        return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
+        return slice_points(self.frequencies, quaternions, density_box_px)
 
     def to_images(self, coefficients: np.ndarray) -> Float[np.ndarray, "n y x"]:
         """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
@@ -127,6 +124,16 @@ class Slices:
         """Ranges of images whose slices fit into memory together."""
         step = max(1, _POINTS_AT_ONCE // len(self.weights))
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def slice_points(
+    frequencies: Float[np.ndarray, "k 2"], quaternions: ArrayLike, density_box_px: int
+) -> list[np.ndarray]:
+    """Where frequencies of slices lie in a density's transform: float32 z, y, x in radians."""
+    matrices = Rotation.from_quat(quaternions).as_matrix()
+    k = np.einsum("nij,kj->ink", matrices[:, :, :2], frequencies)
+    k *= 2 * np.pi / density_box_px
+    return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
 
 
 class Projector:

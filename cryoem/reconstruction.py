@@ -6,8 +6,11 @@ type-1 NUFFT on a grid of twice the edge, after which an iteration costs two FFT
 number of images.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.fft
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, cg
 
@@ -18,7 +21,7 @@ from .imaging import check_images
 from .particles import ParticleStack
 from .symmetry import Group, group
 
-__all__ = ["reconstruct", "reconstruct_astra"]
+__all__ = ["least_squares", "reconstruct", "reconstruct_astra"]
 
 
 def reconstruct(
@@ -61,28 +64,60 @@ def reconstruct(
     # A plane wave of frequency k is seen by n / (2 |k|) images, each of which gives `size` times
     # its squared contrast to the operator: n at Nyquist.
     seen = len(stack) if stack.contrast is None else float(np.sum(stack.contrast**2))
-    damping = np.float32(ridge * seen * orbit.order)
-    size = stack.box_px
+    damping = ridge * seen * orbit.order
+    with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
+        values = least_squares(
+            right, spectrum, damping, iterations=iterations, rtol=1e-6, callback=bar.update
+        )
+    return Density(values, stack.pixel_size_angstrom)
+
+
+def least_squares(
+    right: Float[np.ndarray, "m m m"],
+    spectrum: Float[np.ndarray, "2m 2m k"],
+    damping: float,
+    *,
+    iterations: int,
+    rtol: float,
+    workers: int = fourier.WORKERS,
+    callback: Callable[[], object] = lambda: None,
+) -> Float[np.ndarray, "m m m"]:
+    """Solve the normal equations of a reconstruction by conjugate gradients.
+
+    Parameters
+    ----------
+    right : (m, m, m) array
+        Back-projection of the images.
+    spectrum : (2 m, 2 m, m + 1) array
+        Of the normal operator's kernel: half of its transform, which is real.
+    damping : float
+        Added to the operator.
+    iterations : int
+    rtol : float
+        Residual, relative to the right-hand side, at which to stop.
+    workers : int
+        Threads of the transforms.
+    callback : callable
+        Called after each iteration.
+    """
+    size, strength = len(right), np.float32(damping)
 
     def normal(v: np.ndarray) -> np.ndarray:
         padded = np.zeros((2 * size,) * 3, np.float32)
         padded[:size, :size, :size] = v.reshape(right.shape)
-        transformed = scipy.fft.rfftn(padded, workers=fourier.WORKERS, overwrite_x=True)
+        transformed = scipy.fft.rfftn(padded, workers=workers, overwrite_x=True)
         transformed *= spectrum
-        back = scipy.fft.irfftn(
-            transformed, s=padded.shape, workers=fourier.WORKERS, overwrite_x=True
-        )
-        return back[:size, :size, :size].ravel() + damping * v.ravel()
+        back = scipy.fft.irfftn(transformed, s=padded.shape, workers=workers, overwrite_x=True)
+        return back[:size, :size, :size].ravel() + strength * v.ravel()
 
-    with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
-        values, _ = cg(
-            LinearOperator((right.size, right.size), matvec=normal, dtype=np.float32),
-            right.ravel(),
-            rtol=1e-6,
-            maxiter=iterations,
-            callback=lambda _: bar.update(),
-        )
-    return Density(values.reshape(right.shape), stack.pixel_size_angstrom)
+    values, _ = cg(
+        LinearOperator((right.size, right.size), matvec=normal, dtype=np.float32),
+        right.ravel(),
+        rtol=rtol,
+        maxiter=iterations,
+        callback=lambda _: callback(),
+    )
+    return values.reshape(right.shape)
 
 
 def _normal_equations(

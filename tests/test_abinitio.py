@@ -55,14 +55,14 @@ def few():
     small = small_stack(stack.without_poses(), 160.0, 15.0)
     images = coarsened(small, 15.0)
     frequencies = images.slices.frequencies
-    matrices = Rotation.from_quat(rotations.uniform(5, 1)).as_matrix()
+    views = rotations.uniform(5, 1)
     values = phantom().resampled(images.box_px).values
-    return images, slices_of(values, frequencies, matrices), matrices
+    return images, slices_of(values, frequencies, views)
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_posteriors_are_those_of_the_model(few, quick):
-    images, references, _ = few
+    images, references = few
     gain = np.sqrt(images.slices.weights / images.power)
     offsets = np.array([[0.5, -1.0], [0, 0], [2.0, 1.0], [-1.0, 0.3]])
     steps = np.array([[0, 0], [1.0, 0], [0, -0.5]])
@@ -87,7 +87,6 @@ def test_posteriors_are_those_of_the_model(few, quick):
         )
         posterior /= posterior.sum()
         assert (found.step[i], found.reference[i]) == divmod(int(logs.argmax()), 5)
-        assert np.isclose(found.weight[i], posterior.max(), atol=1e-3)
         transfer = images.transfer[i] * gain[0]
         for s in range(3):
             right += posterior[s][:, None] * (moved[s] * transfer)
@@ -99,7 +98,6 @@ def test_posteriors_are_those_of_the_model(few, quick):
 def test_the_map_of_images_that_are_placed_right_is_the_density():
     density = phantom().resampled(24)
     q = rotations.uniform(400, 2)
-    matrices = Rotation.from_quat(q).as_matrix()
     images = coarsened(
         ParticleStack(project(density, q), density.voxel_size_angstrom), 2.2 * 160 / 24
     )
@@ -107,7 +105,7 @@ def test_the_map_of_images_that_are_placed_right_is_the_density():
     identity = np.eye(400, dtype=np.float32)
     sums.add(identity, np.ascontiguousarray(images.values).view(np.float32))
     sums.add_weights(identity, np.ones(images.values.shape, np.float32))
-    found = solve(sums, images.slices.frequencies, matrices, 24, ridge=1e-4, iterations=20)
+    found = solve(sums, images.slices.frequencies, q, 24, ridge=1e-4, iterations=20)
     wanted = density.low_passed(2.2 * 160 / 24, edge=0.0).values
     axis = np.arange(24) - 12
     ball = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 11**2
@@ -179,6 +177,8 @@ def test_maps_that_do_not_agree_have_no_symmetry():
     noise = np.random.default_rng(10).standard_normal((2, BOX, BOX, BOX))
     pair = maps.HalfMaps(*(Density(n, VOXEL) for n in noise), independent=True)
     assert maps.symmetry_of(pair).symmetry == "C1"
+    # Nor one that is asked for: nothing is divided by a correlation that is none.
+    assert not any(maps.find_axes(pair, name).believed for name in ("C2", "C3", "D2"))
 
 
 # --------------------------------------------------------------------------------------
@@ -208,16 +208,25 @@ def test_orientations_and_shifts_are_found_from_the_images_alone():
 
 
 def test_a_part_of_the_images_is_enough_to_place_all():
+    """And the particle is found to be smaller than it was said to be."""
     truth = simulate(phantom(), 400, 12, snr=1.5)
-    found = ab_initio(
-        truth.without_poses(), starts=2, images=200, shift_angstrom=0.0, schedule=QUICK, seed=2
-    )
+
+    def solved():
+        return ab_initio(
+            truth.without_poses(),
+            starts=2,
+            images=200,
+            diameter_angstrom=155.0,
+            shift_angstrom=0.0,
+            schedule=QUICK,
+            seed=2,
+        )
+
+    found = solved()
     error = evaluation.orientation_errors(found.particles.quaternions, truth.quaternions)
     assert len(found.particles) == 400 and error.median_rad < 0.12
-    again = ab_initio(
-        truth.without_poses(), starts=2, images=200, shift_angstrom=0.0, schedule=QUICK, seed=2
-    )
-    assert np.allclose(again.particles.quaternions, found.particles.quaternions)
+    assert 90 < found.diameter_angstrom < 145
+    assert np.allclose(solved().particles.quaternions, found.particles.quaternions)
 
 
 def test_a_symmetric_particle_ends_in_the_standard_setting():
@@ -253,7 +262,8 @@ def test_classes_part_two_particles():
     images = np.concatenate([s.images for s in stacks])
     small = small_stack(ParticleStack(images, VOXEL), 160.0, 14.0)
     start = Start(coarsened(small, 14.0), 130.0, 0.0, 5, classes=2, schedule=QUICK)
-    start.run(QUICK.rounds)
+    for _ in range(QUICK.rounds):
+        start.advance()
     grid = start.random_grid()
     which = start.look(np.arange(400), grid).reference // len(grid)
     first = which[:200].mean()

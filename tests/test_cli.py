@@ -679,16 +679,19 @@ def test_paths_may_hold_blanks_and_stacks_may_be_links(folder, trained, tmp_path
 def test_the_images_alone_give_a_map_and_noise_none(tmp_path, phantom):
     """``solve`` from a particle file to a refined map; called again, it goes on where it was."""
     truth = simulate(phantom.density(32, 7.0), 240, 1, snr=1.0, max_shift_px=1)
-    write_particles(tmp_path / "seen.star", truth)
+    black = truth.replace(images=-truth.images)
+    write_particles(tmp_path / "seen.star", black)
     out = tmp_path / "out"
     solve = ["solve", tmp_path / "seen.star", "-o", out, "--starts", "2", "--rounds", "1", "-q"]
     solve += ["--shift", "14", "--symmetry", "C1"]
-    run(*solve)
+    assert "black on white" in run(*solve).output
     made = {path.name for path in out.iterdir()}
     assert {"initial.star", "initial.mrc", "initial.html", "refined.star", "refined.mrc"} <= made
     before = (out / "initial.star").stat().st_mtime_ns
     judged = run("evaluate", out / "refined.star", "--truth", tmp_path / "seen.star", "--json")
     assert json.loads(judged.stdout)["one_sided_median_rad"] < 0.1
+    values = read_density(out / "refined.mrc").values
+    assert abs(values.max()) > 3 * abs(values.min())  # the particle is white
     run(*solve)
     assert (out / "initial.star").stat().st_mtime_ns == before
     assert "seed differ" in run(*solve, "--seed", "7", code=1).output

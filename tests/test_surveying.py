@@ -116,3 +116,11 @@ def test_a_density_is_sampled_as_the_particles_are(phantom):
     wanted = phantom.density(36, 6.7).values
     assert np.abs(found.values - wanted).max() < 0.01 * wanted.max()
     assert isinstance(found, density.Density)
+
+
+@pytest.mark.parametrize("n", [150, 500])
+def test_the_diameter_is_the_particles_not_that_of_the_quietest_ring(shipped, n):
+    """4JSV, 132 A across, and moved by up to 29 A each way: noise makes any ring the quietest."""
+    for seed in (11, 12):
+        stack = simulate(shipped["4jsv"], n, seed, snr=1 / 16, max_shift_px=8)
+        assert 125 < survey(stack.without_poses()).particle_diameter_angstrom < 195

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.spatial.transform import Rotation
 
 from .. import maps, rotations
 from ..density import Density
@@ -24,30 +23,30 @@ class Schedule:
     Attributes
     ----------
     rounds : int
-    annealed : float
-        Share of the rounds over which the resolution rises; the rest are at the finest.
-    first_angstrom : float
-        Resolution of the first round.
     finest_angstrom : float
         Of the last, at best: it is a share of the particle's diameter, and 20 A at worst.
     images : (int, int)
         How many, at random, a round looks at: the first, and the last at most.
     orientations : (int, int)
         Of the grid: 24 and 15 degrees apart.
-    momentum : float
-        Share of the last round's map that is kept while the resolution rises.
     """
 
     rounds: int = 60
-    annealed: float = 0.75
-    first_angstrom: float = 60.0
     finest_angstrom: float = 10.0
     images: tuple[int, int] = (200, 2000)
     orientations: tuple[int, int] = (1000, 4608)
-    momentum: float = 0.5
+
+    @property
+    def rising(self) -> int:
+        """Rounds over which the resolution rises; the rest are at the finest."""
+        return round(RISING * self.rounds)
 
 
 DEFAULT = Schedule()
+#: Share of the rounds over which the resolution rises, and where it begins, angstrom.
+RISING, FIRST = 0.75, 60.0
+#: Share of the last round's map that is kept meanwhile.
+MOMENTUM = 0.5
 #: The finest detail over the particle's diameter: what a grid of 15 degrees resolves at its rim.
 DETAIL = 1 / 8
 #: Resolution that is always gone to.
@@ -85,8 +84,6 @@ class Start:
         Standard deviation of the shifts along each axis, as far as they are known.
     noise : (g, k) array
         Its power; until the last rounds all that the images have.
-    evidence : float
-        How likely the images are by the map, when it was judged last.
     diameter_angstrom : float
         As the map shows it.
     resolution_angstrom : float
@@ -112,21 +109,20 @@ class Start:
         self.located = np.zeros(len(images), bool)
         self.noise = self.images.power.copy()
         self.done = 0
-        self.evidence = -np.inf
         self.centre_px = np.zeros(3)
         self.history: list[tuple[float, np.ndarray]] = []
-        self.resolution_angstrom = schedule.first_angstrom
+        self.resolution_angstrom = FIRST
         self.volumes = self._first(classes)
 
     def _first(self, classes: int) -> np.ndarray:
         """Back-projections of random images at random orientations."""
         images, schedule = self.images, self.schedule
-        used = images.count(schedule.first_angstrom)
+        used = images.count(FIRST)
         n = min(len(images), classes * schedule.images[0])
         rows = self.rng.permutation(len(images))[:n]
         volumes = []
         for some in np.array_split(rows, classes):
-            matrices = Rotation.from_quat(rotations.uniform(len(some), self.rng)).as_matrix()
+            views = rotations.uniform(len(some), self.rng)
             part, sums = images.select(some), Sums(len(some), used)
             gain = self._gain(used)[part.group]
             transfer = gain if part.transfer is None else gain * part.transfer[:, :used]
@@ -135,7 +131,7 @@ class Start:
             sums.add(identity, np.ascontiguousarray(seen).view(np.float32))
             sums.add_weights(identity, transfer**2)
             frequencies = images.slices.frequencies[:used]
-            volumes.append(solve(sums, frequencies, matrices, images.box_px))
+            volumes.append(solve(sums, frequencies, views, images.box_px))
         return np.stack(volumes)
 
     # ----------------------------------------------------------------------------------
@@ -147,19 +143,15 @@ class Start:
         other.offsets_px, other.located = np.zeros((len(images), 2)), np.zeros(len(images), bool)
         return other
 
-    def run(self, rounds: int) -> None:
-        """Go on until so many rounds are done."""
-        while self.done < min(rounds, self.schedule.rounds):
-            self.done += 1
-            self._round(min(1.0, self.done / (self.schedule.annealed * self.schedule.rounds)))
-
-    def _round(self, progress: float) -> None:
-        """One round, ``progress`` of the way from coarse to fine."""
+    def advance(self) -> None:
+        """One round."""
+        self.done += 1
+        progress = min(1.0, self.done / self.schedule.rising)
         schedule, n = self.schedule, len(self.images)
         if progress >= 0.5 and progress < 1:
             self._look_at_map()
         finest = self.finest_angstrom
-        coarse, fine = 1 / schedule.first_angstrom, 1 / finest
+        coarse, fine = 1 / FIRST, 1 / finest
         self.resolution_angstrom = 1 / ((1 - progress) * coarse + progress * fine)
         few, many = (min(n, m * len(self.volumes)) for m in schedule.images)
         count = round(few * (many / few) ** progress)
@@ -172,14 +164,13 @@ class Start:
         if self.shift_px:
             found = np.sqrt(np.mean(self.offsets_px[self.located] ** 2))
             self.spread_px = min(max(found, 1.0), self.shift_px / 2)
-        matrices = Rotation.from_quat(grid).as_matrix()
         if progress == 1:
-            self._take_off_signal(matrices[:SLICES], used)
-        keep = schedule.momentum if progress < 1 else 0.0
+            self._take_off_signal(grid[:SLICES], used)
+        keep = MOMENTUM if progress < 1 else 0.0
         for c, volume in enumerate(self.volumes):
             one = sums.of(slice(c * each, (c + 1) * each))
             frequencies = self.images.slices.frequencies[:used]
-            new = solve(one, frequencies, matrices, self.images.box_px)
+            new = solve(one, frequencies, grid, self.images.box_px)
             self.volumes[c] = keep * volume + (1 - keep) * new
         if self.done % PICTURE == 0:
             self.history.append((self.resolution_angstrom, self.volumes.sum(axis=1)))
@@ -189,19 +180,19 @@ class Start:
         power = self.images.power if judged else self.noise
         return np.sqrt(self.images.slices.weights[:used] / power[:, :used])
 
-    def _take_off_signal(self, matrices: np.ndarray, used: int) -> None:
+    def _take_off_signal(self, views: np.ndarray, used: int) -> None:
         """Take what the maps let expect off the images' power: what is left is noise."""
         frequencies, mask = self.images.slices.frequencies[:used], self.mask()
         signal = np.mean(
-            [np.abs(slices_of(v * mask, frequencies, matrices)) ** 2 for v in self.volumes],
+            [np.abs(slices_of(v * mask, frequencies, views)) ** 2 for v in self.volumes],
             axis=(0, 1),
         )
+        shell = np.rint(np.linalg.norm(frequencies, axis=1)).astype(int)
         for g, power in enumerate(self.images.power):
             here = self.images.group == g
             seen = signal
             if self.images.transfer is not None and here.any():
                 seen = signal * np.mean(self.images.transfer[here, :used] ** 2, axis=0)
-            shell = np.rint(np.linalg.norm(frequencies, axis=1)).astype(int)
             mean = np.bincount(shell, seen) / np.maximum(np.bincount(shell), 1)
             self.noise[g, :used] = np.maximum(power[:used] - mean[shell], QUIETEST * power[:used])
 
@@ -236,20 +227,17 @@ class Start:
         sums : Sums, optional
             To which the images are added.
         volumes : (c, m, m, m) array, optional
-            By default the maps as they are.
+            By default the maps as they are, within their mask.
         resolution_angstrom : float, optional
-            By default that of the last round.
+            By default that of the last round. Where it is given, maps are to be compared: all that
+            the images have then counts as noise, whatever each map explains of it.
         """
         finest = resolution_angstrom or self.resolution_angstrom
         part, used = self.images.select(rows), self.images.count(finest)
-        matrices = Rotation.from_quat(grid).as_matrix()
-        frequencies, mask = self.images.slices.frequencies[:used], self.mask()
-        references = np.concatenate(
-            [
-                slices_of(volume * mask, frequencies, matrices)
-                for volume in (self.volumes if volumes is None else volumes)
-            ]
-        )
+        if volumes is None:
+            volumes = self.volumes * self.mask()
+        frequencies = self.images.slices.frequencies[:used]
+        references = np.concatenate([slices_of(v, frequencies, grid) for v in volumes])
         gain = self._gain(used, judged=resolution_angstrom is not None)
         steps = self._steps(near=False)
         near = self._steps(near=True)

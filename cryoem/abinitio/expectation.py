@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import finufft
 import numpy as np
 import scipy.fft
 import scipy.sparse
 from jaxtyping import Complex, Float, Int
-from scipy.sparse.linalg import LinearOperator, cg
 
+from ..projection import slice_points
+from ..reconstruction import least_squares
 from .coarse import Coarse
 
 __all__ = ["Expected", "Sums", "expect", "slices_of", "solve"]
@@ -24,6 +24,8 @@ __all__ = ["Expected", "Sums", "expect", "slices_of", "solve"]
 ENTRIES = 8_000_000
 #: Posterior probabilities below this are left out.
 LEAST = 1e-4
+#: Share of the table from which a matrix product is quicker than a sparse one.
+SPARSE = 0.03
 #: Of how many orientations, at most, shifts about the known one are tried.
 TOP = 48
 #: Relative accuracy of the NUFFT.
@@ -42,14 +44,11 @@ class Expected:
         The most probable one,
     step : (n,) int array
         and its shift's number.
-    weight : (n,) array
-        Its share of the posterior.
     """
 
     evidence: Float[np.ndarray, " n"]
     reference: Int[np.ndarray, " n"]
     step: Int[np.ndarray, " n"]
-    weight: Float[np.ndarray, " n"]
 
 
 class Sums:
@@ -88,20 +87,16 @@ class Sums:
 def slices_of(
     volume: Float[np.ndarray, "m m m"],
     frequencies: Float[np.ndarray, "k 2"],
-    matrices: Float[np.ndarray, "r 3 3"],
+    quaternions: Float[np.ndarray, "r 4"],
 ) -> Complex[np.ndarray, "r k"]:
     """Central slices of a small density."""
-    points = _points(frequencies, matrices, len(volume))
+    import finufft
+
+    points = slice_points(frequencies, quaternions, len(volume))
     found = finufft.nufft3d2(
         *points, volume.astype(np.complex64), eps=ACCURACY, isign=-1, nthreads=1, showwarn=0
     )
-    return found.reshape(len(matrices), -1)
-
-
-def _points(frequencies: np.ndarray, matrices: np.ndarray, box: int) -> list[np.ndarray]:
-    """Where slices lie in the density's transform: z, y, x in radians."""
-    k = np.einsum("nij,kj->ink", matrices[:, :, :2], frequencies * (2 * np.pi / box))
-    return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
+    return found.reshape(len(quaternions), -1)
 
 
 def expect(
@@ -139,7 +134,7 @@ def expect(
     ramps = np.exp(steps_px @ frequencies.T).astype(np.complex64)
     flat = np.ascontiguousarray(references).view(np.float32)
     squares = (references.real**2 + references.imag**2).T.copy()
-    found = Expected(np.empty(n), np.empty(n, int), np.empty(n, int), np.empty(n))
+    found = Expected(np.empty(n), np.empty(n, int), np.empty(n, int))
     quick = quick and len(steps_px) > 1
     at_once = max(1, ENTRIES // (len(references) * (1 if quick else len(steps_px))))
     for start in range(0, n, at_once):
@@ -156,12 +151,11 @@ def expect(
         lost = transfer @ squares
         lost *= 0.5
         far = np.sum((offsets_px[rows, None] + steps_px) ** 2, axis=2) / (2 * spread_px**2)
-        share = _share_of_few if quick else _share_of_all
-        share(rows, seen, transfer, lost, far, flat, ramps, sums, found)
+        _share(rows, seen, transfer, lost, far, flat, ramps, sums, found, quick)
     return found
 
 
-def _share_of_all(
+def _share(
     rows: slice,
     seen: np.ndarray,
     transfer: np.ndarray,
@@ -171,58 +165,43 @@ def _share_of_all(
     ramps: np.ndarray,
     sums: Sums | None,
     found: Expected,
+    quick: bool,
 ) -> None:
-    """Try all shifts at all orientations."""
+    """Share a chunk of images out among orientations and shifts."""
     m, s, r = len(seen), len(ramps), len(references)
-    moved = (seen[:, None] * ramps).view(np.float32).reshape(m * s, -1)
-    likelihood = (moved @ references.T).reshape(m, s, r)
+    moved = (seen[:, None] * ramps).view(np.float32)
+    if quick:
+        plain = seen.view(np.float32) @ references.T
+        plain -= lost
+        each = min(TOP, r)
+        chosen = np.argpartition(plain, r - each, axis=1)[:, r - each :]
+        likelihood = moved @ references[chosen].transpose(0, 2, 1)
+        lost = np.take_along_axis(lost, chosen, axis=1)
+    else:
+        each, chosen = r, np.broadcast_to(np.arange(r), (m, r))
+        likelihood = (moved.reshape(m * s, -1) @ references.T).reshape(m, s, r)
     likelihood -= lost[:, None]
     likelihood -= far[:, :, None].astype(np.float32)
-    table = likelihood.reshape(m, s * r)
-    best = _normalised(rows, table, s * r, found)
-    found.step[rows], found.reference[rows] = np.divmod(best, r)
+    table = likelihood.reshape(m, s * each)
+    found.step[rows], at = np.divmod(_normalised(rows, table, s * r, found), each)
+    found.reference[rows] = chosen[np.arange(m), at]
     if sums is None:
         return
+    moved = moved.reshape(m * s, -1)
     image, column = np.nonzero(table > LEAST)
-    if len(image) > 0.03 * table.size:
+    if not quick and len(image) > SPARSE * table.size:
         sums.add(likelihood.reshape(m * s, r).T, moved)
         sums.add_weights(likelihood.sum(axis=1).T, transfer)
         return
-    step, reference = np.divmod(column, r)
-    _add_few(sums, table[image, column], image, step, reference, moved, transfer, s)
-
-
-def _share_of_few(
-    rows: slice,
-    seen: np.ndarray,
-    transfer: np.ndarray,
-    lost: np.ndarray,
-    far: np.ndarray,
-    references: np.ndarray,
-    ramps: np.ndarray,
-    sums: Sums | None,
-    found: Expected,
-) -> None:
-    """Try the shifts at the orientations that match best without."""
-    m, s, r = len(seen), len(ramps), len(references)
-    plain = seen.view(np.float32) @ references.T
-    plain -= lost
-    top = min(TOP, r)
-    chosen = np.argpartition(plain, r - top, axis=1)[:, r - top :]
-    moved = (seen[:, None] * ramps).view(np.float32)
-    likelihood = moved @ references[chosen].transpose(0, 2, 1)  # (m, s, top)
-    likelihood -= np.take_along_axis(lost, chosen, axis=1)[:, None]
-    likelihood -= far[:, :, None].astype(np.float32)
-    table = likelihood.reshape(m, s * top)
-    best = _normalised(rows, table, s * r, found)
-    found.step[rows], best = np.divmod(best, top)
-    found.reference[rows] = chosen[np.arange(m), best]
-    if sums is None:
-        return
-    image, column = np.nonzero(table > LEAST)
-    step, at = np.divmod(column, top)
-    moved = moved.reshape(m * s, -1)
-    _add_few(sums, table[image, column], image, step, chosen[image, at], moved, transfer, s)
+    weight = table[image, column]
+    step, at = np.divmod(column, each)
+    reference = chosen[image, at]
+    to_moved, to_image = (
+        scipy.sparse.csr_matrix((weight, (reference, number)), shape=(r, count))
+        for number, count in ((image * s + step, m * s), (image, m))
+    )
+    sums.add(to_moved, moved)
+    sums.add_weights(to_image, transfer)
 
 
 def _normalised(rows: slice, table: np.ndarray, tried: int, found: Expected) -> np.ndarray:
@@ -234,32 +213,13 @@ def _normalised(rows: slice, table: np.ndarray, tried: int, found: Expected) -> 
     total = table.sum(axis=1)
     table /= total[:, None]
     found.evidence[rows] = top + np.log(total) - np.log(tried)
-    found.weight[rows] = 1 / total
     return best
-
-
-def _add_few(
-    sums: Sums,
-    weight: np.ndarray,
-    image: np.ndarray,
-    step: np.ndarray,
-    reference: np.ndarray,
-    moved: np.ndarray,
-    transfer: np.ndarray,
-    steps: int,
-) -> None:
-    """Add images where their posterior is more than nothing."""
-    r, m = len(sums.weight), len(transfer)
-    at = (reference, image * steps + step)
-    sums.add(scipy.sparse.csr_matrix((weight, at), shape=(r, m * steps)), moved)
-    at = (reference, image)
-    sums.add_weights(scipy.sparse.csr_matrix((weight, at), shape=(r, m)), transfer)
 
 
 def solve(
     sums: Sums,
     frequencies: Float[np.ndarray, "k 2"],
-    matrices: Float[np.ndarray, "r 3 3"],
+    quaternions: Float[np.ndarray, "r 4"],
     box_px: int,
     *,
     ridge: float = 1e-2,
@@ -271,7 +231,7 @@ def solve(
     ----------
     sums : Sums
     frequencies : (k, 2) array, cycles per box
-    matrices : (r, 3, 3) array
+    quaternions : (r, 4) array, unit, xyzw
         Orientations of the sums.
     box_px : int
     ridge : float
@@ -279,8 +239,10 @@ def solve(
     iterations : int
         Of conjugate gradients.
     """
+    import finufft
+
     used = np.flatnonzero(sums.weight.any(axis=1))
-    points = _points(frequencies, matrices[used], box_px)
+    points = slice_points(frequencies, quaternions[used], box_px)
     # One thread: as many starts run beside each other as there are.
     right = finufft.nufft3d1(
         *points, sums.right[used].ravel(), (box_px,) * 3,
@@ -294,14 +256,11 @@ def solve(
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel)).real.astype(np.float32)
     finest = np.linalg.norm(frequencies, axis=1).max()
     mean = kernel[(box_px,) * 3] * box_px**3 / (4 / 3 * np.pi * finest**3)
-    damping = np.float32(ridge * mean)
-
-    def normal(v: np.ndarray) -> np.ndarray:
-        padded = np.zeros(wide, np.float32)
-        padded[:box_px, :box_px, :box_px] = v.reshape(right.shape)
-        back = scipy.fft.irfftn(scipy.fft.rfftn(padded) * spectrum, s=wide, overwrite_x=True)
-        return back[:box_px, :box_px, :box_px].ravel() + damping * v.ravel()
-
-    operator = LinearOperator((right.size,) * 2, matvec=normal, dtype=np.float32)
-    values, _ = cg(operator, right.astype(np.float32).ravel(), rtol=1e-4, maxiter=iterations)
-    return values.reshape(right.shape)
+    return least_squares(
+        right.astype(np.float32),
+        spectrum,
+        ridge * mean,
+        iterations=iterations,
+        rtol=1e-4,
+        workers=1,
+    )

@@ -135,9 +135,8 @@ def ab_initio(
 
     Each half of the particles is solved by itself, from several random starts, by
     expectation-maximisation over a grid of orientations and shifts, from coarse detail to an eighth
-    of the particle's diameter; of the starts the likeliest is kept, its poses are refined against
-    its map, and the two halves are laid onto each other. Only their agreement tells a map from
-    noise: noise alone converges too.
+    of the particle's diameter; the likeliest start is kept, its poses are refined against its map,
+    and the halves are laid onto each other. Only their agreement tells a map from noise.
 
     Parameters
     ----------
@@ -171,8 +170,8 @@ def ab_initio(
 
     References
     ----------
-    Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation with noise weights; Punjani et al.,
-    Nat. Methods 14 (2017), from random starts; Scheres and Chen, Nat. Methods 9 (2012), the halves.
+    Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation; Punjani et al., Nat. Methods 14
+    (2017), random starts; Scheres and Chen, Nat. Methods 9 (2012), halves.
     """
     if len(stack) < 20 or starts < 2:
         raise InputError(
@@ -194,7 +193,8 @@ def ab_initio(
         seeds = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=starts))]
         more = _starts(some, sizes, seeds, schedule, progress)
         solved = [[*old, *new] for old, new in zip(solved, more, strict=True)]
-        best = [_likeliest(half).on(one) for half, one in zip(solved, coarse, strict=True)]
+        ended = [[start for start in half if start.done == schedule.rounds] for half in solved]
+        best = [_ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
         found = _laid(best, halves, symmetry)
         if found.agreement > WELL:
             break
@@ -234,8 +234,9 @@ def _starts(
     """Run the starts of both halves, of each the likeliest few to the end."""
     from tqdm.auto import tqdm
 
-    first = round(schedule.annealed * schedule.rounds)
-    total = len(seeds) * first + 2 * FINALISTS * (schedule.rounds - first)
+    count = [sum(half == h for _, half in seeds) for h in (0, 1)]
+    last = schedule.rounds - schedule.rising
+    total = len(seeds) * schedule.rising + sum(min(FINALISTS, n) for n in count) * last
     with (
         threadpoolctl.threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(threads.count()) as pool,
@@ -244,42 +245,36 @@ def _starts(
 
         def run(start: Start, rounds: int) -> Start:
             while start.done < rounds:
-                start.run(start.done + 1)
+                start.advance()
                 bar.update()
             return start
 
         def begin(task: tuple[int, int]) -> Start:
             start = Start(images[task[1]], *sizes, task[0], schedule=schedule)
-            return run(start, first)
+            return run(start, schedule.rising)
 
         begun = list(pool.map(begin, seeds))
         halves = [[s for s, t in zip(begun, seeds, strict=True) if t[1] == h] for h in (0, 1)]
-        finalists = []
-        for half in halves:
-            list(pool.map(_judge, half, [max(s.resolution_angstrom for s in half)] * len(half)))
-            half.sort(key=lambda start: -start.evidence)
-            finalists += half[:FINALISTS]
+        finalists = [start for half in halves for start in _ranked(half)[:FINALISTS]]
         list(pool.map(lambda start: run(start, schedule.rounds), finalists))
     return halves
 
 
-def _likeliest(starts: list[Start]) -> Start:
-    """Of the starts that went to the end, the one whose map makes the images likeliest."""
-    ended = [start for start in starts if start.done == start.schedule.rounds]
-    coarsest = max(start.resolution_angstrom for start in ended)
-    for start in ended:
-        _judge(start, coarsest)
-    return max(ended, key=lambda start: start.evidence)
+def _ranked(starts: list[Start]) -> list[Start]:
+    """Starts of one half, the one whose map makes the images likeliest first."""
+    coarsest = max(start.resolution_angstrom for start in starts)
+    grid = rotations.grid(starts[0].schedule.orientations[1])
+    evidence = []
+    for start in starts:
+        found = start.look(_some(start), grid, resolution_angstrom=coarsest)
+        evidence.append(found.evidence.mean())
+    return [starts[i] for i in np.argsort(evidence)[::-1]]
 
 
-def _judge(start: Start, resolution_angstrom: float) -> None:
-    """How likely the images are by a start's map: its evidence, at a resolution."""
-    rng = rotations.generator(0, "judges")
+def _some(start: Start) -> np.ndarray:
+    """Rows of the images by which maps are compared."""
     n = len(start.images)
-    rows = np.sort(rng.choice(n, min(n, JUDGES), replace=False))
-    grid = rotations.grid(start.schedule.orientations[1])
-    found = start.look(rows, grid, resolution_angstrom=resolution_angstrom)
-    start.evidence = float(found.evidence.mean())
+    return np.sort(rotations.generator(0, "judges").choice(n, min(n, JUDGES), replace=False))
 
 
 def _polished(half: ParticleStack, start: Start) -> ParticleStack:
@@ -288,13 +283,8 @@ def _polished(half: ParticleStack, start: Start) -> ParticleStack:
     found = start.look(np.arange(len(half)), grid)
     placed = half.with_poses(grid[found.reference], start.offsets_px).replace(noise=None)
     density = Density(start.volumes[0] * start.mask(), half.pixel_size_angstrom)
-    refined = refine(
-        placed,
-        density,
-        resolution_angstrom=start.resolution_angstrom,
-        search=Search(starts=2, spread_rad=0.2, coarse_to_fine=False),
-    )
-    return refined
+    search = Search(starts=2, spread_rad=0.2, coarse_to_fine=False)
+    return refine(placed, density, resolution_angstrom=start.resolution_angstrom, search=search)
 
 
 def _laid(best: list[Start], halves: list[ParticleStack], symmetry: str | None) -> _Laid:
@@ -376,11 +366,7 @@ def _agreement(
     """Share of the images that lie alike by the map of either half; and by chance."""
     points, same, exchanged = group(axes.symmetry), [], []
     for start in best:
-        n = len(start.images)
-        rows = np.sort(rotations.generator(0, "judges").choice(n, min(n, JUDGES), replace=False))
-        grid = start.random_grid()
-        start.centre_px, start.diameter_angstrom = np.zeros(3), start.widest_angstrom
-        q = []
+        rows, grid, q = _some(start), start.random_grid(), []
         for density in (first, second):
             volumes = density.values[None]
             found = start.look(rows, grid, volumes=volumes, resolution_angstrom=resolution_angstrom)

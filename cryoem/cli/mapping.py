@@ -30,6 +30,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..maps import HalfMapFsc, HalfMaps
+    from ..particles import ParticleStack
     from ..refinement import HalvesRefinement, ReferenceRefinement
 
 
@@ -56,7 +57,7 @@ def reconstruct_map(
     from ..reconstruction import reconstruct
 
     stack = open_oriented(particles_file, quiet, pixel_size)
-    written = [output, *half_files(output)] if half_maps else [output]
+    written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     if not half_maps:
@@ -77,7 +78,13 @@ def reconstruct_map(
     )
 
 
-def half_files(output: Path) -> tuple[Path, Path, Path]:
+def map_files(output: Path, stack: ParticleStack) -> list[Path]:
+    """What is written of particles and their map: a STAR file, maps, their FSC and a report."""
+    map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
+    return [*star_files(output, stack), map_path, *_half_files(map_path), page]
+
+
+def _half_files(output: Path) -> tuple[Path, Path, Path]:
     """The half-maps of a map, and their FSC."""
     first, second = (output.with_stem(f"{output.stem}_half{half}") for half in (1, 2))
     return first, second, output.with_name(f"{output.stem}_fsc.star")
@@ -90,7 +97,7 @@ def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
 
     curves = half_map_fsc(pair, soft_mask(pair.mean), seed=seed)
     write_density(output, pair.mean)
-    first, second, table = half_files(output)
+    first, second, table = _half_files(output)
     write_density(first, pair.first)
     write_density(second, pair.second)
     write_fsc(table, curves)
@@ -137,8 +144,7 @@ def refine_particles(
         raise InputError("--symmetry: a particle is refined in it without --map only")
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
-    written = [*star_files(output, stack), map_path, *half_files(map_path), page]
-    check_outputs({"--output": written}, [particles_file, map_file], stack)
+    check_outputs({"--output": map_files(output, stack)}, [particles_file, map_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     stack = stack.with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement

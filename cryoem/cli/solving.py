@@ -12,7 +12,7 @@ import typer
 
 from ..errors import InputError
 from ..version import __version__
-from .mapping import half_files, refine_particles, write_halves
+from .mapping import map_files, refine_particles, write_halves
 from .options import (
     Invert,
     Particles,
@@ -26,7 +26,6 @@ from .options import (
     positive,
     prepared,
     say,
-    star_files,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def find_map(
     the exit code is 3.
     """
     stack = open_particles(particles_file, quiet, pixel_size)
-    check_outputs({"--output": _files(output, stack)}, [particles_file], stack)
+    check_outputs({"--output": map_files(output, stack)}, [particles_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     found = _found(
         stack, output, f"{len(stack):,} particles of {particles_file.name}", quiet,
@@ -117,7 +116,7 @@ def solve_particles(
     initial, refined = folder / "initial.star", folder / "refined.star"
     note = folder / "solve.json"
     check_outputs(
-        {"--output": [note, *_files(initial, stack), *_files(refined, stack)]},
+        {"--output": [note, *map_files(initial, stack), *map_files(refined, stack)]},
         [particles_file],
         stack,
     )
@@ -151,17 +150,6 @@ def solve_particles(
         initial, refined, rounds=rounds, symmetry=known, invert=False, pixel_size=pixel_size,
         seed=seed, quiet=quiet,
     )  # fmt: skip
-
-
-def _files(output: Path, stack: ParticleStack) -> list[Path]:
-    """What is written of a map and its particles."""
-    map_path = output.with_suffix(".mrc")
-    return [
-        *star_files(output, stack),
-        map_path,
-        *half_files(map_path),
-        output.with_suffix(".html"),
-    ]
 
 
 def _found(

@@ -42,7 +42,7 @@ class Axes:
     ratio : float
         Correlation of one half-map with the other one turned by the group's elements, the mean,
         over that without a turn; every shell of frequencies counts alike. About 1 where the
-        particle has the symmetry.
+        particle has the symmetry; 0 where the half-maps do not agree.
     """
 
     symmetry: str
@@ -211,7 +211,9 @@ def _laid(turns: _Turns, centre: np.ndarray, symmetry: str, direction: np.ndarra
         loss, np.r_[0, 0, 0, centre], method="Powell", options={"xtol": 1e-2, "ftol": 1e-3}
     )
     to_standard = Rotation.from_rotvec(found.x[:3] / 10) * start
-    ratio = _mean(turns, elements, to_standard, found.x[3:]) / max(turns.plain, 1e-9)
+    # Of half-maps that do not agree unturned, none can be said to have the symmetry.
+    alike = _mean(turns, elements, to_standard, found.x[3:])
+    ratio = alike / turns.plain if turns.plain > LEAST else 0.0
     return Axes(symmetry, to_standard.as_quat(), -to_standard.apply(found.x[3:]), ratio)
 
 
