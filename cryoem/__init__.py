@@ -74,6 +74,7 @@ PUBLIC = {
     "match": ("matching", "a stack's orientations, by projection matching"),
     # from the images alone
     "ab_initio": ("abinitio", "orientations and a map without a model, with a verdict"),
+    "classify": ("abinitio", "images of several particles, sorted by maps of their own"),
     # the map, and poses to the limit
     "reconstruct": ("reconstruction", "the density of an oriented stack"),
     "Search": ("refinement", "how orientations are sought about given ones"),

@@ -1,7 +1,8 @@
 """The whole method on a real protein that ships with the project: ``make demo``.
 
-Atomic model, density, projections, distances, orientations, refinement, map; every figure is
-printed, and kept in ``summary.json`` and ``report.html``.
+Both roads to the orientations of the same images: by the shipped network, which knows the protein
+(distances, orientations, refinement, map), and from the images alone. Every figure is printed, and
+kept in ``summary.json`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import distances, evaluation, imaging, maps, report, rotations
+from .abinitio import AbInitio, ab_initio
 from .density import Density, write_density
 from .io import files
 from .io.files import PathLike
@@ -138,6 +140,8 @@ class _Found:
     placed: OrientedStack
     matched: MatchedStack
     matching_seconds: float
+    alone: AbInitio
+    alone_refined: HalvesRefinement
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,17 @@ def _oriented(
         matched = match(unknown, reference, estimator.preprocessing, progress=True)
     true = rotations.pair_distances(seen.oriented(), pairs)
     seconds = stages.rows[-1]["seconds"]
-    return _Found(estimator, estimated, true, free, refined, placed, matched, seconds)
+    with stages("the other road: from the images alone (no network, no truth, no density)"):
+        alone = ab_initio(unknown.replace(noise=None), seed=seed, progress=True)
+        print(f"         {alone.verdict}")
+    with stages("and refined, half against half"):
+        cut = alone.particles.with_images(imaging.crop(seen.images[:], REFINED_PX))
+        further = refine_halves(
+            cut, symmetry=alone.axes.symmetry, rounds=3, seed=seed, progress=True
+        )
+    return _Found(
+        estimator, estimated, true, free, refined, placed, matched, seconds, alone, further
+    )
 
 
 def _final_map(stages: Stages, seen: ParticleStack, found: _Found, reference: Density) -> _Map:
@@ -232,6 +246,10 @@ def _figures(
             0.143
         ).angstrom,
         "unaligned_error_rad": error(found.placed, "none"),
+        "images_alone_verdict": str(found.alone.verdict),
+        "images_alone_symmetry": found.alone.axes.symmetry,
+        "images_alone_error_rad": error(found.alone.particles, "one-sided"),
+        "images_alone_refined_error_rad": error(found.alone_refined.particles, "one-sided"),
         "random_one_sided_error_rad": evaluation.random_error(truth, seed),
         "projection_matching_error_rad": error(found.matched, "none"),
         "projection_matching_seconds": found.matching_seconds,
@@ -271,7 +289,7 @@ def _write(
         rotations.distance(
             evaluation.align(stack.quaternions, truth, over="one-sided").quaternions, truth
         )
-        for stack in (found.free, found.refined.particles)
+        for stack in (found.free, found.refined.particles, found.alone_refined.particles)
     ]
     sections = _sections(summary, seen, reference, final, found, angles)
     title = f"{summary['particle'].upper()} at SNR {_ratio(float(summary['snr']))}"
@@ -300,6 +318,8 @@ def _rows(summary: dict[str, Any]) -> list[list[str]]:
         ["the same after refinement against the images' own map", *angle("refined_error_rad")],
         ["orientation error against references, nothing fitted", *angle("unaligned_error_rad")],
         ["the same of projection matching", *angle("projection_matching_error_rad")],
+        ["from the images alone: no network, no density", *angle("images_alone_error_rad")],
+        ["the same after refinement", *angle("images_alone_refined_error_rad")],
         ["frame, verdict on inversion", "certain" if s["frame_certain"] else "UNCERTAIN", ""],
         ["random orientations", *angle("random_one_sided_error_rad")],
         ["physical limit (Cramer-Rao)", *angle("bound_mean_rad")],
@@ -333,10 +353,12 @@ def _sections(
 
     voxel = reference.voxel_size_angstrom
     learned = plots.predicted_against_true(found.distances, found.true_distances).figure
-    quality, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    plots.error_histogram(angles[0], ax=left)
-    plots.error_histogram(angles[1], ax=middle)
-    plots.fsc(final.curves, ax=right)
+    quality, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
+    names = ("by the network", "refined", "from the images alone, refined")
+    for ax, angle, name in zip(panels, angles, names, strict=False):
+        plots.error_histogram(angle, ax=ax)
+        ax.set_title(f"{name}", fontsize="medium")
+    plots.fsc(final.curves, ax=panels[-1])
     crop = reference.box_px // 2
     both, (top, bottom) = plt.subplots(2, 1, figsize=(6, 4.6), layout="constrained")
     plots.slices(reference.in_box(crop), title="density of the atomic model", ax=top)
@@ -369,9 +391,18 @@ def _sections(
             "Orientations and map",
             [
                 (quality, "Orientation errors after fitting a rotation of the density and its "
-                 "hand, as recovered and as refined; Fourier shell correlation with the density, "
-                 "no mask."),
-                (both, "Central slices."),
+                 "hand: of the first road, as recovered and as refined, and of the second; Fourier "
+                 "shell correlation of the first's map with the density, no mask."),
+                (both, "Central slices, first road."),
+            ],
+        ),
+        (
+            "From the images alone",
+            [
+                "The second road knows neither network nor density: random orientations, each half "
+                f"of the images by itself. Its verdict: {summary['images_alone_verdict']}.",
+                (report.growth_figure(found.alone.history), "The map of the best start as it "
+                 "grew, seen along z."),
             ],
         ),
         ("Time and memory", [_stage_rows(summary)]),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .maps import HalfMapFsc, HalfMaps, ReferenceBias
     from .noise import Noise
 
-__all__ = ["environment", "map_summary", "peak_memory_gb", "write", "write_map"]
+__all__ = ["environment", "growth_figure", "map_summary", "peak_memory_gb", "write", "write_map"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -154,6 +154,7 @@ def map_summary(
         "coverage_evenness": spread.evenness,
         "coverage_unseen": spread.unseen,
         "coverage_anisotropy": spread.anisotropy,
+        "coverage_uneven": spread.uneven,
     }
     if test is not None:
         summary["reference_used_to_angstrom"] = test.resolution_angstrom
@@ -206,6 +207,12 @@ def write_map(
             f"the reference was used ({test.z:.1f} standard deviations of noise): this may be the "
             "reference alone, not a map of these images."
         )
+    if summary["coverage_uneven"]:
+        first.append(
+            "WARNING: the particles were seen mostly from some directions (evenness "
+            f"{summary['coverage_evenness']:.2f} of 1): the map is smeared along others, and its "
+            "resolution is not one figure."
+        )
     first.append(
         f"FSC between {half_maps.wording}, in a soft mask made from the map, corrected by phase "
         "randomisation (Chen et al. 2013)."
@@ -225,7 +232,7 @@ def write_map(
         figures.append(_noise_figure(noise, half_maps.first.voxel_size_angstrom))
         sections.append(("Noise", [(figures[-1], "Power of the images' noise.")]))
     if growth:
-        figures.append(_growth_figure(growth))
+        figures.append(growth_figure(growth))
         sections.append(
             ("How it grew", [(figures[-1], "The map of the best start, seen along z.")])
         )
@@ -255,7 +262,7 @@ def _noise_figure(noise: Noise, pixel_size_angstrom: float) -> Figure:
     return figure
 
 
-def _growth_figure(growth: Sequence[tuple[float, np.ndarray]]) -> Figure:
+def growth_figure(growth: Sequence[tuple[float, np.ndarray]]) -> Figure:
     """Projections of a map as it grew."""
     import matplotlib.pyplot as plt
 

@@ -8,6 +8,7 @@ from cryoem import (
     Density,
     ParticleStack,
     ab_initio,
+    classify,
     evaluation,
     imaging,
     load_density,
@@ -132,7 +133,7 @@ def test_small_images_show_the_middle_with_phases_flipped():
 
 def test_images_too_small_to_tell_are_refused():
     stack = simulate(phantom(), 30, 0)
-    with pytest.raises(InputError, match="pixels of"):
+    with pytest.raises(InputError, match="a particle of 10 A has no detail"):
         ab_initio(stack, diameter_angstrom=10.0, shift_angstrom=0.0)
     with pytest.raises(InputError, match="at least 20 images"):
         ab_initio(stack.select(slice(0, 5)))
@@ -250,9 +251,7 @@ def test_a_symmetry_that_the_particle_has_not_is_noticed():
 
 def test_noise_gives_no_map():
     images = np.random.default_rng(0).standard_normal((300, BOX, BOX))
-    found = ab_initio(
-        ParticleStack(images, VOXEL), starts=2, diameter_angstrom=110.0, schedule=QUICK, seed=0
-    )
+    found = ab_initio(ParticleStack(images, VOXEL), starts=2, schedule=QUICK, seed=0)
     assert not found.verdict.found and found.verdict.agreement < 0.2
     assert str(found.verdict).startswith("no map")
 
@@ -268,3 +267,49 @@ def test_classes_part_two_particles():
     which = start.look(np.arange(400), grid).reference // len(grid)
     first = which[:200].mean()
     assert abs(first - which[200:].mean()) > 0.8
+
+
+def test_two_particles_and_noise_are_sorted():
+    """Each with a map of its own; of noise none explains anything."""
+    one, two = (simulate(phantom(seed=s), 200, 15, snr=1.0) for s in (3, 21))
+    noise = np.random.default_rng(16).standard_normal((60, BOX, BOX)) * one.images.std() / 2**0.5
+    images = np.concatenate([one.images, two.images[:120], noise])
+    label = np.repeat([1, 2, 0], [200, 120, 60])
+    found = classify(
+        ParticleStack(images, VOXEL), 2, starts=2, diameter_angstrom=130.0, shift_angstrom=0.0,
+        schedule=QUICK, seed=6,
+    )  # fmt: skip
+    assert np.mean(found.number == label) > 0.9
+    assert found.probabilities.shape == (380, 3)
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1)
+    # The larger class first, and its map is that particle's.
+    density = phantom(seed=3)
+    own = maps.register(
+        density.sampled_as(found.maps[0].box_px, found.maps[0].voxel_size_angstrom), found.maps[0]
+    )
+    other = maps.register(
+        density.sampled_as(found.maps[1].box_px, found.maps[1].voxel_size_angstrom), found.maps[1]
+    )
+    assert own.correlation > 0.85 > other.correlation
+
+
+def test_a_map_to_begin_with_gives_its_frame_and_hand():
+    """Whatever its scale; it is used to 30 A, and the images say the rest."""
+    density = phantom()
+    truth = simulate(density, 300, 17, snr=0.8, max_shift_px=2)
+    known = Density(500 * density.low_passed(25).values, VOXEL)
+    found = ab_initio(truth.without_poses(), reference=known, schedule=QUICK, seed=6)
+    assert found.verdict.found and found.verdict.starts == 2
+    error = evaluation.orientation_errors(
+        found.particles.quaternions, truth.quaternions, over="none"
+    )
+    assert error.median_rad < 0.12
+
+
+def test_noise_does_not_become_the_map_that_it_was_begun_with():
+    images = np.random.default_rng(18).standard_normal((300, BOX, BOX))
+    found = ab_initio(
+        ParticleStack(images, VOXEL), reference=phantom(), diameter_angstrom=110.0,
+        shift_angstrom=0.0, schedule=QUICK, seed=0,
+    )  # fmt: skip
+    assert not found.verdict.found

@@ -24,6 +24,7 @@ from cryoem import (
     write_particles,
 )
 from cryoem.cli import options, orienting
+from cryoem.density import Phantom
 
 COMMANDS = (
     "density",
@@ -294,9 +295,10 @@ def test_orientations_of_other_images_are_not_compared(folder, tmp_path):
     fewer = with_names(
         folder, tmp_path / "2.star", lambda n, s: f"{n}@particles.mrcs", np.arange(29, 3, -1)
     )
-    said = run("evaluate", fewer, "--truth", rows, code=1).stderr
-    assert "0 images are only in" in said and "2.star, 4 only in" in said
-    assert "row 1 of" in said and "1.star shows 000001@particles.mrcs" in said
+    # Some of those whose truth is known, a class say, are judged; it is said that they are some.
+    done = run("evaluate", fewer, "--truth", rows, "--json")
+    assert json.loads(done.stdout)["unaligned_mean_rad"] == 0
+    assert "has 26 of the 30 particles of" in done.stderr
     said = run("evaluate", rows, "--truth", fewer, code=1).stderr
     assert "4 images are only in" in said and "0 only in" in said and "1.star shows 0000" in said
 
@@ -709,3 +711,48 @@ def test_noise_ends_in_no_map(tmp_path):
     page = (tmp_path / "none.html").read_text()
     assert "of the images alike" in page and "<img" not in page
     assert not (tmp_path / "none.star").exists() and not (tmp_path / "none.mrc").exists()
+
+
+def test_two_particles_in_one_file_are_sorted_and_solved(tmp_path, phantom):
+    """``--classes``: every row stands in one of the files, and the largest class is refined."""
+    densities = phantom.density(32, 7.0), Phantom.random(4).density(32, 7.0)
+    stacks = [simulate(d, n, 1, snr=3.0) for d, n in zip(densities, (200, 120), strict=True)]
+    images = np.concatenate([stack.images / stack.images.std() for stack in stacks])
+    both = ParticleStack(images, 7.0).with_columns({"cryoemTruth": np.repeat([1, 2], [200, 120])})
+    write_particles(tmp_path / "both.star", both)
+    out = tmp_path / "out"
+    solve = ["solve", tmp_path / "both.star", "-o", out, "--starts", "4", "--rounds", "1", "-q"]
+    run(*solve, "--classes", "2", "--shift", "0", "--symmetry", "C1")
+    parts = {
+        number: read_particles(path)
+        for number in (0, 1, 2)
+        if (path := out / f"initial_class{number}.star").exists()
+    }
+    assert sum(map(len, parts.values())) == len(both)
+    for number in (1, 2):
+        columns = parts[number].columns
+        assert set(columns["rlnClassNumber"]) == {number}
+        assert np.mean(columns["cryoemTruth"] == number) > 0.9
+        assert 0.9 < columns["cryoemClassProbability"].mean() <= 1
+        assert (out / f"initial_class{number}.mrc").exists()
+    assert len(read_particles(out / "refined.star")) == len(parts[1])
+    assert "is there already" in run(*[a for a in solve if a != "-q"], "--classes", "2",
+                                     "--shift", "0", "--symmetry", "C1").stderr  # fmt: skip
+    refused = run(*solve, "--classes", "2", "--reference", "4jsv", code=1)
+    assert "no --classes beside it" in refused.output
+
+
+def test_a_map_at_hand_is_begun_with(tmp_path, phantom):
+    """``--reference``: its frame and its hand."""
+    density = phantom.density(32, 7.0)
+    write_density(tmp_path / "known.mrc", density)
+    write_particles(tmp_path / "seen.star", simulate(density, 200, 1, snr=1.0))
+    run("abinitio", tmp_path / "seen.star", "-o", tmp_path / "found.star", "--shift", "0",
+        "--reference", tmp_path / "known.mrc", "-q")  # fmt: skip
+    judged = run("evaluate", tmp_path / "found.star", "--truth", tmp_path / "seen.star", "--json")
+    assert json.loads(judged.stdout)["unaligned_mean_rad"] < 0.15
+    page = (tmp_path / "found.html").read_text()
+    assert "Begun with known.mrc" in page and "The hand is that of the reference" in page
+    gone = run("abinitio", tmp_path / "seen.star", "-o", tmp_path / "x.star", "--reference",
+               "nowhere.pdb", code=1)  # fmt: skip
+    assert "nowhere.pdb: no such file" in gone.output

@@ -2,5 +2,6 @@
 
 from .annealing import Schedule
 from .initial import AbInitio, Verdict, ab_initio
+from .sorting import Classes, classify
 
-__all__ = ["AbInitio", "Schedule", "Verdict", "ab_initio"]
+__all__ = ["AbInitio", "Classes", "Schedule", "Verdict", "ab_initio", "classify"]

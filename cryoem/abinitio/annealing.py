@@ -51,10 +51,15 @@ MOMENTUM = 0.5
 DETAIL = 1 / 8
 #: Resolution that is always gone to.
 COARSEST = 20.0
+#: A map that is begun with is used to here and no finer, angstrom; and the scales tried for it.
+KNOWN, SCALES = 30.0, 2.0 ** np.arange(-3, 4)
 #: Shifts are tried this far apart, over the resolution, and at least so far; angstrom.
 STEP, LEAST_STEP = 1 / 6, 2.0
 #: Steps finer than this are tried only about the known shift.
 NEAR = 7.0
+#: Orientations by which images are located, and the share of these that each round locates anew:
+#: where an early map wanted them, they would stay.
+LOCATING, ANEW = 1500, 1 / 8
 #: Every so many rounds the maps, seen along z, are kept for a picture.
 PICTURE = 6
 #: Slices by which the power of a map is measured, and the least share of the images' that is noise.
@@ -107,6 +112,7 @@ class Start:
         self.spread_px = max(self.shift_px / 2, 1e-3)
         self.offsets_px = np.zeros((len(images), 2))
         self.located = np.zeros(len(images), bool)
+        self.thorough = False
         self.noise = self.images.power.copy()
         self.done = 0
         self.centre_px = np.zeros(3)
@@ -134,12 +140,43 @@ class Start:
             volumes.append(solve(sums, frequencies, views, images.box_px))
         return np.stack(volumes)
 
+    def begin_with(self, density: Density) -> int:
+        """Begin with a map, to 30 A, in place of random orientations.
+
+        Its scale is what makes the images likeliest.
+
+        Returns
+        -------
+        int
+            Rounds that are saved.
+        """
+        images = self.images
+        known = density.low_passed(KNOWN).sampled_as(images.box_px, images.pixel_size_angstrom)
+        volume = (known.values * self.mask()).astype(np.float32)
+        # Resolution rises linearly in its inverse: the round that has come to where the map ends.
+        coarse, fine = 1 / FIRST, 1 / self.finest_angstrom
+        progress = min(1.0, (1 / KNOWN - coarse) / (fine - coarse))
+        self.done = min(round(progress * self.schedule.rising), self.schedule.rising - 1)
+        self.resolution_angstrom = KNOWN
+        few, _ = self.schedule.images
+        rows = np.sort(self.rng.choice(len(images), min(few, len(images)), replace=False))
+        grid = self.random_grid(self.schedule.orientations[0])
+        seen = slices_of(volume, images.slices.frequencies[: images.count(KNOWN)], grid[:SLICES])
+        ratio = images.power[:, : seen.shape[1]].mean() / np.mean(np.abs(seen) ** 2)
+        tries = np.sqrt(ratio) * SCALES
+        evidence = [
+            self.on(images).look(rows, grid, volumes=(scale * volume)[None]).evidence.mean()
+            for scale in tries
+        ]
+        self.volumes = (tries[int(np.argmax(evidence))] * volume)[None]
+        return self.done
+
     # ----------------------------------------------------------------------------------
 
     def on(self, images: Coarse) -> Start:
-        """The same maps for other images, of which nothing is known."""
+        """The same maps for other images, of which nothing is known: to place them once."""
         other = copy.copy(self)
-        other.images = images
+        other.images, other.thorough = images, True
         other.offsets_px, other.located = np.zeros((len(images), 2)), np.zeros(len(images), bool)
         return other
 
@@ -159,10 +196,12 @@ class Start:
         few, many = schedule.orientations
         grid = self.random_grid(round(few * (many / few) ** progress))
         used, each = self.images.count(self.resolution_angstrom), len(grid)
+        if progress >= 0.5:
+            self.located &= self.rng.random(n) >= ANEW
         sums = Sums(len(self.volumes) * each, used)
         self.look(rows, grid, sums)
         if self.shift_px:
-            found = np.sqrt(np.mean(self.offsets_px[self.located] ** 2))
+            found = np.sqrt(np.mean(self.offsets_px[rows] ** 2))
             self.spread_px = min(max(found, 1.0), self.shift_px / 2)
         if progress == 1:
             self._take_off_signal(grid[:SLICES], used)
@@ -248,21 +287,31 @@ class Start:
             self.offsets_px[rows] = steps[found.step]
             self.located[rows] = True
         else:
-            new = np.flatnonzero(~self.located[rows])
-            if len(new):
-                zero = np.zeros((len(new), 2))
-                first = expect(
-                    part.select(new), gain, zero, references, steps, None,
-                    spread_px=spread, quick=False,
-                )  # fmt: skip
-                self.offsets_px[rows[new]] = steps[first.step]
-                self.located[rows[new]] = True
+            lost = rows[~self.located[rows]]
+            if len(lost):
+                self._locate(lost, volumes)
             known = self.offsets_px[rows]
             found = expect(part, gain, known, references, near, sums, spread_px=spread, quick=True)
             moved = known + near[found.step]
             length = np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-9)
             self.offsets_px[rows] = moved * np.minimum(1, self.shift_px / length)
         return found
+
+    def _locate(self, rows: Int[np.ndarray, " m"], volumes: Float[np.ndarray, "c m m m"]) -> None:
+        """Find the shifts of some images, wherever they may be; by coarse detail, or by all."""
+        orientations, finest = self.schedule.orientations[1], self.resolution_angstrom
+        if not self.thorough:
+            orientations, finest = min(orientations, LOCATING), max(finest, COARSEST)
+        grid, used = self.random_grid(orientations), self.images.count(finest)
+        frequencies = self.images.slices.frequencies[:used]
+        references = np.concatenate([slices_of(v, frequencies, grid) for v in volumes])
+        zero, steps = np.zeros((len(rows), 2)), self._steps(near=False)
+        found = expect(
+            self.images.select(rows), self._gain(used), zero, references, steps, None,
+            spread_px=self.spread_px, quick=False,
+        )  # fmt: skip
+        self.offsets_px[rows] = steps[found.step]
+        self.located[rows] = True
 
     def _steps(self, *, near: bool) -> Float[np.ndarray, "s 2"]:
         """Shifts that are tried at this resolution, the first of them none; pixels."""
@@ -305,5 +354,5 @@ class Start:
             size = 2 * np.linalg.norm(at - middle, axis=1).max() * pixel
             if size > diameter:
                 diameter, centre = size, middle
-        self.diameter_angstrom = min(self.widest_angstrom, diameter)
+        self.diameter_angstrom = min(self.widest_angstrom, max(diameter, FIRST / 2))
         self.centre_px = centre * (diameter < self.widest_angstrom)

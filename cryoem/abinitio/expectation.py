@@ -22,8 +22,8 @@ __all__ = ["Expected", "Sums", "expect", "slices_of", "solve"]
 
 #: Entries of the table of likelihoods that are held at once.
 ENTRIES = 8_000_000
-#: Posterior probabilities below this are left out.
-LEAST = 1e-4
+#: Posterior probabilities below this share of the image's largest are left out.
+LEAST = 1e-3
 #: Share of the table from which a matrix product is quicker than a sparse one.
 SPARSE = 0.03
 #: Of how many orientations, at most, shifts about the known one are tried.
@@ -188,7 +188,7 @@ def _share(
     if sums is None:
         return
     moved = moved.reshape(m * s, -1)
-    image, column = np.nonzero(table > LEAST)
+    image, column = np.nonzero(table > LEAST * table.max(axis=1, keepdims=True))
     if not quick and len(image) > SPARSE * table.size:
         sums.add(likelihood.reshape(m * s, r).T, moved)
         sums.add_weights(likelihood.sum(axis=1).T, transfer)

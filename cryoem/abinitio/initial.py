@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import threadpoolctl
 from jaxtyping import Float
 
-from .. import maps, rotations, surveying, threads
+from .. import maps, rotations
 from ..density import Density
 from ..errors import InputError
-from ..maps import Axes, HalfMapFsc, HalfMaps
+from ..maps import Axes, Coverage, HalfMapFsc, HalfMaps
 from ..particles import ParticleStack
 from ..refinement import Search, refine
 from ..refinement.halves import believed, half_maps
 from ..rotations import Seed
 from ..symmetry import group
-from .annealing import COARSEST, DEFAULT, DETAIL, Schedule, Start
-from .coarse import Coarse, coarsened, small_stack
+from .annealing import DEFAULT, KNOWN, Schedule, Start
+from .coarse import coarsened
+from .starts import Cut, cut_out, judges, race, ranked
 
 __all__ = ["AbInitio", "Verdict", "ab_initio"]
 
-#: Edge of what is cut out of the images: so many diameters, and some room for shifts, angstrom.
-ROOM, MORE = 1.1, 30.0
-#: The particle may turn out to be smaller than the images say by this factor.
-SMALLER = 0.7
 #: Poses from the two halves' maps that differ by less than this agree, in steps of the grid.
 SAME_POSE = 1.4
+#: And only images count that either map makes likelier than emptiness does: by e to this.
+SEEN = 1.0
 #: Share of the images whose poses must agree.
 ENOUGH = 0.5
 #: Maps of two starts that correlate so well are one answer.
 SAME_MAP = 0.8
-#: How many starts of each half go on when the resolution has risen: the likeliest.
-FINALISTS = 2
 #: Share of the images that must agree for a map without a doubt.
 PLAIN = 0.75
 #: Share of the images that agree from which no further starts are tried; and how often they are.
 WELL, BATCHES = 0.85, 2
-#: Images by which starts are compared.
-JUDGES = 2000
+#: Halves that began with one reference must agree on detail this much finer than it.
+BEYOND = 0.8
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,14 @@ class Verdict:
     found : bool
     agreement : float
         Share of the images that lie alike by the map of either half: within 1.4 steps of the grid
-        of orientations (0.36 rad), up to the symmetry.
+        of orientations (0.36 rad), up to the symmetry; an image that a map does not explain, being
+        no likelier by it than if there were no particle, lies nowhere.
     by_chance : float
         The same where every image is exchanged for another one.
     resolution_angstrom : float
         FSC 0.143 of the halves, each solved by itself, corrected for the mask.
+    coverage : Coverage
+        How evenly the particles were seen, the symmetry counted in.
     starts, same_answer : int
         How many starts there were, and how many of them came to the map that was chosen.
     reasons : tuple of str
@@ -67,6 +65,7 @@ class Verdict:
     agreement: float
     by_chance: float
     resolution_angstrom: float
+    coverage: Coverage
     starts: int
     same_answer: int
     reasons: tuple[str, ...]
@@ -82,6 +81,12 @@ class Verdict:
             said + f"{self.agreement:.0%} of the images lie alike by the map of either half "
             f"({self.by_chance:.0%} by chance), half-maps agree to {self.resolution_angstrom:.1f} "
             f"A, {self.same_answer} of {self.starts} starts gave this answer"
+            + (
+                "; the particles were seen mostly from some directions (evenness "
+                f"{self.coverage.evenness:.2f} of 1): the map is smeared along others"
+                if self.found and self.coverage.uneven
+                else ""
+            )
         )
 
 
@@ -127,6 +132,7 @@ def ab_initio(
     diameter_angstrom: float | None = None,
     shift_angstrom: float | None = None,
     images: int = 10_000,
+    reference: Density | None = None,
     schedule: Schedule = DEFAULT,
     seed: Seed = 0,
     progress: bool = False,
@@ -153,6 +159,9 @@ def ab_initio(
         How far particles may lie off the middle; by default a tenth of the frame.
     images : int
         How many, at random, the starts look at; the others are placed by the map that these give.
+    reference : Density, optional
+        A map of this particle, or of one like it, to begin with in place of random starts: one
+        start a half. Nothing finer than 30 A of it is used; the result lies in its frame and hand.
     schedule : Schedule
     seed : int or numpy.random.Generator
     progress : bool
@@ -166,50 +175,34 @@ def ab_initio(
     Raises
     ------
     InputError
-        Fewer than 20 images, or a particle that leaves nothing to see.
+        Fewer than 20 images, or a particle or frames of less than 60 A.
 
     References
     ----------
     Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation; Punjani et al., Nat. Methods 14
     (2017), random starts; Scheres and Chen, Nat. Methods 9 (2012), halves.
     """
-    if len(stack) < 20 or starts < 2:
-        raise InputError(
-            f"wanted at least 20 images and 2 starts, one a half; got {len(stack)} and {starts}"
-        )
+    if starts < 2:
+        raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
     group(symmetry or "C1")  # refused before anything is computed
-    frame = stack.box_px * stack.pixel_size_angstrom
-    if diameter_angstrom is None:
-        diameter_angstrom = surveying.survey(stack, seed=seed).particle_diameter_angstrom
-    sizes = min(diameter_angstrom, frame), 0.1 * frame if shift_angstrom is None else shift_angstrom
     stack = stack.with_half_sets(seed)
-    small, finest = _small(stack, *sizes, schedule)
-    halves = [small.select(small.half(h)) for h in (1, 2)]
-    coarse = [coarsened(half, finest) for half in halves]
+    cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
+    halves = [cut.stack.select(cut.stack.half(h)) for h in (1, 2)]
+    coarse = [coarsened(half, cut.finest_angstrom) for half in halves]
     rng = rotations.generator(seed, "ab initio")
     some = [one.select(np.sort(rng.permutation(len(one))[: -(-images // 2)])) for one in coarse]
     solved: list[list[Start]] = [[], []]
-    for _ in range(BATCHES):
-        seeds = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=starts))]
-        more = _starts(some, sizes, seeds, schedule, progress)
+    batches, each = (BATCHES, starts) if reference is None else (1, 2)
+    for _ in range(batches):
+        tasks = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=each))]
+        more = race(some, cut, tasks, schedule, first=reference, progress=progress)
         solved = [[*old, *new] for old, new in zip(solved, more, strict=True)]
-        ended = [[start for start in half if start.done == schedule.rounds] for half in solved]
-        best = [_ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
-        found = _laid(best, halves, symmetry)
+        ended = [[start for start in half if start.done >= schedule.rounds] for half in solved]
+        best = [ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
+        found = _laid(best, halves, symmetry, reference)
         if found.agreement > WELL:
             break
-    return _judged(stack, small, solved, found, seed)
-
-
-def _small(
-    stack: ParticleStack, diameter_angstrom: float, shift_angstrom: float, schedule: Schedule
-) -> tuple[ParticleStack, float]:
-    """The particles cut out, in pixels that hold the finest detail, and that."""
-    finest = max(schedule.finest_angstrom, SMALLER * DETAIL * diameter_angstrom)
-    finest = max(min(finest, COARSEST), 2 * stack.pixel_size_angstrom)
-    extent = ROOM * diameter_angstrom + min(MORE, shift_angstrom)
-    extent = min(extent, stack.box_px * stack.pixel_size_angstrom)
-    return small_stack(stack, extent, finest), finest
+    return _judged(stack, cut, solved, found, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,61 +213,9 @@ class _Laid:
     polished: list[ParticleStack]
     pair: HalfMaps
     axes: Axes
+    referred: bool
     agreement: float
     by_chance: float
-
-
-def _starts(
-    images: list[Coarse],
-    sizes: tuple[float, float],
-    seeds: list[tuple[int, int]],
-    schedule: Schedule,
-    progress: bool,
-) -> list[list[Start]]:
-    """Run the starts of both halves, of each the likeliest few to the end."""
-    from tqdm.auto import tqdm
-
-    count = [sum(half == h for _, half in seeds) for h in (0, 1)]
-    last = schedule.rounds - schedule.rising
-    total = len(seeds) * schedule.rising + sum(min(FINALISTS, n) for n in count) * last
-    with (
-        threadpoolctl.threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(threads.count()) as pool,
-        tqdm(total=total, desc="ab initio", unit="round", disable=not progress) as bar,
-    ):
-
-        def run(start: Start, rounds: int) -> Start:
-            while start.done < rounds:
-                start.advance()
-                bar.update()
-            return start
-
-        def begin(task: tuple[int, int]) -> Start:
-            start = Start(images[task[1]], *sizes, task[0], schedule=schedule)
-            return run(start, schedule.rising)
-
-        begun = list(pool.map(begin, seeds))
-        halves = [[s for s, t in zip(begun, seeds, strict=True) if t[1] == h] for h in (0, 1)]
-        finalists = [start for half in halves for start in _ranked(half)[:FINALISTS]]
-        list(pool.map(lambda start: run(start, schedule.rounds), finalists))
-    return halves
-
-
-def _ranked(starts: list[Start]) -> list[Start]:
-    """Starts of one half, the one whose map makes the images likeliest first."""
-    coarsest = max(start.resolution_angstrom for start in starts)
-    grid = rotations.grid(starts[0].schedule.orientations[1])
-    evidence = []
-    for start in starts:
-        found = start.look(_some(start), grid, resolution_angstrom=coarsest)
-        evidence.append(found.evidence.mean())
-    return [starts[i] for i in np.argsort(evidence)[::-1]]
-
-
-def _some(start: Start) -> np.ndarray:
-    """Rows of the images by which maps are compared."""
-    n = len(start.images)
-    return np.sort(rotations.generator(0, "judges").choice(n, min(n, JUDGES), replace=False))
 
 
 def _polished(half: ParticleStack, start: Start) -> ParticleStack:
@@ -287,32 +228,46 @@ def _polished(half: ParticleStack, start: Start) -> ParticleStack:
     return refine(placed, density, resolution_angstrom=start.resolution_angstrom, search=search)
 
 
-def _laid(best: list[Start], halves: list[ParticleStack], symmetry: str | None) -> _Laid:
+def _laid(
+    best: list[Start],
+    halves: list[ParticleStack],
+    symmetry: str | None,
+    reference: Density | None,
+) -> _Laid:
     """Lay the halves onto each other, find the symmetry, and see how many images agree."""
     polished = [_polished(half, start) for half, start in zip(halves, best, strict=True)]
     pixel = halves[0].pixel_size_angstrom
     own = [Density(start.volumes[0] * start.mask(), pixel) for start in best]
     finest = max(start.resolution_angstrom for start in best)
-    laid = maps.register(own[1], own[0], resolution_angstrom=finest)
-    polished[1] = polished[1].moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
-    pair = HalfMaps(own[0], laid.density, independent=True)
+    onto = None if reference is None else reference.sampled_as(own[0].box_px, pixel)
+    for h in (0, 1):
+        if onto is not None:
+            laid = maps.register(
+                own[h], onto, allow_mirror=reference is None, resolution_angstrom=finest
+            )
+            polished[h] = polished[h].moved(
+                laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored
+            )
+            own[h] = laid.density
+        onto = own[0]
+    pair = HalfMaps(own[0], own[1], independent=True)
     if symmetry is None:
         axes = maps.symmetry_of(pair, resolution_angstrom=finest)
     else:
         axes = maps.find_axes(pair, symmetry, resolution_angstrom=finest)
-    agreement, by_chance = _agreement(best, own[0], laid.density, axes, finest)
-    return _Laid(best, polished, pair, axes, agreement, by_chance)
+    agreement, by_chance = _agreement(best, pair, axes, finest)
+    return _Laid(best, polished, pair, axes, reference is not None, agreement, by_chance)
 
 
 def _judged(
     stack: ParticleStack,
-    small: ParticleStack,
+    cut: Cut,
     solved: list[list[Start]],
     found: _Laid,
     seed: Seed,
 ) -> AbInitio:
     """Bring everything into the standard setting and the particle file's pixels, and judge."""
-    axes, pixel = found.axes, small.pixel_size_angstrom
+    axes, pixel = found.axes, cut.stack.pixel_size_angstrom
     q, shifts = np.empty((len(stack), 4)), np.empty((len(stack), 2))
     error = np.empty(len(stack))
     for h, part in zip((1, 2), found.polished, strict=True):
@@ -330,9 +285,16 @@ def _judged(
         volume = Density(start.volumes[0] * start.mask(), pixel)
         laid = maps.register(volume, found.pair.first, resolution_angstrom=finest)
         same += laid.correlation > SAME_MAP
+    elements = group(axes.symmetry).elements
     reasons = []
     if found.agreement < ENOUGH:
         reasons.append(f"the halves lay only {found.agreement:.0%} of the images alike")
+    resolution = fsc.corrected.resolution(0.143).angstrom
+    if found.referred and resolution > BEYOND * KNOWN:
+        reasons.append(
+            f"the halves agree to {resolution:.1f} A, hardly beyond the {KNOWN:.0f} A that the "
+            "reference gave both"
+        )
     if not axes.believed:
         reasons.append(
             f"it has not the symmetry {axes.symmetry}: turned by it, the half-maps agree "
@@ -342,7 +304,8 @@ def _judged(
         found=not reasons,
         agreement=found.agreement,
         by_chance=found.by_chance,
-        resolution_angstrom=fsc.corrected.resolution(0.143).angstrom,
+        resolution_angstrom=resolution,
+        coverage=maps.coverage(np.concatenate([rotations.multiply(g, q) for g in elements])),
         starts=len(everyone),
         same_answer=same,
         reasons=tuple(reasons),
@@ -361,17 +324,19 @@ def _judged(
 
 
 def _agreement(
-    best: list[Start], first: Density, second: Density, axes: Axes, resolution_angstrom: float
+    best: list[Start], pair: HalfMaps, axes: Axes, resolution_angstrom: float
 ) -> tuple[float, float]:
     """Share of the images that lie alike by the map of either half; and by chance."""
     points, same, exchanged = group(axes.symmetry), [], []
     for start in best:
-        rows, grid, q = _some(start), start.random_grid(), []
-        for density in (first, second):
+        rows, grid, q, seen = judges(start), start.random_grid(), [], []
+        for density in (pair.first, pair.second):
             volumes = density.values[None]
             found = start.look(rows, grid, volumes=volumes, resolution_angstrom=resolution_angstrom)
             q.append(rotations.multiply(axes.quaternion, grid[found.reference]))
+            seen.append(found.evidence > SEEN)
         near = SAME_POSE * (8 * np.pi**2 / len(grid)) ** (1 / 3)
-        same.append(points.distance(q[0], q[1]) < near)
-        exchanged.append(points.distance(np.roll(q[0], 1, axis=0), q[1]) < near)
+        both = seen[0] & seen[1]
+        same.append(both & (points.distance(q[0], q[1]) < near))
+        exchanged.append(both & (points.distance(np.roll(q[0], 1, axis=0), q[1]) < near))
     return float(np.concatenate(same).mean()), float(np.concatenate(exchanged).mean())

@@ -84,7 +84,13 @@ def _paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSt
             continue
         alone = [i for i, name in enumerate(mine) if name not in row]
         missing = sorted(row[name] for name in set(row).difference(mine))
-        if not alone and not missing:
+        if not alone:
+            if missing:
+                warnings.warn(
+                    f"{path}: has {len(mine):,} of the {len(others):,} particles of {truth}; those "
+                    "are judged",
+                    stacklevel=2,
+                )
             return np.array([row[name] for name in mine])
         if len(alone) == len(mine):
             why = "they share no image name"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import numpy as np
 import typer
 
 from ..errors import InputError
@@ -15,6 +17,7 @@ from ..version import __version__
 from .mapping import map_files, refine_particles, write_halves
 from .options import (
     Invert,
+    MapVoxelSize,
     Particles,
     PixelSize,
     Quiet,
@@ -22,6 +25,7 @@ from .options import (
     StarOut,
     app,
     check_outputs,
+    open_map,
     open_particles,
     positive,
     prepared,
@@ -29,7 +33,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..abinitio import AbInitio
+    from ..density import Density
     from ..particles import ParticleStack
 
 #: Exit code where the images do not agree on any map.
@@ -57,6 +61,19 @@ Images = Annotated[
     int,
     typer.Option(min=20, help="How many images, at random, the starts look at; all are placed."),
 ]
+ClassesWanted = Annotated[
+    int,
+    typer.Option(
+        "--classes", min=1, help="How many maps, solved together; the images are sorted by them."
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Begin with this map, or atomic model, to 30 A, in place of random starts.",
+    ),
+]
 
 
 @app.command("abinitio")
@@ -65,9 +82,12 @@ def find_map(
     output: StarOut,
     symmetry: WantedSymmetry = None,
     starts: Starts = 8,
+    classes: ClassesWanted = 1,
+    reference: Reference = None,
     diameter: Diameter = None,
     shift: Shift = None,
     images: Images = 10_000,
+    voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
     seed: Seed = 0,
@@ -79,15 +99,17 @@ def find_map(
     (.mrc), their FSC (_fsc.star) and a report (.html). Each half of the images is solved by itself;
     where the two do not agree there is no map: the report says why, nothing else is written, and
     the exit code is 3.
+
+    With --classes K, images of several particles, or of one and of junk, are sorted first by K maps
+    that are solved together. All that is said above is then written of each class, as
+    OUTPUT_class1 and so on, the largest first (rlnClassNumber); images that no map explains, and
+    those of classes without a map, are written without new poses. Exit code 3: no class has a map.
     """
+    told = _Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
-    check_outputs({"--output": map_files(output, stack)}, [particles_file], stack)
+    check_outputs({"--output": told.files(output, stack)}, [particles_file, reference], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-    found = _found(
-        stack, output, f"{len(stack):,} particles of {particles_file.name}", quiet,
-        symmetry=symmetry, starts=starts, diameter=diameter, shift=shift, images=images, seed=seed,
-    )  # fmt: skip
-    if not found.verdict.found:
+    if not _solved(stack, output, particles_file.name, told, quiet):
         raise typer.Exit(NO_MAP)
 
 
@@ -97,10 +119,13 @@ def solve_particles(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
     symmetry: WantedSymmetry = None,
     starts: Starts = 8,
+    classes: ClassesWanted = 1,
+    reference: Reference = None,
     diameter: Diameter = None,
     shift: Shift = None,
     images: Images = 10_000,
     rounds: Annotated[int, typer.Option(help="Of refinement.")] = 5,
+    voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
     seed: Seed = 0,
@@ -109,62 +134,139 @@ def solve_particles(
     """From a particle file to a refined map in one command, by the images alone.
 
     It is `abinitio` (FOLDER/initial.star, .mrc, .html) and then `refine`, half against half, with
-    the symmetry that was found (FOLDER/refined.star, .mrc, .html). Interrupted and called again, it
-    goes on after what is done. Where the images do not agree on a map, the exit code is 3.
+    the symmetry that was found (FOLDER/refined.star, .mrc, .html); of several classes the largest
+    that has a map is refined. Interrupted and called again, it goes on after what is done. Where
+    the images do not agree on a map, the exit code is 3.
     """
+    asked = _Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
     initial, refined = folder / "initial.star", folder / "refined.star"
     note = folder / "solve.json"
     check_outputs(
-        {"--output": [note, *map_files(initial, stack), *map_files(refined, stack)]},
-        [particles_file],
+        {"--output": [note, *asked.files(initial, stack), *map_files(refined, stack)]},
+        [particles_file, reference],
         stack,
     )
     told = {
         "version": __version__,
         "particles": _state(particles_file, stack),
-        "symmetry": symmetry,
-        "starts": starts,
-        "diameter": diameter,
-        "shift": shift,
-        "images": images,
+        **asdict(asked),
         "invert": invert,
         "pixel_size": pixel_size,
-        "seed": seed,
     }
     known = _known(note, told)
     if known is None:
         stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-        found = _found(
-            stack, initial, f"{len(stack):,} particles of {particles_file.name}", quiet,
-            symmetry=symmetry, starts=starts, diameter=diameter, shift=shift, images=images,
-            seed=seed,
-        )  # fmt: skip
-        if not found.verdict.found:
+        found = _solved(stack, initial, particles_file.name, asked, quiet)
+        if not found:
             raise typer.Exit(NO_MAP)
-        known = found.axes.symmetry
+        known = found[0]
         _remember(note, told, known)
     else:
-        say(quiet, f"{initial}: is there already")
+        say(quiet, f"{folder / known.file}: is there already")
     refine_particles(
-        initial, refined, rounds=rounds, symmetry=known, invert=False, pixel_size=pixel_size,
-        seed=seed, quiet=quiet,
+        folder / known.file, refined, rounds=rounds, symmetry=known.symmetry, invert=False,
+        pixel_size=pixel_size, seed=seed, quiet=quiet,
     )  # fmt: skip
 
 
-def _found(
-    stack: ParticleStack,
-    output: Path,
-    title: str,
-    quiet: bool,
-    *,
-    symmetry: str | None,
-    starts: int,
-    diameter: float | None,
-    shift: float | None,
-    images: int,
-    seed: int,
-) -> AbInitio:
+@dataclass(frozen=True)
+class _Told:
+    """What a user said of how to find a map."""
+
+    symmetry: str | None
+    starts: int
+    classes: int
+    reference: str | None
+    diameter: float | None
+    shift: float | None
+    images: int
+    voxel_size: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.classes > 1 and self.reference:
+            raise InputError("--reference: one map is begun with; wanted no --classes beside it")
+
+    def outputs(self, output: Path) -> list[Path]:
+        """The STAR files of the classes; of one class only, ``output``. First that of no class."""
+        if self.classes == 1:
+            return [output]
+        return [output.with_stem(f"{output.stem}_class{i}") for i in range(self.classes + 1)]
+
+    def files(self, output: Path, stack: ParticleStack) -> list[Path]:
+        """All that is written."""
+        return [path for out in self.outputs(output) for path in map_files(out, stack)]
+
+    def known(self, stack: ParticleStack) -> Density | None:
+        """The map to begin with."""
+        from ..structures import SHIPPED, load_density
+
+        if self.reference is None:
+            return None
+        path = Path(self.reference)
+        if path.name.lower().removesuffix(".gz").endswith((".mrc", ".map")):
+            return open_map(path, self.voxel_size, stack)
+        if self.reference.lower() not in SHIPPED and not path.exists():
+            raise InputError(f"--reference: {path}: no such file")
+        pixel = stack.pixel_size_angstrom
+        return load_density(
+            self.reference,
+            box_px=stack.box_px,
+            voxel_size_angstrom=pixel,
+            resolution_angstrom=max(8.0, 2 * pixel),
+        )
+
+
+class _Found(NamedTuple):
+    """A class that has a map: its STAR file's name, and its symmetry."""
+
+    file: str
+    symmetry: str
+
+
+def _solved(
+    stack: ParticleStack, output: Path, name: str, told: _Told, quiet: bool
+) -> list[_Found]:
+    """Find a map, or sort the images and find one of each class; those that have one."""
+    from ..abinitio import classify
+    from ..abinitio.starts import FEWEST
+    from ..io.particles import write_particles
+
+    if told.classes == 1:
+        found = _one(stack, output, f"{len(stack):,} particles of {name}", told, quiet)
+        return [found] if found else []
+    classes = classify(
+        stack, told.classes, diameter_angstrom=told.diameter, shift_angstrom=told.shift,
+        starts=max(1, told.starts // 2), images=told.images, seed=told.seed, progress=not quiet,
+    )  # fmt: skip
+    number = classes.number
+    rows = np.arange(len(stack))
+    stack = stack.with_columns(
+        {
+            "rlnClassNumber": number,
+            "cryoemClassProbability": classes.probabilities[rows, number],
+        }
+    )
+    with_map = []
+    for i, out in enumerate(told.outputs(output)):
+        part = stack.select(number == i)
+        title = f"{len(part):,} of {len(stack):,} particles of {name}, " + (
+            f"class {i}" if i else "which no map explains"
+        )
+        found = None
+        if i and len(part) >= FEWEST:
+            found = _one(part, out, title, told, quiet)
+        elif len(part):
+            typer.echo(f"{out}: {title}" + (": too few for a map" if i else ""))
+        if found:
+            with_map.append(found)
+        elif len(part):
+            write_particles(out, part)
+    return with_map
+
+
+def _one(stack: ParticleStack, output: Path, title: str, told: _Told, quiet: bool) -> _Found | None:
     """Find a map, write it where there is one, and a report in any case."""
     from .. import report
     from ..abinitio import ab_initio
@@ -173,24 +275,30 @@ def _found(
 
     found = ab_initio(
         stack,
-        symmetry=symmetry,
-        starts=starts,
-        diameter_angstrom=diameter,
-        shift_angstrom=shift,
-        images=images,
-        seed=seed,
+        symmetry=told.symmetry,
+        starts=told.starts,
+        diameter_angstrom=told.diameter,
+        shift_angstrom=told.shift,
+        images=told.images,
+        reference=told.known(stack),
+        seed=told.seed,
         progress=not quiet,
     )
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     if found.verdict.found:
         write_particles(output, found.particles)
-        write_halves(map_path, found.half_maps, seed)
+        write_halves(map_path, found.half_maps, told.seed)
         write_density(map_path, found.density)
     said = str(found.verdict)
     if not found.verdict.found:  # no picture of what is not there
         report.write(page, title, [("Result", [said[0].upper() + said[1:] + "."])])
         typer.echo(f"{page}: {said}")
-        return found
+        return None
+    came = "From the images alone"
+    hand = "The hand is open: the mirror image explains the images as well."
+    if told.reference is not None:
+        came = f"Begun with {Path(told.reference).name} to 30 A, in its frame"
+        hand = "The hand is that of the reference: no image tells it."
     report.write_map(
         page,
         title,
@@ -200,9 +308,8 @@ def _found(
         found.particles.oriented(),
         notes=[
             said[0].upper() + said[1:] + ".",
-            f"From the images alone; symmetry {found.axes.symmetry}, diameter "
-            f"{found.diameter_angstrom:.0f} A. The hand is open: the mirror image explains the "
-            "images as well.",
+            f"{came}; symmetry {found.axes.symmetry}, diameter {found.diameter_angstrom:.0f} A. "
+            + hand,
         ],
         growth=found.history,
     )
@@ -210,7 +317,7 @@ def _found(
         f"{output}: {said}; symmetry {found.axes.symmetry}, "
         f"diameter {found.diameter_angstrom:.0f} A"
     )
-    return found
+    return _Found(output.name, found.axes.symmetry)
 
 
 def _state(particles_file: Path, stack: ParticleStack) -> list[list[object]]:
@@ -223,14 +330,14 @@ def _state(particles_file: Path, stack: ParticleStack) -> list[list[object]]:
     return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 
-def _known(note: Path, told: Mapping[str, object]) -> str | None:
-    """The symmetry that an earlier run of the same kind has found, or None: there was none."""
+def _known(note: Path, told: Mapping[str, object]) -> _Found | None:
+    """What an earlier run of the same kind has found, or None: there was none."""
     if not note.exists():
         return None
     try:
         before = json.loads(note.read_text(encoding="utf-8"))
-        symmetry = str(before.pop("found"))
-    except (ValueError, KeyError, AttributeError) as error:
+        found = _Found(*map(str, before.pop("found")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{note}: not what solve writes ({error})") from error
     differing = [name for name in told if before.get(name) != told[name]]
     if differing:
@@ -238,12 +345,12 @@ def _known(note: Path, told: Mapping[str, object]) -> str | None:
             f"{note.parent}: holds the results of another run ({', '.join(differing)} differ); "
             "wanted another folder"
         )
-    return symmetry
+    return found
 
 
-def _remember(note: Path, told: Mapping[str, object], symmetry: str) -> None:
+def _remember(note: Path, told: Mapping[str, object], found: _Found) -> None:
     """Write down what was found, and with what."""
     from ..io import files
 
     with files.atomic(note) as temporary:
-        temporary.write_text(json.dumps({**told, "found": symmetry}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({**told, "found": found}, indent=1), encoding="utf-8")

@@ -11,6 +11,10 @@ from ..errors import InputError
 __all__ = ["Coverage", "coverage"]
 
 
+#: Evenness below which the resolution of a map is no longer one figure.
+UNEVEN = 0.4
+
+
 @dataclass(frozen=True)
 class Coverage:
     """How evenly views sample the directions of Fourier space.
@@ -30,6 +34,11 @@ class Coverage:
     evenness: float
     unseen: float
     anisotropy: float
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the map is likely to be smeared along some directions."""
+        return self.evenness < UNEVEN
 
 
 def _half_sphere(n: int) -> Float[np.ndarray, "n 3"]:
