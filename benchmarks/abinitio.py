@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import records
+from scipy.stats import rankdata
 
 from cryoem import (
     Density,
     ParticleStack,
     ab_initio,
+    classify,
     evaluation,
     load_density,
     refine_halves,
@@ -38,9 +40,13 @@ CELLS = {
     "preferred": (1000, 1 / 16, {"coverage": "preferred"}),
     "weak": (10_000, 1 / 64, {}),
     "noise": (1000, 0.0, {}),
-    "two proteins": (1000, 1 / 16, {}),
+    "two proteins": (1000, 1 / 16, MICROSCOPE),
+    "contaminants": (1000, 1 / 16, MICROSCOPE),
 }
+#: Share of another particle, and of images of noise alone.
+JUNK = {"two proteins": (0.5, 0.0), "contaminants": (0.15, 0.15)}
 BOX, VOXEL = 116, 3.67
+KIND = "cryoemKind"
 KEPT = Path("results/bench-abinitio")
 
 
@@ -58,16 +64,34 @@ def seen(density: Density, name: str, cell: str, seed: int) -> ParticleStack:
         rng = np.random.default_rng(seed)
         images = rng.standard_normal((n, BOX, BOX)).astype(np.float32)
         return ParticleStack(images, VOXEL, quaternions=np.tile([0, 0, 0, 1.0], (n, 1)))
-    if cell == "two proteins":
-        other = load_density("4jsv" if name == "1i10" else "1i10")
-        halves = [simulate(d, n // 2, seed + i, snr=snr) for i, d in enumerate((density, other))]
-        images, q = (
-            np.concatenate([getattr(h, field) for h in halves])
-            for field in ("images", "quaternions")
-        )
-        order = np.random.default_rng(seed).permutation(n)
-        return ParticleStack(images[order], VOXEL, quaternions=q[order])
-    return simulate(density, n, seed, snr=snr, **options)
+    stack = simulate(density, n, seed, snr=snr, **options)
+    if cell not in JUNK:
+        return stack
+    # Another particle in the same noise, through the same microscope, and noise alone.
+    other = simulate(
+        load_density("4jsv" if name == "1i10" else "1i10"), n, seed, snr=snr, **options
+    )
+    rng = np.random.default_rng([seed, 3])
+    kind = rng.choice(3, n, p=[1 - sum(JUNK[cell]), *JUNK[cell]])
+    sigma = np.sqrt(stack.noise.variance)
+    images = np.where(
+        kind[:, None, None] == 1, other.images / np.sqrt(other.noise.variance), stack.images / sigma
+    )
+    images[kind == 2] = rng.standard_normal((np.sum(kind == 2), BOX, BOX))
+    return stack.replace(images=(sigma * images).astype(np.float32)).with_columns({KIND: kind})
+
+
+def sorted_well(classes, kind):
+    """How well the largest class holds the particle and nothing else."""
+    others = np.delete(classes.evidence, 0, axis=1).max(axis=1)
+    score = rankdata(classes.evidence[:, 0] - np.maximum(others, 0))
+    own = kind == 0
+    wins = score[own].sum() - own.sum() * (own.sum() + 1) / 2
+    return {
+        "auroc": wins / (own.sum() * (~own).sum()),
+        "kept_fraction": float(np.mean(classes.number[own] == 1)),
+        "junk_fraction": float(np.mean(~own[classes.number == 1])),
+    }
 
 
 def run(source: str, cell: str, seed: int, refined: bool) -> dict:
@@ -78,6 +102,12 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     truth = seen(density, name, cell, seed)
     unknown = truth.without_poses().replace(noise=None)
     wall, cpu = time.monotonic(), time.process_time()
+    sorting = {}
+    if cell == "contaminants":
+        classes = classify(unknown, 2, seed=seed)
+        sorting = sorted_well(classes, truth.columns[KIND])
+        main = classes.number == 1
+        truth, unknown = truth.select(main), unknown.select(main)
     found = ab_initio(unknown, seed=seed)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     record = {
@@ -96,11 +126,13 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
         "cpu_seconds": cpu,
         "wall_seconds": wall,
         "peak_memory_gb": report.peak_memory_gb(),
+        **sorting,
     }
     if cell in ("noise", "two proteins"):
         return {**record, "success": not found.verdict.found}
+    own = truth.columns[KIND] == 0 if sorting else slice(None)
     errors = evaluation.orientation_errors(
-        found.particles.quaternions, truth.quaternions, symmetry=symmetry
+        found.particles.quaternions[own], truth.quaternions[own], symmetry=symmetry
     )
     record |= {"one_sided_error_rad": errors.mean_rad, "median_rad": errors.median_rad}
     record["far_fraction"] = errors.far_fraction
@@ -109,7 +141,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     if refined:
         at_end = refine_halves(found.particles, symmetry=found.axes.symmetry, seed=seed)
         errors = evaluation.orientation_errors(
-            at_end.particles.quaternions, truth.quaternions, symmetry=symmetry
+            at_end.particles.quaternions[own], truth.quaternions[own], symmetry=symmetry
         )
         record |= {
             "refined_error_rad": errors.mean_rad,
