@@ -74,7 +74,7 @@ class Verdict:
         if not self.found:
             said = f"no map: {'; '.join(self.reasons)}. "
         elif self.agreement < PLAIN:
-            said = "a map with doubts: "
+            said = "a map with doubts (are some images of something else? classes sort them): "
         else:
             said = "a map: "
         return (
