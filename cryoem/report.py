@@ -119,6 +119,7 @@ def map_summary(
     mask: np.ndarray,
     quaternions: np.ndarray,
     *,
+    symmetry: str = "C1",
     test: ReferenceBias | None = None,
 ) -> dict[str, Any]:
     """The figures that a map is judged by, units in the names.
@@ -129,6 +130,8 @@ def map_summary(
     curves : HalfMapFsc
     mask : (m, m, m) array
     quaternions : (n, 4) array, unit, xyzw
+    symmetry : str
+        Point group that the map was made in.
     test : ReferenceBias, optional
         Where a reference was used.
 
@@ -139,7 +142,7 @@ def map_summary(
     from . import maps
 
     fine, coarse = curves.corrected.resolution(0.143), curves.corrected.resolution(0.5)
-    spread = maps.coverage(quaternions)
+    spread = maps.coverage(quaternions, symmetry=symmetry)
     summary: dict[str, Any] = {
         "particles": len(quaternions),
         "box_px": half_maps.first.box_px,
@@ -172,6 +175,7 @@ def write_map(
     mask: np.ndarray,
     quaternions: np.ndarray,
     *,
+    symmetry: str = "C1",
     test: ReferenceBias | None = None,
     noise: Noise | None = None,
     notes: Sequence[str] = (),
@@ -183,7 +187,7 @@ def write_map(
     ----------
     path : path
     title : str
-    half_maps, curves, mask, quaternions, test
+    half_maps, curves, mask, quaternions, symmetry, test
         See :func:`map_summary`.
     noise : Noise, optional
         Of the images.
@@ -199,7 +203,7 @@ def write_map(
     """
     import matplotlib.pyplot as plt
 
-    summary = map_summary(half_maps, curves, mask, quaternions, test=test)
+    summary = map_summary(half_maps, curves, mask, quaternions, symmetry=symmetry, test=test)
     first: list[Any] = list(notes)
     if test is not None and not test.believable:
         first.append(

@@ -182,6 +182,34 @@ def test_maps_that_do_not_agree_have_no_symmetry():
     assert not any(maps.find_axes(pair, name).believed for name in ("C2", "C3", "D2"))
 
 
+def test_an_image_that_lies_anywhere_alike_counts_in_full(few):
+    """However many places there are: none of them is probable, all together are one image."""
+    images, _ = few
+    used = len(images.slices.frequencies)
+    gain = np.ones_like(images.power)
+    nothing = np.zeros((3000, used), np.complex64)
+    steps = np.stack(np.meshgrid([0, 1, -1, 2], [0, 1, -1]), axis=-1).reshape(-1, 2).astype(float)
+    sums = Sums(len(nothing), used)
+    expect(
+        images, gain, np.zeros((len(images), 2)), nothing, steps, sums, spread_px=1e3, quick=False
+    )
+    np.testing.assert_allclose(sums.weight.sum(axis=0), (images.transfer**2).sum(axis=0), rtol=1e-3)
+
+
+def test_images_put_elsewhere_by_an_early_map_are_found_again():
+    truth = simulate(phantom(), 200, 19, snr=1.0)
+    small = small_stack(truth.without_poses(), 160.0, 14.0)
+    start = Start(coarsened(small, 14.0), 130.0, 30.0, 5, schedule=QUICK)
+    pixel = small.pixel_size_angstrom
+    values = phantom().sampled_as(small.box_px, pixel).values.astype(np.float32)
+    start.begin_with(Density(values, pixel))
+    start.done = QUICK.rising  # nothing is located from here on but what is looked for anew
+    start.offsets_px[:], start.located[:] = (20 / pixel, 0), True
+    for _ in range(24):
+        start.advance()
+    assert np.mean(np.linalg.norm(start.offsets_px, axis=1) * pixel < 7) > 0.9
+
+
 # --------------------------------------------------------------------------------------
 # From the images alone
 

@@ -756,3 +756,6 @@ def test_a_map_at_hand_is_begun_with(tmp_path, phantom):
     gone = run("abinitio", tmp_path / "seen.star", "-o", tmp_path / "x.star", "--reference",
                "nowhere.pdb", code=1)  # fmt: skip
     assert "nowhere.pdb: no such file" in gone.output
+    told = run("abinitio", tmp_path / "seen.star", "-o", tmp_path / "x.star", "--voxel-size", 7,
+               code=1)  # fmt: skip
+    assert "--voxel-size" in told.output

@@ -437,6 +437,11 @@ def test_coverage_tells_even_from_preferred_views():
     assert preferred.evenness == same.evenness
     assert preferred.anisotropy == pytest.approx(same.anisotropy)
     assert preferred.evenness < 0.7 and preferred.anisotropy > 2
+    # A symmetric particle shows the same from elsewhere.
+    cap = rotations.sample(3000, 3, tilt_range=(1.3, 1.5))
+    around = cap[np.abs(rotations.view_directions(cap)[:, 1]) < 0.3]
+    alone, all_round = maps.coverage(around), maps.coverage(around, symmetry="C4")
+    assert 0 < all_round.unseen < 0.5 * alone.unseen
     with pytest.raises(InputError, match="no orientations"):
         maps.coverage(np.zeros((0, 4)))
 

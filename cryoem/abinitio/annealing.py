@@ -53,6 +53,8 @@ DETAIL = 1 / 8
 COARSEST = 20.0
 #: A map that is begun with is used to here and no finer, angstrom; and the scales tried for it.
 KNOWN, SCALES = 30.0, 2.0 ** np.arange(-3, 4)
+#: No particle is taken for smaller, however little of it a map shows; angstrom.
+LEAST_DIAMETER = FIRST / 2
 #: Shifts are tried this far apart, over the resolution, and at least so far; angstrom.
 STEP, LEAST_STEP = 1 / 6, 2.0
 #: Steps finer than this are tried only about the known shift.
@@ -164,10 +166,11 @@ class Start:
         seen = slices_of(volume, images.slices.frequencies[: images.count(KNOWN)], grid[:SLICES])
         ratio = images.power[:, : seen.shape[1]].mean() / np.mean(np.abs(seen) ** 2)
         tries = np.sqrt(ratio) * SCALES
-        evidence = [
-            self.on(images).look(rows, grid, volumes=(scale * volume)[None]).evidence.mean()
-            for scale in tries
-        ]
+        evidence = []
+        for scale in tries:
+            found = self.look(rows, grid, volumes=(scale * volume)[None])
+            evidence.append(found.evidence.mean())
+            self.located[:] = False  # by a map of another scale
         self.volumes = (tries[int(np.argmax(evidence))] * volume)[None]
         return self.done
 
@@ -354,5 +357,5 @@ class Start:
             size = 2 * np.linalg.norm(at - middle, axis=1).max() * pixel
             if size > diameter:
                 diameter, centre = size, middle
-        self.diameter_angstrom = min(self.widest_angstrom, max(diameter, FIRST / 2))
+        self.diameter_angstrom = min(self.widest_angstrom, max(diameter, LEAST_DIAMETER))
         self.centre_px = centre * (diameter < self.widest_angstrom)

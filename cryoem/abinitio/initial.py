@@ -285,7 +285,6 @@ def _judged(
         volume = Density(start.volumes[0] * start.mask(), pixel)
         laid = maps.register(volume, found.pair.first, resolution_angstrom=finest)
         same += laid.correlation > SAME_MAP
-    elements = group(axes.symmetry).elements
     reasons = []
     if found.agreement < ENOUGH:
         reasons.append(f"the halves lay only {found.agreement:.0%} of the images alike")
@@ -305,7 +304,7 @@ def _judged(
         agreement=found.agreement,
         by_chance=found.by_chance,
         resolution_angstrom=resolution,
-        coverage=maps.coverage(np.concatenate([rotations.multiply(g, q) for g in elements])),
+        coverage=maps.coverage(q, symmetry=axes.symmetry),
         starts=len(everyone),
         same_answer=same,
         reasons=tuple(reasons),

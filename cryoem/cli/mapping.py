@@ -174,6 +174,7 @@ def refine_particles(
         found.fsc,
         found.mask,
         refined.oriented(),
+        symmetry=symmetry,
         test=test,
         noise=refined.noise,
         notes=notes,

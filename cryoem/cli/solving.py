@@ -149,7 +149,7 @@ def solve_particles(
     )
     told = {
         "version": __version__,
-        "particles": _state(particles_file, stack),
+        "files": _state(particles_file, reference, stack),
         **asdict(asked),
         "invert": invert,
         "pixel_size": pixel_size,
@@ -187,6 +187,14 @@ class _Told:
     def __post_init__(self) -> None:
         if self.classes > 1 and self.reference:
             raise InputError("--reference: one map is begun with; wanted no --classes beside it")
+        if self.voxel_size and not self._is_map:
+            raise InputError("--voxel-size: is told of an MRC map that is the --reference")
+
+    @property
+    def _is_map(self) -> bool:
+        """Whether the reference is a map; otherwise an atomic model, or there is none."""
+        name = (self.reference or "").lower().removesuffix(".gz")
+        return name.endswith((".mrc", ".map"))
 
     def outputs(self, output: Path) -> list[Path]:
         """The STAR files of the classes; of one class only, ``output``. First that of no class."""
@@ -205,7 +213,7 @@ class _Told:
         if self.reference is None:
             return None
         path = Path(self.reference)
-        if path.name.lower().removesuffix(".gz").endswith((".mrc", ".map")):
+        if self._is_map:
             return open_map(path, self.voxel_size, stack)
         if self.reference.lower() not in SHIPPED and not path.exists():
             raise InputError(f"--reference: {path}: no such file")
@@ -306,6 +314,7 @@ def _one(stack: ParticleStack, output: Path, title: str, told: _Told, quiet: boo
         found.fsc,
         found.mask,
         found.particles.oriented(),
+        symmetry=found.axes.symmetry,
         notes=[
             said[0].upper() + said[1:] + ".",
             f"{came}; symmetry {found.axes.symmetry}, diameter {found.diameter_angstrom:.0f} A. "
@@ -320,13 +329,14 @@ def _one(stack: ParticleStack, output: Path, title: str, told: _Told, quiet: boo
     return _Found(output.name, found.axes.symmetry)
 
 
-def _state(particles_file: Path, stack: ParticleStack) -> list[list[object]]:
+def _state(particles_file: Path, reference: str | None, stack: ParticleStack) -> list[list[object]]:
     """Which files are read, and how they stand: names, sizes and times."""
     from ..io.stacks import ImageStack
 
     images = stack.images
     stacks = [layout.path for layout in images.layouts] if isinstance(images, ImageStack) else []
-    paths = sorted({os.path.realpath(path) for path in (particles_file, *stacks)})
+    known = [Path(reference)] if reference and os.path.exists(reference) else []
+    paths = sorted({os.path.realpath(path) for path in (particles_file, *stacks, *known)})
     return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 

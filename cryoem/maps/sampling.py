@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from .. import rotations
 from ..errors import InputError
+from ..symmetry import group
 
 __all__ = ["Coverage", "coverage"]
 
@@ -49,7 +50,9 @@ def _half_sphere(n: int) -> Float[np.ndarray, "n 3"]:
     return np.stack([r * np.cos(angle), r * np.sin(angle), z], axis=1)
 
 
-def coverage(quaternions: Float[np.ndarray, "n 4"], *, half_thickness: float = 0.1) -> Coverage:
+def coverage(
+    quaternions: Float[np.ndarray, "n 4"], *, symmetry: str = "C1", half_thickness: float = 0.1
+) -> Coverage:
     """How evenly views cover the directions.
 
     A view from ``d`` sees the Fourier directions ``u`` with ``|<d, u>| < half_thickness``.
@@ -57,6 +60,8 @@ def coverage(quaternions: Float[np.ndarray, "n 4"], *, half_thickness: float = 0
     Parameters
     ----------
     quaternions : (n, 4) array, unit, xyzw
+    symmetry : str
+        Point group, in the standard setting: a view is one from every equivalent direction.
     half_thickness : float
         Sine of half the angle that a slice is thick.
 
@@ -68,7 +73,8 @@ def coverage(quaternions: Float[np.ndarray, "n 4"], *, half_thickness: float = 0
     ----------
     Baldwin and Lyumkis, Prog. Biophys. Mol. Biol. 150 (2020).
     """
-    views = rotations.view_directions(rotations.check(quaternions)).reshape(-1, 3)
+    copies = [rotations.multiply(g, rotations.check(quaternions)) for g in group(symmetry).elements]
+    views = rotations.view_directions(np.concatenate(copies)).reshape(-1, 3)
     if len(views) == 0:
         raise InputError("no orientations, no coverage")
     directions = _half_sphere(1000)
