@@ -193,8 +193,7 @@ def resolutions(volume, seen, clean, found, symmetry):
             posed = stack.with_poses(q)
             if images == "noisy" and poses == "found":
                 posed = posed.replace(shifts_px=shifts)
-            ridge = 1e-4 if images == "noiseless" else max(1e-4, seen.noise.variance * 1e-4)
-            v = reconstruct(posed, symmetry=symmetry.name, ridge=ridge)
+            v = reconstruct(posed, symmetry=symmetry.name)
             if poses == "found":
                 v = maps.register(v, volume).density
             curve = maps.fsc(v, volume)

@@ -1,12 +1,16 @@
 """The density from images at given orientations: least squares by conjugate gradients.
 
-Minimise ``sum_i |a_i C_i S_i P_i V - y_i|^2 + ridge |V|^2`` with the projector ``P``, shifts ``S``,
-CTFs ``C`` and contrasts ``a``. The normal operator is a convolution: its kernel is made once by a
-type-1 NUFFT on a grid of twice the edge, after which an iteration costs two FFTs whatever the
-number of images.
+Minimise ``sum_i |a_i C_i S_i P_i V - y_i|^2 + |V|^2_prior`` over densities within a ball, with the
+projector ``P``, shifts ``S``, CTFs ``C`` and contrasts ``a``. The prior is Wiener's, shell by
+shell: noise over signal, both read off the images. The normal operator is a convolution: its kernel
+is made once by a type-1 NUFFT on a grid of twice the edge, after which an iteration costs a few
+FFTs whatever the number of images.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
@@ -14,38 +18,50 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, cg
 
-from . import fourier, projection, rotations
+from . import fourier, projection, rotations, surveying
 from .density import Density
 from .errors import InputError
 from .imaging import check_images
 from .particles import ParticleStack
 from .symmetry import Group, group
 
-__all__ = ["least_squares", "reconstruct", "reconstruct_astra"]
+__all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
+
+#: The prior is at least so strong, over what all images see of a shell.
+LEAST = 1e-4
+#: Steps that are enough where there is noise, and where there is none.
+NOISY, CLEAN = 12, 50
+#: Width of the ball's soft edge, over the box.
+EDGE = 1 / 32
 
 
 def reconstruct(
     stack: ParticleStack,
     *,
     symmetry: str = "C1",
-    iterations: int = 30,
-    ridge: float = 1e-4,
+    iterations: int | None = None,
+    ridge: float = 1.0,
     progress: bool = False,
 ) -> Density:
-    """Reconstruct a density by least squares.
+    """Reconstruct a density by least squares, within a ball that fills the box.
+
+    Where the noise is louder than the particle, what few images have seen of a shell counts for
+    less than what many have; each shell as a whole keeps its strength, so that half-maps and
+    filters find the map unfiltered.
 
     Parameters
     ----------
     stack : ParticleStack
-        With orientations; its shifts, CTF and contrasts are used, and the noise, where optics
-        groups differ in it. Images in files are read in chunks.
+        With orientations; its shifts, CTF and contrasts are used, and its noise, which is measured
+        where it is unknown. Images in files are read in chunks.
     symmetry : str
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
-    iterations : int
-        Of conjugate gradients, at most; early stopping is a regularisation too.
+    iterations : int, optional
+        Of conjugate gradients, at most; by default 12, and 50 where there is no noise to be seen.
     ridge : float
-        Relative to what all images together see of a frequency at Nyquist.
+        The prior is noise over signal, and at most so many times what all images together see of
+        the shell.
     progress : bool
         Show a bar.
 
@@ -53,32 +69,71 @@ def reconstruct(
     -------
     Density
         Of the images' box and pixel size.
+
+    References
+    ----------
+    Scheres, J. Mol. Biol. 415 (2012), the prior.
     """
     from tqdm.auto import tqdm
 
     stack.oriented()
-    orbit = group(symmetry)
-    right, kernel = _normal_equations(stack, orbit, progress)
-    spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel), workers=fourier.WORKERS).real.copy()
-    del kernel
-    # A plane wave of frequency k is seen by n / (2 |k|) images, each of which gives `size` times
-    # its squared contrast to the operator: n at Nyquist.
-    seen = len(stack) if stack.contrast is None else float(np.sum(stack.contrast**2))
-    damping = ridge * seen * orbit.order
+    size, pixel = stack.box_px, stack.pixel_size_angstrom
+    sums = _back_projected(stack, group(symmetry), progress)
+    edge = len(sums.kernel)
+    shells = _Shells(size, edge)
+    # Of plane waves in the box: the kernel's own transform, cut off, is positive on average alone.
+    weights = _transformed(sums.kernel, window=1 - np.abs(np.arange(edge) - edge // 2) / size)
+    seen = shells.means(weights)
+    prior = np.clip(sums.noise_over_signal(size), LEAST * seen, max(ridge, LEAST) * seen)
+    kept = shells.means(weights, damping=prior)
+    del weights
+    spectrum = _transformed(sums.kernel)
+    sums.kernel = sums.kernel[:0]  # the largest array of all
+    if iterations is None:
+        iterations = NOISY if sums.noise.any() else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
-            right, spectrum, damping, iterations=iterations, rtol=1e-6, callback=bar.update
-        )
-    return Density(values, stack.pixel_size_angstrom)
+            sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
+            callback=bar.update,
+        )  # fmt: skip
+    k = fourier.radius((size,) * 3, half=True)
+    restored = scipy.fft.rfftn(values, workers=fourier.WORKERS)
+    restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
+    return Density(scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS), pixel)
+
+
+def kernel_edge(size: int) -> int:
+    """Edge of a normal operator's kernel: twice the box, or a little more, quick to transform."""
+    return scipy.fft.next_fast_len(2 * size, real=True)
+
+
+def _transformed(
+    kernel: Float[np.ndarray, "e e e"], window: Float[np.ndarray, " e"] | None = None
+) -> Float[np.ndarray, "e e k"]:
+    """The real transform of a kernel, within a window along each axis."""
+    if window is not None:
+        w = np.maximum(window, 0).astype(np.float32)
+        kernel = kernel * w[:, None, None] * w[:, None] * w
+    moved = scipy.fft.ifftshift(kernel)
+    return scipy.fft.rfftn(moved, workers=fourier.WORKERS, overwrite_x=True).real.copy()
+
+
+def _ball(size: int) -> Float[np.ndarray, "m m m"]:
+    """1 within the largest ball of a box, with a soft edge, 0 beyond."""
+    axis = np.arange(size) - size // 2
+    radius = np.sqrt(sum(a**2 for a in np.meshgrid(axis, axis, axis, sparse=True)))
+    edge = max(1.0, EDGE * size)
+    return np.clip((size / 2 - radius) / edge, 0, 1).astype(np.float32)
 
 
 def least_squares(
     right: Float[np.ndarray, "m m m"],
-    spectrum: Float[np.ndarray, "2m 2m k"],
-    damping: float,
+    spectrum: Float[np.ndarray, "e e k"],
+    damping: float | Float[np.ndarray, " shells"],
     *,
     iterations: int,
     rtol: float,
+    support: Float[np.ndarray, "m m m"] | None = None,
     workers: int = fourier.WORKERS,
     callback: Callable[[], object] = lambda: None,
 ) -> Float[np.ndarray, "m m m"]:
@@ -88,63 +143,143 @@ def least_squares(
     ----------
     right : (m, m, m) array
         Back-projection of the images.
-    spectrum : (2 m, 2 m, m + 1) array
-        Of the normal operator's kernel: half of its transform, which is real.
-    damping : float
-        Added to the operator.
+    spectrum : (e, e, e // 2 + 1) array
+        Of the normal operator's kernel: half of its transform, which is real. Overwritten.
+    damping : float or (shells,) array
+        Added to the operator; of shells, from 0 to Nyquist, in cycles per box.
     iterations : int
     rtol : float
         Residual, relative to the right-hand side, at which to stop.
+    support : (m, m, m) array, optional
+        How large the density may be at each voxel, relative to others; 0: none.
     workers : int
         Threads of the transforms.
     callback : callable
         Called after each iteration.
     """
-    size, strength = len(right), np.float32(damping)
+    size = len(right)
+    edge = len(spectrum)
+    _Shells(size, edge).add(spectrum, np.atleast_1d(damping))
+    within = np.float32(1) if support is None else support
 
     def normal(v: np.ndarray) -> np.ndarray:
-        padded = np.zeros((2 * size,) * 3, np.float32)
-        padded[:size, :size, :size] = v.reshape(right.shape)
+        padded = np.zeros((edge,) * 3, np.float32)
+        padded[:size, :size, :size] = within * v.reshape(right.shape)
         transformed = scipy.fft.rfftn(padded, workers=workers, overwrite_x=True)
         transformed *= spectrum
         back = scipy.fft.irfftn(transformed, s=padded.shape, workers=workers, overwrite_x=True)
-        return back[:size, :size, :size].ravel() + strength * v.ravel()
+        return (within * back[:size, :size, :size]).ravel()
 
     values, _ = cg(
-        LinearOperator((right.size, right.size), matvec=normal, dtype=np.float32),
-        right.ravel(),
+        LinearOperator((right.size,) * 2, matvec=normal, dtype=np.float32),
+        (within * right).ravel(),
         rtol=rtol,
         maxiter=iterations,
         callback=lambda _: callback(),
     )
-    return values.reshape(right.shape)
+    return within * values.reshape(right.shape)
 
 
-def _normal_equations(
-    stack: ParticleStack, orbit: Group, progress: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Back-projection of the images, (size,) * 3, and the normal operator's kernel, at twice it."""
+class _Shells:
+    """The shells of a normal operator's spectrum, counted in cycles per box.
+
+    In slabs: one array of that size is enough.
+    """
+
+    def __init__(self, size: int, edge: int) -> None:
+        self.size, self.edge = size, edge
+        self.count = size // 2 + 1
+
+    def _slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each plane of the spectrum: its number, and its frequencies' lengths."""
+        scale = self.size / self.edge
+        axis = scale * fourier.frequencies(self.edge)
+        half = scale * np.arange(self.edge // 2 + 1)
+        plane = axis[:, None] ** 2 + half**2
+        for z, along in enumerate(axis):
+            yield z, np.sqrt(along**2 + plane)
+
+    def means(
+        self, spectrum: np.ndarray, *, damping: np.ndarray | None = None
+    ) -> Float[np.ndarray, " shells"]:
+        """Means over the shells to Nyquist; with a damping, of the share that it leaves."""
+        total, number = np.zeros(self.count), np.zeros(self.count)
+        for z, k in self._slabs():
+            here = k <= self.size / 2
+            shell = np.minimum(np.rint(k[here]).astype(int), self.count - 1)
+            values = spectrum[z][here]
+            if damping is not None:
+                values = values / (values + damping[shell])
+            total += np.bincount(shell, values, minlength=self.count)
+            number += np.bincount(shell, minlength=self.count)
+        found = total / number
+        return np.maximum(found, LEAST * found.max())
+
+    def add(self, spectrum: np.ndarray, damping: np.ndarray) -> None:
+        """Add a damping in place; what is finer than its last shell has that of this."""
+        for z, k in self._slabs():
+            spectrum[z] += np.interp(k, np.arange(len(damping)), damping)
+
+
+@dataclass
+class _BackProjected:
+    """What the images say of a density.
+
+    Attributes
+    ----------
+    right : (m, m, m) array
+        Their back-projection.
+    kernel : (e, e, e) array
+        Of the normal operator; see :func:`kernel_edge`.
+    power, transfer : (shells,) array
+        What the images have at each shell beyond their noise, and how much of the particle they
+        transfer; sums.
+    noise : (shells,) array
+        Power of the noise; 0 where it is not known.
+    """
+
+    right: np.ndarray
+    kernel: np.ndarray
+    power: np.ndarray
+    transfer: np.ndarray
+    noise: np.ndarray
+
+    def noise_over_signal(self, size: int) -> Float[np.ndarray, " shells"]:
+        """Wiener's prior; infinite where no signal is seen."""
+        signal = self.power / np.maximum(self.transfer, 1e-30) / size**3
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(signal > 0, self.noise / signal, np.inf)
+        return np.where(self.noise > 0, ratio, 0)
+
+
+def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _BackProjected:
+    """Back-project the images, and see how loud they are."""
     from tqdm.auto import tqdm
 
     size = stack.box_px
+    stack = surveying.with_noise(stack)
     slices = projection.Slices(size)
+    length = np.linalg.norm(slices.frequencies, axis=1)
+    shell = np.minimum(np.rint(length).astype(int), size // 2)
     weights = np.broadcast_to(slices.weights / size**2, (1, len(slices.weights)))
-    if stack.noise is not None and len(stack.noise.power) > 1:
-        # What all images have alike changes nothing but the meaning of the ridge.
-        power = stack.noise.at(np.linalg.norm(slices.frequencies, axis=1) / size)
-        weights = (weights * power.mean(axis=0) / power).astype(np.float32)
+    noise = np.zeros(weights.shape)
+    if stack.noise is not None:
+        noise = stack.noise.at(length / size)
+        if len(noise) > 1:
+            # What all images have alike changes nothing but the meaning of the ridge.
+            weights = (weights * noise.mean(axis=0) / noise).astype(np.float32)
     right = np.zeros((size,) * 3, np.float32)
-    kernel = np.zeros((2 * size,) * 3, np.float32)
+    edge = kernel_edge(size)
+    kernel = np.zeros((edge,) * 3, np.float32)
+    power, transfer = np.zeros(len(length)), np.zeros(len(length))
     parts = slices.chunks(len(stack))
     for rows in tqdm(parts, desc="back-projection", unit="chunk", disable=not progress):
         part = stack.select(rows)
         y = slices.from_images(part.images[:])
-        gain = (
-            weights[stack.noise.of(part.optics_group)]
-            if stack.noise and len(weights) > 1
-            else weights
-        )
-        a = np.ones((1, 1), np.float32)
+        groups = np.zeros(len(part), int)
+        if stack.noise is not None and len(noise) > 1:
+            groups = stack.noise.of(part.optics_group)
+        gain, a = weights[groups], np.ones((1, 1), np.float32)
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]
         if part.shifts_px.any():
@@ -152,12 +287,21 @@ def _normal_equations(
         ctf = part.ctf()
         if ctf is not None:
             a = a * ctf[:, *slices.index]
-        y, squared = y * gain * a, np.broadcast_to(gain * a**2, y.shape)
+        squared = np.broadcast_to(gain * a**2, y.shape)
+        power += np.sum(gain * (np.abs(y) ** 2 - size**2 * noise[groups]), axis=0)
+        transfer += squared.sum(axis=0)
+        y = y * gain * a
         for g in orbit.elements:
             q = rotations.multiply(g, part.oriented())
             right += slices.backproject(y, q, size)
-            kernel += slices.backproject(squared, q, size, modes=2 * size)
-    return right, kernel
+            kernel += slices.backproject(squared, q, size, modes=edge)
+
+    def of_shells(values: np.ndarray) -> np.ndarray:
+        return np.bincount(shell, values, minlength=size // 2 + 1)
+
+    mean = of_shells(noise.mean(axis=0) * slices.weights)
+    mean /= np.maximum(of_shells(slices.weights), 1)
+    return _BackProjected(right, kernel, of_shells(power), of_shells(transfer), mean)
 
 
 def reconstruct_astra(

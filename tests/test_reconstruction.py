@@ -11,9 +11,11 @@ from cryoem import imaging, maps, rotations
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
 from cryoem.io.stacks import ImageStack, open_array
+from cryoem.noise import Noise
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.projection import project
 from cryoem.reconstruction import reconstruct
+from cryoem.simulation import simulate
 from cryoem.symmetry import group
 
 BOX, VOXEL, N = 32, 7.0, 400
@@ -97,21 +99,45 @@ def test_contrasts_are_undone(phantom, seen):
 def test_the_unit_of_the_contrasts_does_not_matter(defocused, scale):
     contrast = np.linspace(0.5, 1.5, N)
     images = np.asarray(defocused.images) * contrast[:, None, None].astype(np.float32)
-    known = defocused.replace(images=images, contrast=contrast)
-    scaled = known.replace(images=np.float32(scale) * images, contrast=scale * contrast)
+    variance = 4 * images.var()
+    images += np.random.default_rng(2).normal(0, variance**0.5, images.shape).astype(np.float32)
+    known = defocused.replace(images=images, contrast=contrast, noise=Noise.white(variance))
+    scaled = known.replace(
+        images=np.float32(scale) * images,
+        contrast=scale * contrast,
+        noise=Noise.white(scale**2 * variance),
+    )
     # So much of a ridge that it tells.
     a, b, none = (
-        reconstruct(x, iterations=10, ridge=ridge).values
-        for x, ridge in ((known, 0.03), (scaled, 0.03), (known, 1e-4))
+        reconstruct(x, ridge=ridge).values
+        for x, ridge in ((known, 1.0), (scaled, 1.0), (known, 1e-4))
     )
     assert relative_error(b, a) < 1e-3
     assert relative_error(none, a) > 0.05
 
 
+@pytest.mark.parametrize("snr", [1 / 4, 1.0])
+@pytest.mark.parametrize("box", [32, 33])
+def test_noise_is_weighed_against_what_many_images_have_seen(phantom, box, snr):
+    """Nearer to the density than without a prior, shell by shell as strong, nothing in corners."""
+    density = phantom.density(box, VOXEL)
+    stack = simulate(density, 60, 1, snr=snr, defocus_range_angstrom=(8_000, 30_000))
+    found, plain = reconstruct(stack), reconstruct(stack, ridge=0.0)
+    assert maps.fsc(found, density).mean > maps.fsc(plain, density).mean + 0.01
+    off = [relative_error(x.values, density.values) for x in (found, plain)]
+    assert off[0] < 0.85 * off[1]
+    finest = 30.0
+    a, b = found.low_passed(finest).values, density.low_passed(finest).values
+    assert np.vdot(a, b) / np.vdot(b, b) == pytest.approx(1, abs=0.05)
+    axis = np.arange(box) - box // 2
+    radius = np.sqrt(sum(x**2 for x in np.meshgrid(axis, axis, axis)))
+    assert np.abs(found.values[radius > box / 2 + 1]).max() < 0.1 * np.abs(found.values).max()
+
+
 def test_images_in_files_give_the_map_of_those_in_memory(defocused, tmp_path, monkeypatch):
     contrast = np.linspace(0.5, 1.5, N)
     shifts = imaging.triangular_shifts(N, 5, 2.0)
-    known = defocused.replace(contrast=contrast, shifts_px=shifts)
+    known = defocused.replace(contrast=contrast, shifts_px=shifts, noise=Noise.white(1e-6))
     wanted = reconstruct(known, iterations=5).values
     np.save(tmp_path / "images.npy", known.images)
     most, read = [], ImageStack._read

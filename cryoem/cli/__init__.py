@@ -1,6 +1,6 @@
 """The command line: thin over the package, one command a step from particles to a map."""
 
-from . import imaging, judging, mapping, orienting, solving  # each adds its commands
+from . import imaging, initial, judging, mapping, orienting, solving  # each adds its commands
 from .options import app
 
-__all__ = ["app", "imaging", "judging", "mapping", "orienting", "solving"]
+__all__ = ["app", "imaging", "initial", "judging", "mapping", "orienting", "solving"]

@@ -1,4 +1,4 @@
-"""From the images alone: ``abinitio``, ``solve``."""
+"""From a particle file to a refined map: ``solve``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,29 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
+from .. import rotations
+from ..abinitio.learning import IMAGES
 from ..errors import InputError
 from ..version import __version__
-from .mapping import map_files, refine_particles, write_halves
+from .initial import (
+    NO_MAP,
+    ClassesWanted,
+    Diameter,
+    Found,
+    Images,
+    Reference,
+    Shift,
+    Starts,
+    Told,
+    WantedSymmetry,
+    find_maps,
+)
+from .mapping import map_files, refine_particles
 from .options import (
     Invert,
     MapVoxelSize,
@@ -22,95 +37,32 @@ from .options import (
     PixelSize,
     Quiet,
     Seed,
-    StarOut,
     app,
     check_outputs,
-    open_map,
     open_particles,
-    positive,
     prepared,
     say,
+    star_files,
 )
+from .orienting import AT_RANDOM, CHECKPOINTS, WORK
 
 if TYPE_CHECKING:
-    from ..density import Density
     from ..particles import ParticleStack
 
-#: Exit code where the images do not agree on any map.
-NO_MAP = 3
 
-WantedSymmetry = Annotated[
-    str | None,
-    typer.Option("--symmetry", help="Point group: C1, C4, D2, ...; default: found out."),
-]
-Starts = Annotated[int, typer.Option(help="Random starts, shared out among the halves.")]
-Diameter = Annotated[
-    float | None,
+#: Particles beyond those that make the map from which a network that learns from it pays.
+WORTH = 20_000
+
+Learn = Annotated[
+    int | None,
     typer.Option(
-        help="Angstrom, of the particle; default: as the images say.",
-        callback=positive("--diameter"),
+        min=0,
+        metavar="IMAGES",
+        help="How many projections of the images' own map a network learns from, to place the "
+        f"particles beyond --images; 0: the likelihood places them. Default: {IMAGES:,} where "
+        f"these are {WORTH:,} or more, else 0.",
     ),
 ]
-Shift = Annotated[
-    float | None,
-    typer.Option(
-        min=0, help="Angstrom, how far particles may be off-centre; default: a tenth of the frame."
-    ),
-]
-Images = Annotated[
-    int,
-    typer.Option(min=20, help="How many images, at random, the starts look at; all are placed."),
-]
-ClassesWanted = Annotated[
-    int,
-    typer.Option(
-        "--classes", min=1, help="How many maps, solved together; the images are sorted by them."
-    ),
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MAP",
-        help="Begin with this map, or atomic model, to 30 A, in place of random starts.",
-    ),
-]
-
-
-@app.command("abinitio")
-def find_map(
-    particles_file: Particles,
-    output: StarOut,
-    symmetry: WantedSymmetry = None,
-    starts: Starts = 8,
-    classes: ClassesWanted = 1,
-    reference: Reference = None,
-    diameter: Diameter = None,
-    shift: Shift = None,
-    images: Images = 10_000,
-    voxel_size: MapVoxelSize = None,
-    invert: Invert = None,
-    pixel_size: PixelSize = None,
-    seed: Seed = 0,
-    quiet: Quiet = False,
-) -> None:
-    """Find orientations, shifts and a map from the images alone: no model, no training.
-
-    Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
-    (.mrc), their FSC (_fsc.star) and a report (.html). Each half of the images is solved by itself;
-    where the two do not agree there is no map: the report says why, nothing else is written, and
-    the exit code is 3.
-
-    With --classes K, images of several particles, or of one and of junk, are sorted first by K maps
-    that are solved together. All that is said above is then written of each class, as
-    OUTPUT_class1 and so on, the largest first (rlnClassNumber); images that no map explains, and
-    those of classes without a map, are written without new poses. Exit code 3: no class has a map.
-    """
-    told = _Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
-    stack = open_particles(particles_file, quiet, pixel_size)
-    check_outputs({"--output": told.files(output, stack)}, [particles_file, reference], stack)
-    stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-    if not _solved(stack, output, particles_file.name, told, quiet):
-        raise typer.Exit(NO_MAP)
 
 
 @app.command("solve")
@@ -124,6 +76,7 @@ def solve_particles(
     diameter: Diameter = None,
     shift: Shift = None,
     images: Images = 10_000,
+    learn: Learn = None,
     rounds: Annotated[int, typer.Option(help="Of refinement.")] = 5,
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
@@ -135,15 +88,21 @@ def solve_particles(
 
     It is `abinitio` (FOLDER/initial.star, .mrc, .html) and then `refine`, half against half, with
     the symmetry that was found (FOLDER/refined.star, .mrc, .html); of several classes the largest
-    that has a map is refined. Interrupted and called again, it goes on after what is done. Where
-    the images do not agree on a map, the exit code is 3.
+    that has a map is refined.
+
+    Of a large set (see --learn) the map is found from --images of the particles, drawn at random,
+    and refined (part.star, .mrc, .html); a network learns distances of orientations from
+    projections of that map (network.npz) and places all the others (oriented.star).
+
+    Interrupted and called again, it goes on after what is done. Where the images do not agree on a
+    map, the exit code is 3.
     """
-    asked = _Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
+    asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
-    initial, refined = folder / "initial.star", folder / "refined.star"
-    note = folder / "solve.json"
+    learned = _images_to_learn(learn, asked, stack)
+    plan = _Plan(folder, learned, rounds, seed, quiet)
     check_outputs(
-        {"--output": [note, *asked.files(initial, stack), *map_files(refined, stack)]},
+        {"--output": [*plan.files(stack), *asked.files(plan.initial, stack)]},
         [particles_file, reference],
         stack,
     )
@@ -151,182 +110,146 @@ def solve_particles(
         "version": __version__,
         "files": _state(particles_file, reference, stack),
         **asdict(asked),
+        "learn": learned,
         "invert": invert,
         "pixel_size": pixel_size,
     }
-    known = _known(note, told)
-    if known is None:
+    known = _known(plan.note, told)
+    if known is None or (learned and not plan.oriented.exists()):
         stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-        found = _solved(stack, initial, particles_file.name, asked, quiet)
+    rows = np.arange(len(stack))
+    if learned:
+        stack = stack.with_half_sets(seed)
+        rows = np.sort(rotations.generator(seed, "part").permutation(len(stack))[:images])
+        say(
+            quiet,
+            f"{particles_file}: a map is found from {len(rows):,} of the particles; a network "
+            f"learns from {learned:,} projections of it, and places the other "
+            f"{len(stack) - len(rows):,}",
+        )
+    if known is None:
+        found = find_maps(stack.select(rows), plan.initial, particles_file.name, asked, quiet)
         if not found:
             raise typer.Exit(NO_MAP)
         known = found[0]
-        _remember(note, told, known)
+        _remember(plan.note, told, known)
     else:
         say(quiet, f"{folder / known.file}: is there already")
-    refine_particles(
-        folder / known.file, refined, rounds=rounds, symmetry=known.symmetry, invert=False,
-        pixel_size=pixel_size, seed=seed, quiet=quiet,
-    )  # fmt: skip
+    start = folder / known.file
+    if learned:
+        start = _placed(stack, rows, start, known.symmetry, plan)
+    _refined(start, plan.refined, known.symmetry, plan)
+
+
+def _images_to_learn(learn: int | None, asked: Told, stack: ParticleStack) -> int:
+    """How many images a network is trained on; 0: there is none, the likelihood places all."""
+    others = len(stack) - asked.images
+    if learn is None:
+        return IMAGES if others >= WORTH and asked.classes == 1 else 0
+    if learn and asked.classes > 1:
+        raise InputError("--learn: a network knows one map; wanted no --classes beside it")
+    if learn and others < 1:
+        raise InputError(
+            f"--learn: --images {asked.images:,} are all of the {len(stack):,} particles; wanted "
+            "fewer, so that some are left for the network"
+        )
+    return learn
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a user said of how to find a map."""
+class _Plan:
+    """Where each step writes, and what all are told."""
 
-    symmetry: str | None
-    starts: int
-    classes: int
-    reference: str | None
-    diameter: float | None
-    shift: float | None
-    images: int
-    voxel_size: float | None
+    folder: Path
+    learned: int
+    rounds: int
     seed: int
-
-    def __post_init__(self) -> None:
-        if self.classes > 1 and self.reference:
-            raise InputError("--reference: one map is begun with; wanted no --classes beside it")
-        if self.voxel_size and not self._is_map:
-            raise InputError("--voxel-size: is told of an MRC map that is the --reference")
+    quiet: bool
 
     @property
-    def _is_map(self) -> bool:
-        """Whether the reference is a map; otherwise an atomic model, or there is none."""
-        name = (self.reference or "").lower().removesuffix(".gz")
-        return name.endswith((".mrc", ".map"))
+    def note(self) -> Path:
+        """What was asked for, and the class that has a map."""
+        return self.folder / "solve.json"
 
-    def outputs(self, output: Path) -> list[Path]:
-        """The STAR files of the classes; of one class only, ``output``. First that of no class."""
-        if self.classes == 1:
-            return [output]
-        return [output.with_stem(f"{output.stem}_class{i}") for i in range(self.classes + 1)]
+    @property
+    def initial(self) -> Path:
+        """The map that the images alone give."""
+        return self.folder / "initial.star"
 
-    def files(self, output: Path, stack: ParticleStack) -> list[Path]:
-        """All that is written."""
-        return [path for out in self.outputs(output) for path in map_files(out, stack)]
+    @property
+    def part(self) -> Path:
+        """The same refined, where a network learns from it."""
+        return self.folder / "part.star"
 
-    def known(self, stack: ParticleStack) -> Density | None:
-        """The map to begin with."""
-        from ..structures import SHIPPED, load_density
+    @property
+    def network(self) -> Path:
+        """What has learned."""
+        return self.folder / "network.npz"
 
-        if self.reference is None:
-            return None
-        path = Path(self.reference)
-        if self._is_map:
-            return open_map(path, self.voxel_size, stack)
-        if self.reference.lower() not in SHIPPED and not path.exists():
-            raise InputError(f"--reference: {path}: no such file")
-        pixel = stack.pixel_size_angstrom
-        return load_density(
-            self.reference,
-            box_px=stack.box_px,
-            voxel_size_angstrom=pixel,
-            resolution_angstrom=max(8.0, 2 * pixel),
-        )
+    @property
+    def oriented(self) -> Path:
+        """All particles, before they are refined."""
+        return self.folder / "oriented.star"
 
+    @property
+    def refined(self) -> Path:
+        """The end."""
+        return self.folder / "refined.star"
 
-class _Found(NamedTuple):
-    """A class that has a map: its STAR file's name, and its symmetry."""
-
-    file: str
-    symmetry: str
+    def files(self, stack: ParticleStack) -> list[Path]:
+        """All that is written, but for the first step."""
+        found = [self.note, *map_files(self.refined, stack)]
+        if self.learned:
+            found += [*map_files(self.part, stack), self.network, *star_files(self.oriented, stack)]
+            found += [self.folder / "network" / name for name in CHECKPOINTS]
+            found += [self.folder / "oriented.work" / name for name in WORK]
+        return found
 
 
-def _solved(
-    stack: ParticleStack, output: Path, name: str, told: _Told, quiet: bool
-) -> list[_Found]:
-    """Find a map, or sort the images and find one of each class; those that have one."""
-    from ..abinitio import classify
-    from ..abinitio.starts import FEWEST
-    from ..io.particles import write_particles
-
-    if told.classes == 1:
-        found = _one(stack, output, f"{len(stack):,} particles of {name}", told, quiet)
-        return [found] if found else []
-    classes = classify(
-        stack, told.classes, diameter_angstrom=told.diameter, shift_angstrom=told.shift,
-        starts=max(1, told.starts // 2), images=told.images, seed=told.seed, progress=not quiet,
+def _refined(start: Path, output: Path, symmetry: str, plan: _Plan) -> None:
+    """Refine what an earlier step wrote; its images have been turned as they should be."""
+    refine_particles(
+        start, output, rounds=plan.rounds, symmetry=symmetry, invert=False, seed=plan.seed,
+        quiet=plan.quiet,
     )  # fmt: skip
-    number = classes.number
-    rows = np.arange(len(stack))
-    stack = stack.with_columns(
-        {
-            "rlnClassNumber": number,
-            "cryoemClassProbability": classes.probabilities[rows, number],
-        }
-    )
-    with_map = []
-    for i, out in enumerate(told.outputs(output)):
-        part = stack.select(number == i)
-        title = f"{len(part):,} of {len(stack):,} particles of {name}, " + (
-            f"class {i}" if i else "which no map explains"
-        )
-        found = None
-        if i and len(part) >= FEWEST:
-            found = _one(part, out, title, told, quiet)
-        elif len(part):
-            typer.echo(f"{out}: {title}" + (": too few for a map" if i else ""))
-        if found:
-            with_map.append(found)
-        elif len(part):
-            write_particles(out, part)
-    return with_map
 
 
-def _one(stack: ParticleStack, output: Path, title: str, told: _Told, quiet: bool) -> _Found | None:
-    """Find a map, write it where there is one, and a report in any case."""
-    from .. import report
-    from ..abinitio import ab_initio
-    from ..density import write_density
-    from ..io.particles import write_particles
+def _placed(
+    stack: ParticleStack, rows: np.ndarray, start: Path, symmetry: str, plan: _Plan
+) -> Path:
+    """Let a network learn from the map of a part of the particles, and place the others."""
+    from ..abinitio.learning import learn, place
+    from ..density import read_density
+    from ..estimator import load_estimator
+    from ..io.particles import read_particles, write_particles
 
-    found = ab_initio(
-        stack,
-        symmetry=told.symmetry,
-        starts=told.starts,
-        diameter_angstrom=told.diameter,
-        shift_angstrom=told.shift,
-        images=told.images,
-        reference=told.known(stack),
-        seed=told.seed,
-        progress=not quiet,
-    )
-    map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
-    if found.verdict.found:
-        write_particles(output, found.particles)
-        write_halves(map_path, found.half_maps, told.seed)
-        write_density(map_path, found.density)
-    said = str(found.verdict)
-    if not found.verdict.found:  # no picture of what is not there
-        report.write(page, title, [("Result", [said[0].upper() + said[1:] + "."])])
-        typer.echo(f"{page}: {said}")
-        return None
-    came = "From the images alone"
-    hand = "The hand is open: the mirror image explains the images as well."
-    if told.reference is not None:
-        came = f"Begun with {Path(told.reference).name} to 30 A, in its frame"
-        hand = "The hand is that of the reference: no image tells it."
-    report.write_map(
-        page,
-        title,
-        found.half_maps,
-        found.fsc,
-        found.mask,
-        found.particles.oriented(),
-        symmetry=found.axes.symmetry,
-        notes=[
-            said[0].upper() + said[1:] + ".",
-            f"{came}; symmetry {found.axes.symmetry}, diameter {found.diameter_angstrom:.0f} A. "
-            + hand,
-        ],
-        growth=found.history,
-    )
+    if plan.oriented.exists():
+        say(plan.quiet, f"{plan.oriented}: is there already")
+        return plan.oriented
+    if not plan.part.with_suffix(".html").exists():  # what is written last
+        _refined(start, plan.part, symmetry, plan)
+    part, density = read_particles(plan.part), read_density(plan.part.with_suffix(".mrc"))
+    if not plan.network.exists():
+        model = learn(
+            part, density, symmetry=symmetry, images=plan.learned, seed=plan.seed,
+            checkpoint=plan.folder / "network", progress=not plan.quiet,
+        )  # fmt: skip
+        model.save(plan.network)
+    found = place(
+        load_estimator(plan.network), stack, rows, part, density, symmetry=symmetry,
+        seed=plan.seed, work=plan.folder / "oriented.work", progress=not plan.quiet,
+    )  # fmt: skip
     typer.echo(
-        f"{output}: {said}; symmetry {found.axes.symmetry}, "
-        f"diameter {found.diameter_angstrom:.0f} A"
+        f"{plan.network}: lays the {len(rows):,} images that made the map within "
+        f"{found.mean_rad:.3f} rad (median {found.median_rad:.3f}) of where they lie in it"
     )
-    return _Found(output.name, found.axes.symmetry)
+    if found.median_rad > AT_RANDOM:
+        raise InputError(
+            f"{plan.network}: has not learned to place these particles; see --learn, of more "
+            "images, or 0: the likelihood places all"
+        )
+    write_particles(plan.oriented, found.particles)
+    return plan.oriented
 
 
 def _state(particles_file: Path, reference: str | None, stack: ParticleStack) -> list[list[object]]:
@@ -340,13 +263,13 @@ def _state(particles_file: Path, reference: str | None, stack: ParticleStack) ->
     return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 
 
-def _known(note: Path, told: Mapping[str, object]) -> _Found | None:
+def _known(note: Path, told: Mapping[str, object]) -> Found | None:
     """What an earlier run of the same kind has found, or None: there was none."""
     if not note.exists():
         return None
     try:
         before = json.loads(note.read_text(encoding="utf-8"))
-        found = _Found(*map(str, before.pop("found")))
+        found = Found(*map(str, before.pop("found")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{note}: not what solve writes ({error})") from error
     differing = [name for name in told if before.get(name) != told[name]]
@@ -358,7 +281,7 @@ def _known(note: Path, told: Mapping[str, object]) -> _Found | None:
     return found
 
 
-def _remember(note: Path, told: Mapping[str, object], found: _Found) -> None:
+def _remember(note: Path, told: Mapping[str, object], found: Found) -> None:
     """Write down what was found, and with what."""
     from ..io import files
 

@@ -69,10 +69,11 @@ def cross_check(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
     curve = maps.half_map_fsc(pair, mask, seed=seed).corrected
     weight = up_to_crossing(curve, 0.143)
     others = [masked(mask, maps.filtered(d, weight)) for d in (pair.second, pair.first)]
+    coarsest = stack.box_px * stack.pixel_size_angstrom / 2  # halves of noise agree nowhere
     checked = refine_each_half(
         halves,
         others,
-        resolution_angstrom=curve.resolution(0.143).angstrom,
+        resolution_angstrom=min(curve.resolution(0.143).angstrom, coarsest),
         search=Search(starts=1, coarse_to_fine=False, steps=5),
     )
     return stack.replace(expected_error_rad=expected_error(q, checked))

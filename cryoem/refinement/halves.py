@@ -193,11 +193,9 @@ def masked(mask: np.ndarray, density: Density) -> Density:
 
 
 def half_maps(stack: ParticleStack, *, independent: bool, symmetry: str = "C1") -> maps.HalfMaps:
-    """Reconstruct each half-set, with little iteration: FSC and filters do the rest."""
+    """Reconstruct each half-set."""
     first, second = (
-        reconstruction.reconstruct(
-            stack.select(stack.half(half)), symmetry=symmetry, iterations=10, ridge=1e-2
-        )
+        reconstruction.reconstruct(stack.select(stack.half(half)), symmetry=symmetry)
         for half in (1, 2)
     )
     return maps.HalfMaps(first, second, independent)

@@ -143,7 +143,7 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     n = len(stack)
     rng = rotations.generator(seed, "frame")
     some = np.sort(rng.choice(n, min(ENOUGH, n), replace=False))
-    own = reconstruct(stack.select(some), iterations=10, ridge=1e-2)
+    own = reconstruct(stack.select(some))
     before = _likeness(own, reference)
     if before > ALIKE:
         return stack

@@ -1,0 +1,141 @@
+"""A network that learns from the images' own map, to place the many that did not make it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from .. import maps, surveying
+from ..density import Density
+from ..io.files import PathLike
+from ..particles import ParticleStack
+from ..preprocessing import preprocessing_for
+from ..recovery import orient
+from ..simulation import TrainingImages
+from ..symmetry import group
+
+if TYPE_CHECKING:
+    from ..estimator import Estimator
+
+__all__ = ["IMAGES", "Placed", "learn", "place"]
+
+#: Projections of the map that a network learns from.
+IMAGES = 38_400
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Particles that a network placed, and how well it did.
+
+    Attributes
+    ----------
+    particles : ParticleStack
+        Those of the map as they were, the others by the network; with expected errors, the
+        network's scaled by what it is off on those of the map.
+    mean_rad, median_rad : float
+        How far off it is on these: between its orientations and those that made the map.
+    """
+
+    particles: ParticleStack
+    mean_rad: float
+    median_rad: float
+
+
+def learn(
+    particles: ParticleStack,
+    density: Density,
+    *,
+    symmetry: str = "C1",
+    images: int = IMAGES,
+    precision: str = "float32",
+    seed: int = 0,
+    checkpoint: PathLike | None = None,
+    progress: bool = False,
+) -> Estimator:
+    """Train an estimator of distances on a map that the images made themselves.
+
+    Where the paper trains on a structure that is known, this one is found from a part of the images
+    (:func:`cryoem.ab_initio`, then :func:`cryoem.refine_halves`).
+
+    Parameters
+    ----------
+    particles : ParticleStack
+        That made the map, with their shifts: noise, SNR, shifts and defocus are drawn as theirs.
+    density : Density
+        The map; noise outside the particle is masked off.
+    symmetry : str
+    images : int
+        To train on.
+    precision, seed, checkpoint, progress
+        See :meth:`cryoem.Estimator.create` and :func:`cryoem.train`.
+
+    Returns
+    -------
+    Estimator
+    """
+    from ..estimator import Estimator, train
+
+    density = density.sampled_as(particles.box_px, particles.pixel_size_angstrom)
+    cube = Density(maps.soft_mask(density) * density.values, density.voxel_size_angstrom)
+    ranges = surveying.survey(particles, seed=seed).training()
+    preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
+    source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
+    model = Estimator.create(
+        preprocessing, symmetry=symmetry, passes=2, seed=seed, precision=precision
+    )
+    told = train(model, source, images=images, seed=seed, checkpoint=checkpoint, progress=progress)
+    model.notes = {
+        "images": images,
+        "seed": seed,
+        "precision": precision,
+        "train_minutes": round(sum(told["seconds"]) / 60, 1),
+        "source": source.settings,
+    }
+    return model
+
+
+def place(
+    estimator: Estimator,
+    stack: ParticleStack,
+    rows: Int[np.ndarray, " m"],
+    known: ParticleStack,
+    density: Density,
+    *,
+    symmetry: str = "C1",
+    seed: int = 0,
+    work: PathLike | None = None,
+    progress: bool = False,
+) -> Placed:
+    """Place all particles by a network, in the frame of a map that some of them made.
+
+    Parameters
+    ----------
+    estimator : Estimator
+    stack : ParticleStack
+    rows : (m,) array of int
+        Which of them made the map,
+    known : ParticleStack
+        and where they lie in it, refined: they stay there, and judge the network.
+    density : Density
+    symmetry : str
+    seed, work, progress
+        See :func:`cryoem.orient`.
+
+    Returns
+    -------
+    Placed
+    """
+    reference = density.sampled_as(stack.box_px, stack.pixel_size_angstrom)
+    found = orient(estimator, stack, reference=reference, seed=seed, work=work, progress=progress)
+    off = group(symmetry).distance(found.oriented()[rows], known.oriented())
+    scale = off.mean() / found.expected_error_rad[rows].mean()
+    q, shifts = found.oriented().copy(), found.shifts_px.copy()
+    expected = scale * found.expected_error_rad
+    q[rows], shifts[rows] = known.oriented(), known.shifts_px
+    if known.expected_error_rad is not None:
+        expected[rows] = known.expected_error_rad
+    particles = stack.with_poses(q, shifts).replace(expected_error_rad=expected, contrast=None)
+    return Placed(particles, float(off.mean()), float(np.median(off)))
