@@ -42,8 +42,14 @@ check: $(ALL) ## Lint, format and types
 notebooks: $(ALL) ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench-%: $(ALL) ## Measure: bench-abinitio, -own_map, -accuracy, -recovery, -refinement, -noise, -stream, -architecture, -mismatch, -method
+bench-%: $(ALL) ## Measure: bench-abinitio, -own_map, -peers, -accuracy, -recovery, -refinement, -noise, -stream, -architecture, -mismatch, -method
 	$(BIN)/python benchmarks/$*.py
+
+bench-peers: | relion
+
+.PHONY: relion
+relion:
+	@command -v relion_reconstruct > /dev/null || apt-get install --yes relion
 
 drill: $(ALL) ## Read 5,000 spoilt files: a result or an error of ours
 	$(BIN)/python tests/drill.py

@@ -162,7 +162,7 @@ def kept(source, cell, seed, refined):
         before = json.loads(path.read_text())
         if "success" in before or not refined:
             return before
-    made = run(source, cell, seed, refined)
+    made = {**run(source, cell, seed, refined), "commit": records.commit()}
     print(made, flush=True)
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps(made))

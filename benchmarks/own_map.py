@@ -15,7 +15,8 @@ from pathlib import Path
 import records
 from abinitio import MICROSCOPE, density_of
 
-from cryoem import Density, ab_initio, evaluation, orient, refine_halves, simulate, survey
+from cryoem import ab_initio, evaluation, orient, refine_halves, simulate
+from cryoem.abinitio import learn
 from cryoem.io import files
 
 N, SNR = 1000, 1 / 16
@@ -23,31 +24,17 @@ KEPT = Path("results/bench-own_map")
 
 
 def own_map(density, seed, kept):
-    """The masked map that images give by themselves, and what they were surveyed to be."""
+    """Particles refined by themselves, their map, their error, and the verdict."""
     if kept.exists():
         return pickle.loads(kept.read_bytes())
     stack = simulate(density, N, seed, snr=SNR, **MICROSCOPE)
     found = ab_initio(stack.without_poses().replace(noise=None), seed=seed)
     refined = refine_halves(found.particles, symmetry=found.axes.symmetry, seed=seed)
     error = evaluation.orientation_errors(refined.particles.quaternions, stack.quaternions).mean_rad
-    cube = Density(refined.density.values * refined.mask, refined.density.voxel_size_angstrom)
-    ranges = survey(refined.particles, seed=seed).training()
+    made = (refined.particles, refined.density, error, found.verdict)
     with files.atomic(kept) as temporary:
-        temporary.write_bytes(pickle.dumps((cube, ranges, error, found.verdict)))
-    return cube, ranges, error, found.verdict
-
-
-def learned(cube, ranges, images, seed, checkpoint):
-    """An estimator trained on a map."""
-    from cryoem.estimator import Estimator, train
-    from cryoem.preprocessing import preprocessing_for
-    from cryoem.simulation import TrainingImages
-
-    preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
-    model = Estimator.create(preprocessing, passes=2, seed=seed)
-    source = TrainingImages(cube, preprocessing, **ranges)
-    train(model, source, images=images, seed=seed, checkpoint=checkpoint, progress=False)
-    return model
+        temporary.write_bytes(pickle.dumps(made))
+    return made
 
 
 def run(source, images, seed):
@@ -57,14 +44,14 @@ def run(source, images, seed):
     density = density_of(source)
     particle = Path(source).name.partition(".")[0]
     new = simulate(density, N, [seed, 1], snr=SNR, **MICROSCOPE)
-    kept = KEPT / f"{particle}-{seed}.pickle"
-    cube, ranges, map_error, verdict = own_map(density, seed, kept)
+    kept = KEPT / f"{particle}-{seed}-refined.pickle"
+    particles, own, map_error, verdict = own_map(density, seed, kept)
     print(f"{particle}: {verdict}; refined {map_error:.3f} rad", flush=True)
     found = []
-    for told, known in (("own map", cube), ("density", density)):
+    for told, known in (("own map", own), ("density", density)):
         start = time.monotonic()
         folder = KEPT / f"{particle}-{told.replace(' ', '-')}-{images}-{seed}"
-        model = learned(known, ranges, images, seed, folder)
+        model = learn(particles, known, images=images, seed=seed, checkpoint=folder)
         seconds = time.monotonic() - start
         placed = orient(model, new.without_poses().replace(noise=None), seed=seed)
         errors = evaluation.orientation_errors(placed.quaternions, new.quaternions)
@@ -85,6 +72,7 @@ def run(source, images, seed):
                 "verdict": str(verdict),
                 "training_seconds": seconds,
                 "keras_backend": keras.backend.backend(),
+                "commit": records.commit(),
             }
         )
         print(found[-1], flush=True)

@@ -5,6 +5,7 @@ The tables stand in README.md beside this file, six rows in the project's README
 """
 
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def limit(density, stack):
         density, some.quaternions, some.noise, ctf=some.ctf(), shifts=True
     )
     return float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
+
+
+def commit():
+    """The code's version, for records that are kept over many runs; + where files differ from it."""
+    code = ["git", "-C", str(TABLES.parent), "describe", "--always", "--dirty=+"]
+    return subprocess.run(code, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(name, records, header, rows, command):

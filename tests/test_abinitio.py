@@ -236,9 +236,10 @@ def test_orientations_and_shifts_are_found_from_the_images_alone():
     assert np.median(np.linalg.norm(there.shifts_px - truth.shifts_px, axis=1)) < 0.5
 
 
-def test_a_part_of_the_images_is_enough_to_place_all():
-    """And the particle is found to be smaller than it was said to be."""
+def test_a_part_of_the_images_is_enough_to_place_all(monkeypatch):
+    """The particle is smaller than it was said to be; and there is no second one."""
     truth = simulate(phantom(), 400, 12, snr=1.5)
+    monkeypatch.setattr("cryoem.abinitio.initial.SURE", 1.1)  # it is looked for in any case
 
     def solved():
         return ab_initio(
@@ -255,6 +256,8 @@ def test_a_part_of_the_images_is_enough_to_place_all():
     error = evaluation.orientation_errors(found.particles.quaternions, truth.quaternions)
     assert len(found.particles) == 400 and error.median_rad < 0.12
     assert 90 < found.diameter_angstrom < 145
+    assert found.verdict.found and found.verdict.second == 0
+    monkeypatch.undo()
     assert np.allclose(solved().particles.quaternions, found.particles.quaternions)
 
 
@@ -319,6 +322,18 @@ def test_two_particles_and_noise_are_sorted():
         density.sampled_as(found.maps[1].box_px, found.maps[1].voxel_size_angstrom), found.maps[1]
     )
     assert own.correlation > 0.85 > other.correlation
+
+
+def test_two_particles_give_no_map_of_one():
+    """Not even where their mean pleases both halves; the verdict says what they are."""
+    images = np.concatenate([simulate(phantom(seed=s), 200, 21, snr=1.0).images for s in (3, 21)])
+    found = ab_initio(
+        ParticleStack(images, VOXEL), starts=4, diameter_angstrom=130.0, shift_angstrom=0.0,
+        schedule=QUICK, seed=6,
+    )  # fmt: skip
+    assert found.verdict.agreement > 0.5  # which alone would be a map
+    assert not found.verdict.found and found.verdict.second > 0.3
+    assert "two particles" in str(found.verdict)
 
 
 def test_a_map_to_begin_with_gives_its_frame_and_hand():

@@ -678,25 +678,44 @@ def test_paths_may_hold_blanks_and_stacks_may_be_links(folder, trained, tmp_path
         assert json.loads(run("info", found, "--json").stdout)["particles"] == 60
 
 
-def test_the_images_alone_give_a_map_and_noise_none(tmp_path, phantom):
-    """``solve`` from a particle file to a refined map; called again, it goes on where it was."""
-    truth = simulate(phantom.density(32, 7.0), 240, 1, snr=1.0, max_shift_px=1)
-    black = truth.replace(images=-truth.images)
-    write_particles(tmp_path / "seen.star", black)
-    out = tmp_path / "out"
-    solve = ["solve", tmp_path / "seen.star", "-o", out, "--starts", "2", "--rounds", "1", "-q"]
-    solve += ["--shift", "14", "--symmetry", "C1"]
-    assert "black on white" in run(*solve).output
+def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_path, phantom):
+    """``solve`` from black particles to a refined map, no model anywhere; it goes on."""
+    truth = simulate(phantom.density(32, 7.0), 300, 1, snr=3.0, max_shift_px=1)
+    seen, out = tmp_path / "seen.star", tmp_path / "out"
+    write_particles(seen, truth.replace(images=-truth.images))
+    solve = ["solve", seen, "-o", out, "--starts", "2", "--rounds", "1", "--shift", "14",
+             "--symmetry", "C1", "--images", "160", "--learn", "4000"]  # fmt: skip
+    done = run(*solve)
+    assert "black on white" in done.output and "places the other 140" in done.stderr
     made = {path.name for path in out.iterdir()}
     assert {"initial.star", "initial.mrc", "initial.html", "refined.star", "refined.mrc"} <= made
-    before = (out / "initial.star").stat().st_mtime_ns
-    judged = run("evaluate", out / "refined.star", "--truth", tmp_path / "seen.star", "--json")
-    assert json.loads(judged.stdout)["one_sided_median_rad"] < 0.1
+    part, placed = (read_particles(out / f"{name}.star") for name in ("part", "oriented"))
+    assert len(part) == 160 and len(placed) == 300
+    names = placed.columns["rlnImageName"]
+    assert (names == read_particles(seen).columns["rlnImageName"]).all()
+    known = np.isin(names, part.columns["rlnImageName"])  # these stay where they made the map
+    assert known.sum() == 160
+    np.testing.assert_allclose(placed.quaternions[known], part.quaternions, atol=1e-6)
+    judged = [
+        json.loads(run("evaluate", out / f"{name}.star", "--truth", seen, "--json").stdout)
+        for name in ("oriented", "refined")
+    ]
+    assert judged[0]["one_sided_mean_rad"] < 1.2  # 2.1 by chance
+    assert judged[1]["one_sided_median_rad"] < 0.1
     values = read_density(out / "refined.mrc").values
     assert abs(values.max()) > 3 * abs(values.min())  # the particle is white
+    steps = ("initial.star", "part.star", "network.npz", "oriented.star")
+    before = [(out / name).stat().st_mtime_ns for name in steps]
+    (out / "refined.star").unlink()
     run(*solve)
-    assert (out / "initial.star").stat().st_mtime_ns == before
+    assert [(out / name).stat().st_mtime_ns for name in steps] == before
+    assert (out / "refined.star").exists()
     assert "seed differ" in run(*solve, "--seed", "7", code=1).output
+    for more, told in (
+        (["--images", "400"], "are all of the 300 particles"),
+        (["--classes", "2"], "no --classes beside it"),
+    ):
+        assert told in run(*solve, *more, code=1).output
 
 
 def test_noise_ends_in_no_map(tmp_path):

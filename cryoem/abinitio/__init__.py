@@ -2,6 +2,17 @@
 
 from .annealing import Schedule
 from .initial import AbInitio, Verdict, ab_initio
+from .learning import Placed, learn, place
 from .sorting import Classes, classify
 
-__all__ = ["AbInitio", "Classes", "Schedule", "Verdict", "ab_initio", "classify"]
+__all__ = [
+    "AbInitio",
+    "Classes",
+    "Placed",
+    "Schedule",
+    "Verdict",
+    "ab_initio",
+    "classify",
+    "learn",
+    "place",
+]

@@ -183,6 +183,20 @@ class Start:
         other.offsets_px, other.located = np.zeros((len(images), 2)), np.zeros(len(images), bool)
         return other
 
+    def joined(self, second: Start, images: Coarse) -> Start:
+        """The maps of two starts for some images, to go on with, as classes."""
+        other = self.on(images)
+        other.volumes = np.concatenate([self.volumes, second.volumes])
+        other.thorough, other.noise = False, self.noise.copy()
+        sizes = [  # of a ball about the middle that holds either
+            one.diameter_angstrom
+            + 2 * float(np.linalg.norm(one.centre_px)) * images.pixel_size_angstrom
+            for one in (self, second)
+        ]
+        other.diameter_angstrom = min(self.widest_angstrom, max(sizes))
+        other.centre_px = np.zeros(3)
+        return other
+
     def advance(self) -> None:
         """One round."""
         self.done += 1

@@ -18,6 +18,7 @@ from ..rotations import Seed
 from ..symmetry import group
 from .annealing import DEFAULT, KNOWN, Schedule, Start
 from .coarse import coarsened
+from .sorting import second_particle
 from .starts import Cut, cut_out, judges, race, ranked
 
 __all__ = ["AbInitio", "Verdict", "ab_initio"]
@@ -34,6 +35,8 @@ SAME_MAP = 0.8
 PLAIN = 0.75
 #: Share of the images that agree from which no further starts are tried; and how often they are.
 WELL, BATCHES = 0.85, 2
+#: Where fewer agree, a second particle is looked for; one of this share of the images is refused.
+SURE, SECOND = 0.9, 0.3
 #: Halves that began with one reference must agree on detail this much finer than it.
 BEYOND = 0.8
 
@@ -51,6 +54,9 @@ class Verdict:
         no likelier by it than if there were no particle, lies nowhere.
     by_chance : float
         The same where every image is exchanged for another one.
+    second : float
+        Share of the images that are of another particle, where two maps explain images that they
+        have not seen better than one does. Looked for where the agreement leaves doubts; else 0.
     resolution_angstrom : float
         FSC 0.143 of the halves, each solved by itself, corrected for the mask.
     coverage : Coverage
@@ -64,6 +70,7 @@ class Verdict:
     found: bool
     agreement: float
     by_chance: float
+    second: float
     resolution_angstrom: float
     coverage: Coverage
     starts: int
@@ -202,7 +209,10 @@ def ab_initio(
         found = _laid(best, halves, symmetry, reference)
         if found.agreement > WELL:
             break
-    return _judged(stack, cut, solved, found, seed)
+    second = 0.0
+    if ENOUGH <= found.agreement < SURE:
+        second = second_particle(best, some, cut, schedule, seed)
+    return _judged(stack, cut, solved, found, second, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +274,7 @@ def _judged(
     cut: Cut,
     solved: list[list[Start]],
     found: _Laid,
+    second: float,
     seed: Seed,
 ) -> AbInitio:
     """Bring everything into the standard setting and the particle file's pixels, and judge."""
@@ -288,6 +299,11 @@ def _judged(
     reasons = []
     if found.agreement < ENOUGH:
         reasons.append(f"the halves lay only {found.agreement:.0%} of the images alike")
+    if second > SECOND:
+        reasons.append(
+            f"two maps explain images that they have not seen better than one, and {second:.0%} "
+            "are of the smaller class: these are two particles or more, which classes sort"
+        )
     resolution = fsc.corrected.resolution(0.143).angstrom
     if found.referred and resolution > BEYOND * KNOWN:
         reasons.append(
@@ -303,6 +319,7 @@ def _judged(
         found=not reasons,
         agreement=found.agreement,
         by_chance=found.by_chance,
+        second=second,
         resolution_angstrom=resolution,
         coverage=maps.coverage(q, symmetry=axes.symmetry),
         starts=len(everyone),

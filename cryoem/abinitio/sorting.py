@@ -6,18 +6,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 
 from .. import rotations
 from ..density import Density
 from ..errors import InputError
 from ..particles import ParticleStack
 from ..rotations import Seed
-from .annealing import DEFAULT, Schedule
-from .coarse import coarsened
-from .starts import cut_out, race, ranked
+from .annealing import DEFAULT, Schedule, Start
+from .coarse import Coarse, coarsened
+from .starts import Cut, cut_out, race, ranked
 
-__all__ = ["Classes", "classify"]
+__all__ = ["Classes", "classify", "second_particle"]
+
+#: Starts of a second map, of each half; and rounds for which it and the first share the images out.
+SECOND_STARTS, TOGETHER = 2, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,22 +97,74 @@ def classify(
     tasks = [(int(s), 0) for s in rng.integers(2**31, size=starts)]
     (found,) = race([some], cut, tasks, schedule, classes=classes, progress=progress)
     best = ranked([start for start in found if start.done >= schedule.rounds])[0].on(coarse)
-    rows, grid = np.arange(len(stack)), best.random_grid()
-    maps = [Density(volume * best.mask(), cut.stack.pixel_size_angstrom) for volume in best.volumes]
-    evidence = np.stack(
-        [
-            best.on(coarse)
-            .look(
-                rows,
-                grid,
-                volumes=density.values[None],
-                resolution_angstrom=best.resolution_angstrom,
-            )
-            .evidence
-            for density in maps
-        ],
-        axis=1,
-    )
+    pixel, mask = cut.stack.pixel_size_angstrom, best.mask()
+    maps = [Density(volume * mask, pixel) for volume in best.volumes]
+    evidence = _evidence_of(best, coarse, best.volumes, best.resolution_angstrom)
     size = np.bincount(Classes(evidence, ()).number, minlength=classes + 1)[1:]
     order = np.argsort(-size, kind="stable")
     return Classes(evidence[:, order], tuple(maps[i] for i in order))
+
+
+def second_particle(
+    best: list[Start], images: list[Coarse], cut: Cut, schedule: Schedule, seed: Seed
+) -> float:
+    """Share of the images that are of another particle, where two maps explain images better.
+
+    Of each half, the images that its map explains worst are solved by themselves; that map and the
+    first one then share out all images of the half, and the other half's are asked, which neither
+    has seen. Where all images are of one particle, two maps from as many images are worse ones of
+    it, and make others less likely; where they are of two, each has its own.
+
+    Parameters
+    ----------
+    best : list of two Start
+        That gave the halves their maps.
+    images : list of two Coarse
+        The halves.
+    cut : Cut
+        What these were made of.
+    schedule : Schedule
+    seed : int or numpy.random.Generator
+
+    Returns
+    -------
+    float
+        Of the smaller class, the mean over the halves; 0 where one map explains as much as two.
+    """
+    worst = []
+    for start, half in zip(best, images, strict=True):
+        evidence = _evidence_of(start, half, start.volumes, start.resolution_angstrom)[:, 0]
+        worst.append(half.select(np.sort(np.argsort(evidence)[: len(half) // 2])))
+    rng = rotations.generator(seed, "second map")
+    seeds = rng.integers(2**31, size=2 * SECOND_STARTS)
+    tasks = [(int(s), i % 2) for i, s in enumerate(seeds)]
+    gains, shares = [], []
+    for h, starts in enumerate(race(worst, cut, tasks, schedule)):
+        second = ranked([start for start in starts if start.done >= schedule.rounds])[0]
+        both = best[h].joined(second, images[h])
+        for _ in range(TOGETHER):
+            both.advance()
+        finest = max(best[h].resolution_angstrom, both.resolution_angstrom)
+        one, two = (
+            _evidence_of(start, images[1 - h], start.volumes, finest) for start in (best[h], both)
+        )
+        gains.append((logsumexp(two, axis=1) - np.log(2)).mean() - one.mean())
+        shares.append(np.mean(two[:, 0] > two[:, 1]))
+    return float(np.mean(np.minimum(shares, 1 - np.array(shares)))) if np.mean(gains) > 0 else 0.0
+
+
+def _evidence_of(
+    start: Start, images: Coarse, volumes: np.ndarray, resolution_angstrom: float
+) -> Float[np.ndarray, "n c"]:
+    """Evidence of images by each map of a start, wherever they lie."""
+    at, mask, rows = start.on(images), start.mask(), np.arange(len(images))
+    grid = at.random_grid()
+    return np.stack(
+        [
+            at.on(images)
+            .look(rows, grid, volumes=(v * mask)[None], resolution_angstrom=resolution_angstrom)
+            .evidence
+            for v in volumes
+        ],
+        axis=1,
+    )

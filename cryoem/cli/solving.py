@@ -44,14 +44,16 @@ from .options import (
     say,
     star_files,
 )
-from .orienting import AT_RANDOM, CHECKPOINTS, WORK
+from .orienting import CHECKPOINTS, WORK
 
 if TYPE_CHECKING:
     from ..particles import ParticleStack
 
 
+#: Radians by which a network is off that has learned next to nothing: 2.1 is chance.
+LOST = 1.5
 #: Particles beyond those that make the map from which a network that learns from it pays.
-WORTH = 20_000
+WORTH = 100_000
 
 Learn = Annotated[
     int | None,
@@ -243,7 +245,7 @@ def _placed(
         f"{plan.network}: lays the {len(rows):,} images that made the map within "
         f"{found.mean_rad:.3f} rad (median {found.median_rad:.3f}) of where they lie in it"
     )
-    if found.median_rad > AT_RANDOM:
+    if found.median_rad > LOST:
         raise InputError(
             f"{plan.network}: has not learned to place these particles; see --learn, of more "
             "images, or 0: the likelihood places all"
