@@ -34,7 +34,7 @@ def limit(density, stack):
 
 
 def commit():
-    """The code's version, for records that are kept over many runs; + where files differ from it."""
+    """The version of the code, for records of many runs; + where files differ from it."""
     code = ["git", "-C", str(TABLES.parent), "describe", "--always", "--dirty=+"]
     return subprocess.run(code, capture_output=True, text=True, check=False).stdout.strip()
 

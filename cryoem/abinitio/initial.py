@@ -203,15 +203,13 @@ def ab_initio(
     for _ in range(batches):
         tasks = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=each))]
         more = race(some, cut, tasks, schedule, first=reference, progress=progress)
-        solved = [[*old, *new] for old, new in zip(solved, more, strict=True)]
+        solved = [old + new for old, new in zip(solved, more, strict=True)]
         ended = [[start for start in half if start.done >= schedule.rounds] for half in solved]
         best = [ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
-        found = _laid(best, halves, symmetry, reference)
-        if found.agreement > WELL:
+        if (found := _laid(best, halves, symmetry, reference)).agreement > WELL:
             break
-    second = 0.0
-    if ENOUGH <= found.agreement < SURE:
-        second = second_particle(best, some, cut, schedule, seed)
+    doubtful = ENOUGH <= found.agreement < SURE
+    second = second_particle(best, some, cut, schedule, seed) if doubtful else 0.0
     return _judged(stack, cut, solved, found, second, seed)
 
 
