@@ -45,8 +45,8 @@ def ours(star, output, symmetry):
 
 def relion(star, output, symmetry):
     """``relion_reconstruct`` with its defaults and the CTF."""
-    code = ["relion_reconstruct", "--i", star, "--o", output, "--ctf", "--sym", symmetry]
-    subprocess.run(code, check=True, capture_output=True)
+    code = ["relion_reconstruct", "--i", star.name, "--o", output.name, "--ctf", "--sym", symmetry]
+    subprocess.run(code, check=True, capture_output=True, cwd=star.parent)
     return read_density(output)
 
 
