@@ -1,5 +1,7 @@
 """From the images alone: the likelihood, the map, the axes, and the verdict."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -334,6 +336,9 @@ def test_two_particles_give_no_map_of_one():
     assert found.verdict.agreement > 0.5  # which alone would be a map
     assert not found.verdict.found and found.verdict.second > 0.3
     assert "two particles" in str(found.verdict)
+    some = dataclasses.replace(found.verdict, reasons=(), found=True, second=0.15)
+    assert "15% of the images are of something else" in str(some)
+    assert "too few images" in str(dataclasses.replace(some, second=0.0, agreement=0.6))
 
 
 def test_a_map_to_begin_with_gives_its_frame_and_hand():

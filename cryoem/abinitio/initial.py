@@ -80,8 +80,11 @@ class Verdict:
     def __str__(self) -> str:
         if not self.found:
             said = f"no map: {'; '.join(self.reasons)}. "
+        elif self.second:
+            said = f"a map with doubts ({self.second:.0%} of the images are of something else: "
+            said += "classes sort them): "
         elif self.agreement < PLAIN:
-            said = "a map with doubts (are some images of something else? classes sort them): "
+            said = "a map with doubts (too few images, or too noisy): "
         else:
             said = "a map: "
         return (
