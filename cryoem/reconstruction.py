@@ -17,6 +17,7 @@ import scipy.fft
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, cg
+from scipy.spatial.transform import Rotation
 
 from . import fourier, projection, rotations, surveying
 from .density import Density
@@ -116,6 +117,59 @@ def _transformed(
         kernel = kernel * w[:, None, None] * w[:, None] * w
     moved = scipy.fft.ifftshift(kernel)
     return scipy.fft.rfftn(moved, workers=fourier.WORKERS, overwrite_x=True).real.copy()
+
+
+def _exact_part(orbit: Group) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Split a group into rotations that exchange axes of the grid, and what is left to do.
+
+    Returns
+    -------
+    matrices : list of (3, 3) arrays
+        The rotations that exchange axes, or turn them round: a subgroup, exact on a grid.
+    elements : list of quaternions
+        One of each coset: those, turned by each of the matrices, are the group.
+    """
+    matrices = Rotation.from_quat(orbit.elements).as_matrix()
+    rounded = np.rint(matrices)
+    exact = [m for m, near in zip(rounded, matrices, strict=True) if np.abs(m - near).max() < 1e-6]
+    left, others = list(range(orbit.order)), []
+    while left:
+        others.append(orbit.elements[left[0]])
+        done = np.stack([m @ matrices[left[0]] for m in exact])
+        left = [i for i in left if np.abs(done - matrices[i]).max(axis=(1, 2)).min() > 1e-6]
+    return exact, others
+
+
+def _exchanged(
+    values: Float[np.ndarray, "m m m"], matrix: Float[np.ndarray, "3 3"]
+) -> Float[np.ndarray, "m m m"]:
+    """A cube turned by a rotation that exchanges its axes, or turns them round, about ``m // 2``.
+
+    The first plane of an even cube has no counterpart, and goes to itself.
+    """
+    to = np.argmax(np.abs(matrix), axis=0)  # axis x, y, z of the source lies along this one
+    axes = [0, 0, 0]
+    for i, j in enumerate(to):
+        axes[2 - j] = 2 - i
+    turned = values.transpose(axes)
+    for i, j in enumerate(to):
+        if matrix[j, i] < 0:
+            turned = np.flip(turned, axis=2 - j)
+            if len(values) % 2 == 0:
+                turned = np.roll(turned, 1, axis=2 - j)
+    return turned
+
+
+def _summed(
+    values: Float[np.ndarray, "m m m"], matrices: list[np.ndarray]
+) -> Float[np.ndarray, "m m m"]:
+    """The sum of a cube's copies, turned by each of the matrices."""
+    if len(matrices) == 1:
+        return values
+    total = np.zeros_like(values)
+    for matrix in matrices:
+        total += _exchanged(values, matrix)
+    return total
 
 
 def _ball(size: int) -> Float[np.ndarray, "m m m"]:
@@ -272,6 +326,7 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
     edge = kernel_edge(size)
     kernel = np.zeros((edge,) * 3, np.float32)
     power, transfer = np.zeros(len(length)), np.zeros(len(length))
+    exact, others = _exact_part(orbit)
     parts = slices.chunks(len(stack))
     for rows in tqdm(parts, desc="back-projection", unit="chunk", disable=not progress):
         part = stack.select(rows)
@@ -291,10 +346,11 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
         power += np.sum(gain * (np.abs(y) ** 2 - size**2 * noise[groups]), axis=0)
         transfer += squared.sum(axis=0)
         y = y * gain * a
-        for g in orbit.elements:
+        for g in others:
             q = rotations.multiply(g, part.oriented())
             right += slices.backproject(y, q, size)
             kernel += slices.backproject(squared, q, size, modes=edge)
+    right, kernel = _summed(right, exact), _summed(kernel, exact)
 
     def of_shells(values: np.ndarray) -> np.ndarray:
         return np.bincount(shell, values, minlength=size // 2 + 1)

@@ -7,7 +7,7 @@ import pytest
 from measures import correlation, relative_error
 from scipy.spatial.transform import Rotation
 
-from cryoem import imaging, maps, rotations
+from cryoem import imaging, maps, reconstruction, rotations
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
 from cryoem.io.stacks import ImageStack, open_array
@@ -233,3 +233,28 @@ def test_an_orbit_is_as_good_as_its_images(phantom):
     options = {"iterations": 10, "ridge": 0.1}
     found = reconstruct(stack, symmetry="D2", **options).values
     assert relative_error(found, reconstruct(orbits, **options).values) < 0.01
+
+
+@pytest.mark.parametrize("size", [16, 17])
+@pytest.mark.parametrize(
+    ("name", "exact", "others"),
+    [("D2", 4, 1), ("C4", 4, 1), ("D4", 8, 1), ("D3", 2, 3), ("C7", 1, 7), ("C2", 2, 1)],
+)
+def test_rotations_that_exchange_axes_are_exact(name, exact, others, size):
+    """Together with one of each coset they are the group; and they turn as a density turns."""
+    matrices, elements = reconstruction._exact_part(group(name))
+    assert (len(matrices), len(elements)) == (exact, others)
+    all_of = [m @ Rotation.from_quat(g).as_matrix() for m in matrices for g in elements]
+    wanted = Rotation.from_quat(group(name).elements).as_matrix()
+    for w in wanted:
+        assert sum(np.allclose(w, m, atol=1e-6) for m in all_of) == 1
+    values = np.zeros((size,) * 3, np.float32)
+    values[1:, 1:, 1:] = np.random.default_rng(0).random((size - 1,) * 3)
+    axis = np.arange(size) - size // 2
+    points = np.stack(np.meshgrid(axis[1:], axis[1:], axis[1:], indexing="ij"), -1)[..., ::-1]
+    for m in matrices:
+        x, y, z = np.moveaxis((points @ m).astype(int) + size // 2, -1, 0)  # m transposed, r
+        inside = np.all([(c >= 1) & (c < size) for c in (x, y, z)], axis=0)
+        turned = reconstruction._exchanged(values, m)[1:, 1:, 1:]
+        np.testing.assert_array_equal(turned[inside], values[z[inside], y[inside], x[inside]])
+        assert inside.mean() > 0.8
