@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import records
 
-from cryoem import Density, load_density, maps, read_density, read_particles, reconstruct, simulate
+from cryoem import (
+    Density,
+    load_density,
+    maps,
+    read_density,
+    read_particles,
+    reconstruct,
+    simulate,
+    write_density,
+)
 from cryoem.io.particles import write_particles
 
 #: Cells: particle, its symmetry, images, SNR.
@@ -38,9 +47,10 @@ def cpu_seconds():
 
 
 def ours(star, output, symmetry):
-    """From the file, as the command line does."""
-    stack = read_particles(star)
-    return reconstruct(stack, symmetry=symmetry)
+    """From the file to a file, as the command line does; Python has started."""
+    found = reconstruct(read_particles(star), symmetry=symmetry)
+    write_density(output, found)
+    return found
 
 
 def relion(star, output, symmetry):
@@ -86,6 +96,7 @@ def run(cell, seed, folder):
                 "n": n,
                 "snr": "inf" if np.isinf(snr) else snr,
                 "seed": seed,
+                "commit": records.commit(),
                 "cpu_seconds": cpu_seconds() - cpu,
                 "wall_seconds": time.monotonic() - wall,
                 **judged(volume, density),

@@ -32,6 +32,8 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 LEAST = 1e-4
 #: Steps that are enough where there is noise, and where there is none.
 NOISY, CLEAN = 12, 50
+#: Images in which noise is measured, of this edge at least.
+SURVEYED, SMALLEST = 300, 8
 #: Width of the ball's soft edge, over the box.
 EDGE = 1 / 32
 
@@ -54,7 +56,7 @@ def reconstruct(
     ----------
     stack : ParticleStack
         With orientations; its shifts, CTF and contrasts are used, and its noise, which is measured
-        where it is unknown. Images in files are read in chunks.
+        in 300 of the images where it is unknown. Images in files are read in chunks.
     symmetry : str
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
@@ -85,11 +87,13 @@ def reconstruct(
     # Of plane waves in the box: the kernel's own transform, cut off, is positive on average alone.
     weights = _transformed(sums.kernel, window=1 - np.abs(np.arange(edge) - edge // 2) / size)
     seen = shells.means(weights)
+    if not seen.max() > 0:
+        raise InputError("the images' contrasts, or their CTFs, are all zero: they show nothing")
     prior = np.clip(sums.noise_over_signal(size), LEAST * seen, max(ridge, LEAST) * seen)
     kept = shells.means(weights, damping=prior)
     del weights
     spectrum = _transformed(sums.kernel)
-    sums.kernel = sums.kernel[:0]  # the largest array of all
+    sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
     if iterations is None:
         iterations = NOISY if sums.noise.any() else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
@@ -311,7 +315,8 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
     from tqdm.auto import tqdm
 
     size = stack.box_px
-    stack = surveying.with_noise(stack)
+    if stack.noise is None and size >= SMALLEST:
+        stack = stack.replace(noise=surveying.survey(stack, images=SURVEYED).noise)
     slices = projection.Slices(size)
     length = np.linalg.norm(slices.frequencies, axis=1)
     shell = np.minimum(np.rint(length).astype(int), size // 2)

@@ -210,6 +210,16 @@ def test_what_has_no_orientations_is_refused(seen):
         reconstruct(seen.select(slice(0)))
 
 
+def test_images_that_show_nothing_are_refused(seen):
+    with pytest.raises(InputError, match="contrasts, or their CTFs, are all zero"):
+        reconstruct(seen.replace(contrast=np.zeros(N)))
+
+
+def test_the_smallest_boxes_have_a_map_too():
+    stack = ParticleStack(np.ones((4, 3, 3)), 1.0, quaternions=rotations.uniform(4, 0))
+    assert reconstruct(stack).box_px == 3
+
+
 def test_a_symmetric_map_needs_a_view_of_each_orbit(phantom):
     one = phantom.density(BOX, VOXEL)
     copies = [maps.turned(one, g).values for g in group("D2").elements]

@@ -187,7 +187,7 @@ class Start:
         """The maps of two starts for some images, to go on with, as classes."""
         other = self.on(images)
         other.volumes = np.concatenate([self.volumes, second.volumes])
-        other.thorough, other.noise = False, self.noise.copy()
+        other.thorough, other.noise, other.history = False, self.noise.copy(), []
         sizes = [  # of a ball about the middle that holds either
             one.diameter_angstrom
             + 2 * float(np.linalg.norm(one.centre_px)) * images.pixel_size_angstrom
@@ -272,7 +272,6 @@ class Start:
         *,
         volumes: Float[np.ndarray, "c m m m"] | None = None,
         resolution_angstrom: float | None = None,
-        posterior: bool = False,
     ) -> Expected:
         """Find where some images lie, and keep their shifts.
 
@@ -288,8 +287,6 @@ class Start:
         resolution_angstrom : float, optional
             By default that of the last round. Where it is given, maps are to be compared: all that
             the images have then counts as noise, whatever each map explains of it.
-        posterior : bool
-            Return the most probable references too.
         """
         finest = resolution_angstrom or self.resolution_angstrom
         part, used = self.images.select(rows), self.images.count(finest)
@@ -303,10 +300,7 @@ class Start:
         spread = self.spread_px
         if len(near) == len(steps):
             zero = np.zeros((len(rows), 2))
-            found = expect(
-                part, gain, zero, references, steps, sums,
-                spread_px=spread, quick=False, posterior=posterior,
-            )  # fmt: skip
+            found = expect(part, gain, zero, references, steps, sums, spread_px=spread, quick=False)
             self.offsets_px[rows] = steps[found.step]
             self.located[rows] = True
         else:
@@ -314,10 +308,7 @@ class Start:
             if len(lost):
                 self._locate(lost, volumes)
             known = self.offsets_px[rows]
-            found = expect(
-                part, gain, known, references, near, sums,
-                spread_px=spread, quick=True, posterior=posterior,
-            )  # fmt: skip
+            found = expect(part, gain, known, references, near, sums, spread_px=spread, quick=True)
             moved = known + near[found.step]
             length = np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-9)
             self.offsets_px[rows] = moved * np.minimum(1, self.shift_px / length)

@@ -7,7 +7,7 @@ least-squares solution of all that, with a ridge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
@@ -44,17 +44,11 @@ class Expected:
         The most probable one,
     step : (n,) int array
         and its shift's number.
-    candidates : (n, t) int array or None
-        The most probable references, whatever the shift,
-    probabilities : (n, t) array or None
-        and their share of the posterior; where they were asked for.
     """
 
     evidence: Float[np.ndarray, " n"]
     reference: Int[np.ndarray, " n"]
     step: Int[np.ndarray, " n"]
-    candidates: Int[np.ndarray, "n t"] | None = None
-    probabilities: Float[np.ndarray, "n t"] | None = None
 
 
 class Sums:
@@ -115,7 +109,6 @@ def expect(
     *,
     spread_px: float,
     quick: bool,
-    posterior: bool = False,
 ) -> Expected:
     """Compare every image with every reference, at some shifts, and share it out among them.
 
@@ -135,8 +128,6 @@ def expect(
         To which the images are added.
     quick : bool
         Try the shifts only at the orientations that match best without.
-    posterior : bool
-        Return the candidates too.
     """
     n, used = len(images), gain.shape[1]
     frequencies = images.slices.frequencies[:used] * (2j * np.pi / images.box_px)
@@ -144,9 +135,6 @@ def expect(
     flat = np.ascontiguousarray(references).view(np.float32)
     squares = (references.real**2 + references.imag**2).T.copy()
     found = Expected(np.empty(n), np.empty(n, int), np.empty(n, int))
-    if posterior:
-        top = (n, min(TOP, len(references)))
-        found = replace(found, candidates=np.empty(top, int), probabilities=np.empty(top))
     quick = quick and len(steps_px) > 1
     at_once = max(1, ENTRIES // (len(references) * (1 if quick else len(steps_px))))
     for start in range(0, n, at_once):
@@ -197,11 +185,6 @@ def _share(
     table = likelihood.reshape(m, s * each)
     found.step[rows], at = np.divmod(_normalised(rows, table, s * r, found), each)
     found.reference[rows] = chosen[np.arange(m), at]
-    if found.candidates is not None and found.probabilities is not None:
-        share = likelihood.sum(axis=1)
-        top = np.argpartition(share, each - min(TOP, r), axis=1)[:, each - min(TOP, r) :]
-        found.candidates[rows] = np.take_along_axis(chosen, top, axis=1)
-        found.probabilities[rows] = np.take_along_axis(share, top, axis=1)
     if sums is None:
         return
     moved = moved.reshape(m * s, -1)

@@ -84,7 +84,10 @@ class Verdict:
             said = f"a map with doubts ({self.second:.0%} of the images are of something else: "
             said += "classes sort them): "
         elif self.agreement < PLAIN:
-            said = "a map with doubts (too few images, or too noisy): "
+            said = (
+                "a map with doubts (too few or too noisy images, or some of nothing, which classes "
+            )
+            said += "sort): "
         else:
             said = "a map: "
         return (
@@ -211,8 +214,9 @@ def ab_initio(
         best = [ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
         if (found := _laid(best, halves, symmetry, reference)).agreement > WELL:
             break
-    doubtful = ENOUGH <= found.agreement < SURE
-    second = second_particle(best, some, cut, schedule, seed) if doubtful else 0.0
+    second = 0.0
+    if ENOUGH <= found.agreement < SURE:
+        second = second_particle(best, some, cut, schedule, seed, progress=progress)
     return _judged(stack, cut, solved, found, second, seed)
 
 

@@ -37,11 +37,14 @@ class Placed:
         network's scaled by what it is off on those of the map.
     mean_rad, median_rad : float
         How far off it is on these: between its orientations and those that made the map.
+    chance_rad : float
+        The median if every image had another one's orientation.
     """
 
     particles: ParticleStack
     mean_rad: float
     median_rad: float
+    chance_rad: float
 
 
 def learn(
@@ -130,12 +133,14 @@ def place(
     """
     reference = density.sampled_as(stack.box_px, stack.pixel_size_angstrom)
     found = orient(estimator, stack, reference=reference, seed=seed, work=work, progress=progress)
-    off = group(symmetry).distance(found.oriented()[rows], known.oriented())
+    points, there = group(symmetry), known.oriented()
+    off = points.distance(found.oriented()[rows], there)
+    chance = np.median(points.distance(np.roll(there, 1, axis=0), there))
     scale = off.mean() / found.expected_error_rad[rows].mean()
     q, shifts = found.oriented().copy(), found.shifts_px.copy()
     expected = scale * found.expected_error_rad
-    q[rows], shifts[rows] = known.oriented(), known.shifts_px
+    q[rows], shifts[rows] = there, known.shifts_px
     if known.expected_error_rad is not None:
         expected[rows] = known.expected_error_rad
     particles = stack.with_poses(q, shifts).replace(expected_error_rad=expected, contrast=None)
-    return Placed(particles, float(off.mean()), float(np.median(off)))
+    return Placed(particles, float(off.mean()), float(np.median(off)), float(chance))

@@ -106,7 +106,13 @@ def classify(
 
 
 def second_particle(
-    best: list[Start], images: list[Coarse], cut: Cut, schedule: Schedule, seed: Seed
+    best: list[Start],
+    images: list[Coarse],
+    cut: Cut,
+    schedule: Schedule,
+    seed: Seed,
+    *,
+    progress: bool = False,
 ) -> float:
     """Share of the images that are of another particle, where two maps explain images better.
 
@@ -125,6 +131,8 @@ def second_particle(
         What these were made of.
     schedule : Schedule
     seed : int or numpy.random.Generator
+    progress : bool
+        Show a bar.
 
     Returns
     -------
@@ -139,7 +147,7 @@ def second_particle(
     seeds = rng.integers(2**31, size=2 * SECOND_STARTS)
     tasks = [(int(s), i % 2) for i, s in enumerate(seeds)]
     gains, shares = [], []
-    for h, starts in enumerate(race(worst, cut, tasks, schedule)):
+    for h, starts in enumerate(race(worst, cut, tasks, schedule, progress=progress)):
         second = ranked([start for start in starts if start.done >= schedule.rounds])[0]
         both = best[h].joined(second, images[h])
         for _ in range(TOGETHER):

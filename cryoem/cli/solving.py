@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
     from ..particles import ParticleStack
 
 
-#: Radians by which a network is off that has learned next to nothing: 2.1 is chance.
-LOST = 1.5
+#: A network that is off by more than this share of what chance is has learned next to nothing.
+LOST = 0.7
 #: Particles beyond those that make the map from which a network that learns from it pays.
 WORTH = 100_000
 
@@ -118,7 +119,12 @@ def solve_particles(
     }
     known = _known(plan.note, told)
     if known is None or (learned and not plan.oriented.exists()):
-        stack, _ = prepared(stack, particles_file, invert, quiet, seed)
+        stack, seen = prepared(stack, particles_file, invert, quiet, seed)
+        if learned and not seen.noise_variance > 0:
+            raise InputError(
+                f"{particles_file}: the corners of its images are constant: a network cannot learn "
+                "their noise; wanted images that are not masked, or --learn 0"
+            )
     rows = np.arange(len(stack))
     if learned:
         stack = stack.with_half_sets(seed)
@@ -147,7 +153,8 @@ def _images_to_learn(learn: int | None, asked: Told, stack: ParticleStack) -> in
     """How many images a network is trained on; 0: there is none, the likelihood places all."""
     others = len(stack) - asked.images
     if learn is None:
-        return IMAGES if others >= WORTH and asked.classes == 1 else 0
+        able = asked.classes == 1 and importlib.util.find_spec("keras") is not None
+        return IMAGES if others >= WORTH and able else 0
     if learn and asked.classes > 1:
         raise InputError("--learn: a network knows one map; wanted no --classes beside it")
     if learn and others < 1:
@@ -245,10 +252,11 @@ def _placed(
         f"{plan.network}: lays the {len(rows):,} images that made the map within "
         f"{found.mean_rad:.3f} rad (median {found.median_rad:.3f}) of where they lie in it"
     )
-    if found.median_rad > LOST:
+    if found.median_rad > LOST * found.chance_rad:
         raise InputError(
-            f"{plan.network}: has not learned to place these particles; see --learn, of more "
-            "images, or 0: the likelihood places all"
+            f"{plan.network}: has not learned to place these particles ({found.chance_rad:.2f} rad "
+            "is chance); wanted another folder and --learn of more images, or 0: the likelihood "
+            "places all"
         )
     write_particles(plan.oriented, found.particles)
     return plan.oriented
