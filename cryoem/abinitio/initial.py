@@ -214,10 +214,9 @@ def ab_initio(
         best = [ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
         if (found := _laid(best, halves, symmetry, reference)).agreement > WELL:
             break
-    second = 0.0
-    if ENOUGH <= found.agreement < SURE:
-        second = second_particle(best, some, cut, schedule, seed, progress=progress)
-    return _judged(stack, cut, solved, found, second, seed)
+    doubtful = ENOUGH <= found.agreement < SURE
+    second = doubtful and second_particle(best, some, cut, schedule, seed, progress=progress)
+    return _judged(stack, cut, solved, found, float(second), seed)
 
 
 @dataclass(frozen=True, eq=False)
