@@ -685,7 +685,7 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_pa
     seen, out = tmp_path / "seen.star", tmp_path / "out"
     write_particles(seen, truth.replace(images=-truth.images))
     solve = ["solve", seen, "-o", out, "--starts", "2", "--rounds", "1", "--shift", "14",
-             "--symmetry", "C1", "--images", "160", "--learn", "4000"]  # fmt: skip
+             "--symmetry", "C1", "--images", "160", "--learn", "2560"]  # fmt: skip
     done = run(*solve)
     assert "black on white" in done.output and "places the other 140" in done.stderr
     made = {path.name for path in out.iterdir()}
@@ -739,7 +739,7 @@ def test_two_particles_in_one_file_are_sorted_and_solved(tmp_path, phantom):
     both = ParticleStack(images, 7.0).with_columns({"cryoemTruth": np.repeat([1, 2], [200, 120])})
     write_particles(tmp_path / "both.star", both)
     out = tmp_path / "out"
-    solve = ["solve", tmp_path / "both.star", "-o", out, "--starts", "4", "--rounds", "1", "-q"]
+    solve = ["solve", tmp_path / "both.star", "-o", out, "--starts", "2", "--rounds", "1", "-q"]
     run(*solve, "--classes", "2", "--shift", "0", "--symmetry", "C1")
     parts = {
         number: read_particles(path)
