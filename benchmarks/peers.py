@@ -19,6 +19,7 @@ import records
 
 from cryoem import (
     Density,
+    fourier,
     load_density,
     maps,
     read_density,
@@ -63,8 +64,7 @@ def relion(star, output, symmetry):
 def judged(found: Density, density: Density):
     """Mean FSC of the whole box, within a ball, and within a mask."""
     n, voxel = density.box_px, density.voxel_size_angstrom
-    axis = np.arange(n) - n // 2
-    radius = np.sqrt(sum(a**2 for a in np.meshgrid(axis, axis, axis, sparse=True)))
+    radius = np.fft.fftshift(fourier.radius((n,) * 3))
     ball = np.clip((n / 2 - 1 - radius) / EDGE, 0, 1)
     mask = maps.soft_mask(density)
     inside = [Density(mask * d.values, voxel) for d in (found, density)]

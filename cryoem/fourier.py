@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from . import threads
 from .errors import InputError
 
-__all__ = ["crop_or_pad", "frequencies", "low_pass", "radius", "resize", "shift"]
+__all__ = ["crop_or_pad", "flipped", "frequencies", "low_pass", "radius", "resize", "shift"]
 
 #: Threads of every transform.
 WORKERS = threads.count()
@@ -53,6 +53,12 @@ def crop_or_pad(array: ArrayLike, shape: Sequence[int]) -> np.ndarray:
     out = np.zeros((*array.shape[:lead], *shape), array.dtype)
     out[tuple(target)] = array[tuple(source)]
     return out
+
+
+def flipped(array: np.ndarray, axis: int) -> np.ndarray:
+    """Turn an axis round about ``n // 2``; the first element of an even one goes to itself."""
+    turned = np.flip(array, axis)
+    return np.roll(turned, 1, axis) if array.shape[axis] % 2 == 0 else turned
 
 
 def _filter_real(array: np.ndarray, ndim: int, gain: np.ndarray) -> np.ndarray:

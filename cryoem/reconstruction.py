@@ -32,8 +32,8 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 LEAST = 1e-4
 #: Steps that are enough where there is noise, and where there is none.
 NOISY, CLEAN = 12, 50
-#: Images in which noise is measured, of this edge at least.
-SURVEYED, SMALLEST = 300, 8
+#: Images in which noise is measured.
+SURVEYED = 300
 #: Width of the ball's soft edge, over the box.
 EDGE = 1 / 32
 
@@ -89,7 +89,7 @@ def reconstruct(
     seen = shells.means(weights)
     if not seen.max() > 0:
         raise InputError("the images' contrasts, or their CTFs, are all zero: they show nothing")
-    prior = np.clip(sums.noise_over_signal(size), LEAST * seen, max(ridge, LEAST) * seen)
+    prior = np.clip(sums.noise_over_signal(), LEAST * seen, max(ridge, LEAST) * seen)
     kept = shells.means(weights, damping=prior)
     del weights
     spectrum = _transformed(sums.kernel)
@@ -158,9 +158,7 @@ def _exchanged(
     turned = values.transpose(axes)
     for i, j in enumerate(to):
         if matrix[j, i] < 0:
-            turned = np.flip(turned, axis=2 - j)
-            if len(values) % 2 == 0:
-                turned = np.roll(turned, 1, axis=2 - j)
+            turned = fourier.flipped(turned, 2 - j)
     return turned
 
 
@@ -178,8 +176,7 @@ def _summed(
 
 def _ball(size: int) -> Float[np.ndarray, "m m m"]:
     """1 within the largest ball of a box, with a soft edge, 0 beyond."""
-    axis = np.arange(size) - size // 2
-    radius = np.sqrt(sum(a**2 for a in np.meshgrid(axis, axis, axis, sparse=True)))
+    radius = scipy.fft.fftshift(fourier.radius((size,) * 3))
     edge = max(1.0, EDGE * size)
     return np.clip((size / 2 - radius) / edge, 0, 1).astype(np.float32)
 
@@ -217,7 +214,10 @@ def least_squares(
     """
     size = len(right)
     edge = len(spectrum)
-    _Shells(size, edge).add(spectrum, np.atleast_1d(damping))
+    if isinstance(damping, np.ndarray):
+        _Shells(size, edge).add(spectrum, damping)
+    else:
+        spectrum += np.float32(damping)
     within = np.float32(1) if support is None else support
 
     def normal(v: np.ndarray) -> np.ndarray:
@@ -302,9 +302,9 @@ class _BackProjected:
     transfer: np.ndarray
     noise: np.ndarray
 
-    def noise_over_signal(self, size: int) -> Float[np.ndarray, " shells"]:
+    def noise_over_signal(self) -> Float[np.ndarray, " shells"]:
         """Wiener's prior; infinite where no signal is seen."""
-        signal = self.power / np.maximum(self.transfer, 1e-30) / size**3
+        signal = self.power / np.maximum(self.transfer, 1e-30) / self.right.size
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(signal > 0, self.noise / signal, np.inf)
         return np.where(self.noise > 0, ratio, 0)
@@ -315,8 +315,7 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
     from tqdm.auto import tqdm
 
     size = stack.box_px
-    if stack.noise is None and size >= SMALLEST:
-        stack = stack.replace(noise=surveying.survey(stack, images=SURVEYED).noise)
+    stack = surveying.with_noise(stack, images=SURVEYED)
     slices = projection.Slices(size)
     length = np.linalg.norm(slices.frequencies, axis=1)
     shell = np.minimum(np.rint(length).astype(int), size // 2)
@@ -336,10 +335,10 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
     for rows in tqdm(parts, desc="back-projection", unit="chunk", disable=not progress):
         part = stack.select(rows)
         y = slices.from_images(part.images[:])
-        groups = np.zeros(len(part), int)
+        gain, loud, a = weights, noise, np.ones((1, 1), np.float32)
         if stack.noise is not None and len(noise) > 1:
             groups = stack.noise.of(part.optics_group)
-        gain, a = weights[groups], np.ones((1, 1), np.float32)
+            gain, loud = weights[groups], noise[groups]
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]
         if part.shifts_px.any():
@@ -348,7 +347,7 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
         if ctf is not None:
             a = a * ctf[:, *slices.index]
         squared = np.broadcast_to(gain * a**2, y.shape)
-        power += np.sum(gain * (np.abs(y) ** 2 - size**2 * noise[groups]), axis=0)
+        power += np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
         transfer += squared.sum(axis=0)
         y = y * gain * a
         for g in others:

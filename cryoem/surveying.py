@@ -189,11 +189,17 @@ def told(stack: ParticleStack) -> Told:
     }
 
 
-def with_noise(stack: ParticleStack) -> ParticleStack:
-    """The stack with a noise: its own, or what is measured where no particle reaches."""
+def with_noise(stack: ParticleStack, *, images: int = 1000) -> ParticleStack:
+    """The stack with a noise: its own, or what some images show where no particle reaches."""
     if stack.noise is not None or len(stack) == 0:
         return stack
-    return stack.replace(noise=survey(stack).noise)
+    return stack.replace(noise=survey(stack, images=images).noise)
+
+
+def _corners(radius: np.ndarray) -> np.ndarray:
+    """Pixels beyond the largest circle of a frame; of one that has none, the farthest."""
+    beyond = radius > len(radius) / 2
+    return beyond if beyond.any() else radius == radius.max()
 
 
 class _Rings:
@@ -218,7 +224,7 @@ class _Rings:
         width = max(1.0, size / 32)
         number = np.minimum(radius / width, size / 2 / width).astype(int)
         count = np.bincount(number.ravel())
-        corners = images[:, radius > size / 2]
+        corners = images[:, _corners(radius)]
         # The mean of a frame is known better than that of its corners, which it is above alike.
         level = images.mean(axis=(1, 2), dtype=np.float64)
         above = float(np.mean(level - corners.mean(axis=1, dtype=np.float64)))
@@ -279,7 +285,7 @@ def contrast(images: np.ndarray) -> tuple[int, float]:
     """
     images = imaging.check_images(images)
     radius, size = imaging.from_middle(images.shape[1]), images.shape[1]
-    inner, outer = radius < size / 6, radius > size / 2
+    inner, outer = radius < size / 6, _corners(radius)
     difference = images[:, inner].mean(axis=1) - images[:, outer].mean(axis=1)
     # Noise of the pixels besides the scatter of the images, which one image does not show.
     scatter = images[:, outer].std() * np.sqrt(1 / inner.sum() + 1 / outer.sum())

@@ -24,7 +24,7 @@ from cryoem import (
     write_density,
     write_particles,
 )
-from cryoem.cli import options, orienting
+from cryoem.cli import initial, options, orienting, solving
 from cryoem.density import Phantom
 
 COMMANDS = (
@@ -715,6 +715,35 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_pa
         (["--classes", "2"], "no --classes beside it"),
     ):
         assert told in run(*solve, *more, code=1).output
+
+
+@pytest.mark.parametrize(
+    ("asked", "keras", "classes", "learned"),
+    [
+        (None, True, 1, solving.IMAGES),
+        (None, False, 1, 0),  # TensorFlow is an extra: what ran before still runs
+        (None, True, 2, 0),
+        (0, True, 1, 0),
+        (500, True, 1, 500),
+    ],
+)
+def test_a_network_learns_where_it_pays_and_can(asked, keras, classes, learned, monkeypatch):
+    monkeypatch.setattr(solving.importlib.util, "find_spec", lambda name: keras or None)
+    told = initial.Told(None, 8, classes, None, None, None, 1000, None, 0)
+    many, few = range(1000 + solving.WORTH), range(999 + solving.WORTH)
+    assert solving._images_to_learn(asked, told, many) == learned
+    if asked is None:
+        assert solving._images_to_learn(None, told, few) == 0
+
+
+def test_masked_images_are_refused_before_anything_is_computed(tmp_path, phantom):
+    stack = simulate(phantom.density(32, 7.0), 60, 1, snr=1.0)
+    middle = np.hypot(*np.mgrid[-16:16, -16:16]) < 13
+    write_particles(tmp_path / "masked.star", stack.replace(images=stack.images * middle))
+    refused = run("solve", tmp_path / "masked.star", "-o", tmp_path / "out", "--images", 30,
+                  "--learn", 100, "-q", code=1)  # fmt: skip
+    assert "cannot learn their noise" in refused.output
+    assert not (tmp_path / "out" / "initial.star").exists()
 
 
 def test_noise_ends_in_no_map(tmp_path):

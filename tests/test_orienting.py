@@ -10,6 +10,7 @@ import pytest
 from measures import Lookup, Sees, gauss_newton, packed
 
 from cryoem import evaluation, imaging, rotations, simulation
+from cryoem.abinitio import place
 from cryoem.density import Density
 from cryoem.errors import InputError
 from cryoem.matching import match
@@ -105,6 +106,29 @@ def test_a_trained_network_orients_better_than_chance(phantom, trained):
     chance = evaluation.random_error(made.quaternions, 99, over="none")
     assert error(found, made.quaternions, over="none") < 0.8 * chance
     assert found.features.shape == (150, 18)
+
+
+def test_those_that_made_the_map_judge_a_network_that_places_the_others(phantom, trained):
+    """They stay where they are; what it is off on them scales the errors that it expects."""
+    network, _ = trained
+    density = phantom.density(32, 7.0)
+    truth = simulation.simulate(density, 80, 5, snr=float("inf"))
+    rows = np.arange(0, 80, 2)
+    known = truth.select(rows).replace(expected_error_rad=np.full(40, 0.01))
+    found = place(network, truth.without_poses(), rows, known, density, seed=1)
+    bare = orient(network, truth.without_poses(), reference=density, seed=1)
+    at, others = found.particles, np.arange(1, 80, 2)
+    np.testing.assert_allclose(at.quaternions[rows], known.quaternions, atol=1e-12)
+    np.testing.assert_allclose(at.quaternions[others], bare.quaternions[others], atol=1e-12)
+    off = rotations.distance(bare.quaternions[rows], known.quaternions)
+    assert found.mean_rad == pytest.approx(off.mean())
+    assert found.median_rad == pytest.approx(np.median(off))
+    assert 1.8 < found.chance_rad < 2.8 and found.median_rad < found.chance_rad / 2
+    np.testing.assert_array_equal(at.expected_error_rad[rows], 0.01)
+    scale = at.expected_error_rad[others] / bare.expected_error_rad[others]
+    np.testing.assert_allclose(scale, off.mean() / bare.expected_error_rad[rows].mean())
+    with_group = place(network, truth.without_poses(), rows, known, density, symmetry="D2", seed=1)
+    assert with_group.chance_rad < found.chance_rad - 0.3  # the nearest of four
 
 
 def test_orienting_is_reproducible(phantom, trained):

@@ -84,10 +84,8 @@ class Verdict:
             said = f"a map with doubts ({self.second:.0%} of the images are of something else: "
             said += "classes sort them): "
         elif self.agreement < PLAIN:
-            said = (
-                "a map with doubts (too few or too noisy images, or some of nothing, which classes "
-            )
-            said += "sort): "
+            said = "a map with doubts (too few or too noisy images, or some of nothing, which "
+            said += "classes sort): "
         else:
             said = "a map: "
         return (

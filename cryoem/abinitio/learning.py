@@ -12,9 +12,7 @@ from .. import maps, surveying
 from ..density import Density
 from ..io.files import PathLike
 from ..particles import ParticleStack
-from ..preprocessing import preprocessing_for
 from ..recovery import orient
-from ..simulation import TrainingImages
 from ..symmetry import group
 
 if TYPE_CHECKING:
@@ -53,7 +51,6 @@ def learn(
     *,
     symmetry: str = "C1",
     images: int = IMAGES,
-    precision: str = "float32",
     seed: int = 0,
     checkpoint: PathLike | None = None,
     progress: bool = False,
@@ -72,31 +69,27 @@ def learn(
     symmetry : str
     images : int
         To train on.
-    precision, seed, checkpoint, progress
-        See :meth:`cryoem.Estimator.create` and :func:`cryoem.train`.
+    seed, checkpoint, progress
+        See :func:`cryoem.train`.
 
     Returns
     -------
     Estimator
     """
-    from ..estimator import Estimator, train
+    from ..estimator import train_on
 
     density = density.sampled_as(particles.box_px, particles.pixel_size_angstrom)
     cube = Density(maps.soft_mask(density) * density.values, density.voxel_size_angstrom)
     ranges = surveying.survey(particles, seed=seed).training()
-    preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
-    source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
-    model = Estimator.create(
-        preprocessing, symmetry=symmetry, passes=2, seed=seed, precision=precision
+    model, _ = train_on(
+        cube,
+        ranges,
+        images=images,
+        symmetry=symmetry,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
     )
-    told = train(model, source, images=images, seed=seed, checkpoint=checkpoint, progress=progress)
-    model.notes = {
-        "images": images,
-        "seed": seed,
-        "precision": precision,
-        "train_minutes": round(sum(told["seconds"]) / 60, 1),
-        "source": source.settings,
-    }
     return model
 
 

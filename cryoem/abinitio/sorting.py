@@ -99,7 +99,7 @@ def classify(
     best = ranked([start for start in found if start.done >= schedule.rounds])[0].on(coarse)
     pixel, mask = cut.stack.pixel_size_angstrom, best.mask()
     maps = [Density(volume * mask, pixel) for volume in best.volumes]
-    evidence = _evidence_of(best, coarse, best.volumes, best.resolution_angstrom)
+    evidence = _evidence_of(best, coarse, best.resolution_angstrom)
     size = np.bincount(Classes(evidence, ()).number, minlength=classes + 1)[1:]
     order = np.argsort(-size, kind="stable")
     return Classes(evidence[:, order], tuple(maps[i] for i in order))
@@ -141,7 +141,7 @@ def second_particle(
     """
     worst = []
     for start, half in zip(best, images, strict=True):
-        evidence = _evidence_of(start, half, start.volumes, start.resolution_angstrom)[:, 0]
+        evidence = _evidence_of(start, half, start.resolution_angstrom)[:, 0]
         worst.append(half.select(np.sort(np.argsort(evidence)[: len(half) // 2])))
     rng = rotations.generator(seed, "second map")
     seeds = rng.integers(2**31, size=2 * SECOND_STARTS)
@@ -153,26 +153,19 @@ def second_particle(
         for _ in range(TOGETHER):
             both.advance()
         finest = max(best[h].resolution_angstrom, both.resolution_angstrom)
-        one, two = (
-            _evidence_of(start, images[1 - h], start.volumes, finest) for start in (best[h], both)
-        )
+        one, two = (_evidence_of(start, images[1 - h], finest) for start in (best[h], both))
         gains.append((logsumexp(two, axis=1) - np.log(2)).mean() - one.mean())
         shares.append(np.mean(two[:, 0] > two[:, 1]))
     return float(np.mean(np.minimum(shares, 1 - np.array(shares)))) if np.mean(gains) > 0 else 0.0
 
 
 def _evidence_of(
-    start: Start, images: Coarse, volumes: np.ndarray, resolution_angstrom: float
+    start: Start, images: Coarse, resolution_angstrom: float
 ) -> Float[np.ndarray, "n c"]:
     """Evidence of images by each map of a start, wherever they lie."""
-    at, mask, rows = start.on(images), start.mask(), np.arange(len(images))
-    grid = at.random_grid()
-    return np.stack(
-        [
-            at.on(images)
-            .look(rows, grid, volumes=(v * mask)[None], resolution_angstrom=resolution_angstrom)
-            .evidence
-            for v in volumes
-        ],
-        axis=1,
-    )
+    rows, grid, found = np.arange(len(images)), start.random_grid(), []
+    for volume in start.volumes * start.mask():
+        at = start.on(images)  # of which nothing is known
+        seen = at.look(rows, grid, volumes=volume[None], resolution_angstrom=resolution_angstrom)
+        found.append(seen.evidence)
+    return np.stack(found, axis=1)

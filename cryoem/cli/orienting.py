@@ -78,10 +78,8 @@ def train_estimator(
     25,000 images give a first idea, the default a model worth keeping. Its training is told in
     OUTPUT.json beside it.
     """
-    from ..estimator import Estimator, train
+    from ..estimator import train_on
     from ..io import files
-    from ..preprocessing import preprocessing_for
-    from ..simulation import TrainingImages
     from ..structures import SHIPPED, load_density
 
     stack = None if like is None else open_particles(like, quiet)
@@ -97,28 +95,22 @@ def train_estimator(
         stack, _ = prepared(stack, like, invert, quiet, seed)
     cube, ranges = _as_seen(cube, stack, seed)
     say(quiet, _ranges_told(ranges))
-    preprocessing = preprocessing_for(cube, max_shift_px=ranges["max_shift_px"])
-    source = TrainingImages(cube, preprocessing, symmetry=symmetry, **ranges)
-    model = Estimator.create(
-        preprocessing,
+    model, history = train_on(
+        cube,
+        ranges,
+        images=images,
         symmetry=symmetry,
-        passes=2 if ranges["max_shift_px"] else 1,
-        seed=seed,
         precision=precision,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=not quiet,
     )
-    history = train(
-        model, source, images=images, seed=seed, checkpoint=checkpoint, progress=not quiet
-    )
-    model.notes = {
-        "command": f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry} "
+    command = (
+        f"cryoem train {Path(density).name} -o {output.name} --symmetry {symmetry} "
         f"--images {images}{_more_options(voxel_size, like, invert, pixel_size)} --seed {seed} "
-        f"--precision {precision}",
-        "images": images,
-        "seed": seed,
-        "precision": precision,
-        "train_minutes": round(sum(history["seconds"]) / 60, 1),
-        "source": source.settings,
-    }
+        f"--precision {precision}"
+    )
+    model.notes = {"command": command, **model.notes}
     model.save(output)
     with files.atomic(told) as temporary:
         temporary.write_text(json_of({**model.notes, **history}) + "\n")

@@ -104,8 +104,9 @@ def solve_particles(
     stack = open_particles(particles_file, quiet, pixel_size)
     learned = _images_to_learn(learn, asked, stack)
     plan = _Plan(folder, learned, rounds, seed, quiet)
+    initial, note = plan.at("initial.star"), plan.at("solve.json")
     check_outputs(
-        {"--output": [*plan.files(stack), *asked.files(plan.initial, stack)]},
+        {"--output": [*plan.files(stack), *asked.files(initial, stack)]},
         [particles_file, reference],
         stack,
     )
@@ -117,8 +118,8 @@ def solve_particles(
         "invert": invert,
         "pixel_size": pixel_size,
     }
-    known = _known(plan.note, told)
-    if known is None or (learned and not plan.oriented.exists()):
+    known = _known(note, told)
+    if known is None or (learned and not plan.at("oriented.star").exists()):
         stack, seen = prepared(stack, particles_file, invert, quiet, seed)
         if learned and not seen.noise_variance > 0:
             raise InputError(
@@ -136,17 +137,17 @@ def solve_particles(
             f"{len(stack) - len(rows):,}",
         )
     if known is None:
-        found = find_maps(stack.select(rows), plan.initial, particles_file.name, asked, quiet)
+        found = find_maps(stack.select(rows), initial, particles_file.name, asked, quiet)
         if not found:
             raise typer.Exit(NO_MAP)
         known = found[0]
-        _remember(plan.note, told, known)
+        _remember(note, told, known)
     else:
         say(quiet, f"{folder / known.file}: is there already")
-    start = folder / known.file
+    start = plan.at(known.file)
     if learned:
         start = _placed(stack, rows, start, known.symmetry, plan)
-    _refined(start, plan.refined, known.symmetry, plan)
+    _refined(start, plan.at("refined.star"), known.symmetry, plan)
 
 
 def _images_to_learn(learn: int | None, asked: Told, stack: ParticleStack) -> int:
@@ -167,7 +168,7 @@ def _images_to_learn(learn: int | None, asked: Told, stack: ParticleStack) -> in
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where each step writes, and what all are told."""
+    """Where the steps write, and what all are told."""
 
     folder: Path
     learned: int
@@ -175,43 +176,18 @@ class _Plan:
     seed: int
     quiet: bool
 
-    @property
-    def note(self) -> Path:
-        """What was asked for, and the class that has a map."""
-        return self.folder / "solve.json"
-
-    @property
-    def initial(self) -> Path:
-        """The map that the images alone give."""
-        return self.folder / "initial.star"
-
-    @property
-    def part(self) -> Path:
-        """The same refined, where a network learns from it."""
-        return self.folder / "part.star"
-
-    @property
-    def network(self) -> Path:
-        """What has learned."""
-        return self.folder / "network.npz"
-
-    @property
-    def oriented(self) -> Path:
-        """All particles, before they are refined."""
-        return self.folder / "oriented.star"
-
-    @property
-    def refined(self) -> Path:
-        """The end."""
-        return self.folder / "refined.star"
+    def at(self, name: str) -> Path:
+        """A file in the folder."""
+        return self.folder / name
 
     def files(self, stack: ParticleStack) -> list[Path]:
         """All that is written, but for the first step."""
-        found = [self.note, *map_files(self.refined, stack)]
+        found = [self.at("solve.json"), *map_files(self.at("refined.star"), stack)]
         if self.learned:
-            found += [*map_files(self.part, stack), self.network, *star_files(self.oriented, stack)]
-            found += [self.folder / "network" / name for name in CHECKPOINTS]
-            found += [self.folder / "oriented.work" / name for name in WORK]
+            found += [*map_files(self.at("part.star"), stack), self.at("network.npz")]
+            found += star_files(self.at("oriented.star"), stack)
+            found += [self.at("network") / name for name in CHECKPOINTS]
+            found += [self.at("oriented.work") / name for name in WORK]
         return found
 
 
@@ -232,34 +208,38 @@ def _placed(
     from ..estimator import load_estimator
     from ..io.particles import read_particles, write_particles
 
-    if plan.oriented.exists():
-        say(plan.quiet, f"{plan.oriented}: is there already")
-        return plan.oriented
-    if not plan.part.with_suffix(".html").exists():  # what is written last
-        _refined(start, plan.part, symmetry, plan)
-    part, density = read_particles(plan.part), read_density(plan.part.with_suffix(".mrc"))
-    if not plan.network.exists():
+    oriented, network = plan.at("oriented.star"), plan.at("network.npz")
+    if oriented.exists():
+        say(plan.quiet, f"{oriented}: is there already")
+        return oriented
+    refined = plan.at("part.star")
+    if not refined.with_suffix(".html").exists():  # what is written last
+        _refined(start, refined, symmetry, plan)
+    part, density = read_particles(refined), read_density(refined.with_suffix(".mrc"))
+    if network.exists():
+        model = load_estimator(network)
+    else:
         model = learn(
             part, density, symmetry=symmetry, images=plan.learned, seed=plan.seed,
-            checkpoint=plan.folder / "network", progress=not plan.quiet,
+            checkpoint=plan.at("network"), progress=not plan.quiet,
         )  # fmt: skip
-        model.save(plan.network)
+        model.save(network)
     found = place(
-        load_estimator(plan.network), stack, rows, part, density, symmetry=symmetry,
-        seed=plan.seed, work=plan.folder / "oriented.work", progress=not plan.quiet,
+        model, stack, rows, part, density, symmetry=symmetry, seed=plan.seed,
+        work=plan.at("oriented.work"), progress=not plan.quiet,
     )  # fmt: skip
     typer.echo(
-        f"{plan.network}: lays the {len(rows):,} images that made the map within "
+        f"{network}: lays the {len(rows):,} images that made the map within "
         f"{found.mean_rad:.3f} rad (median {found.median_rad:.3f}) of where they lie in it"
     )
     if found.median_rad > LOST * found.chance_rad:
         raise InputError(
-            f"{plan.network}: has not learned to place these particles ({found.chance_rad:.2f} rad "
+            f"{network}: has not learned to place these particles ({found.chance_rad:.2f} rad "
             "is chance); wanted another folder and --learn of more images, or 0: the likelihood "
             "places all"
         )
-    write_particles(plan.oriented, found.particles)
-    return plan.oriented
+    write_particles(oriented, found.particles)
+    return oriented
 
 
 def _state(particles_file: Path, reference: str | None, stack: ParticleStack) -> list[list[object]]:

@@ -2,9 +2,10 @@
 
 * :mod:`~cryoem.estimator.model`: the estimator, from images to features;
 * :mod:`~cryoem.estimator.networks`: its encoders; :mod:`~cryoem.estimator.weights`: its file;
-* :mod:`~cryoem.estimator.training`: :func:`train`, the recipe, and :func:`fit`, one run of it, with
-  their :mod:`~cryoem.estimator.loss`, :mod:`~cryoem.estimator.record` (the history, the checkpoint)
-  and :mod:`~cryoem.estimator.calibration` (how far off orientations are to be expected).
+* :mod:`~cryoem.estimator.training`: :func:`train_on`, from a density to an estimator;
+  :func:`train`, the recipe, and :func:`fit`, one run of it, with their
+  :mod:`~cryoem.estimator.loss`, :mod:`~cryoem.estimator.record` (the history, the checkpoint) and
+  :mod:`~cryoem.estimator.calibration` (how far off orientations are to be expected).
 
 All of it needs TensorFlow, as :mod:`cryoem.recovery.descent` does and nothing else.
 """
@@ -12,7 +13,7 @@ All of it needs TensorFlow, as :mod:`cryoem.recovery.descent` does and nothing e
 from .calibration import calibrate
 from .loss import Objective, PairLoss, pair_distances
 from .model import Estimator, Prediction, load_estimator
-from .training import broad_ranges, fit, train
+from .training import broad_ranges, fit, train, train_on
 
 __all__ = [
     "Estimator",
@@ -25,4 +26,5 @@ __all__ = [
     "load_estimator",
     "pair_distances",
     "train",
+    "train_on",
 ]

@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from ..backend import keras
+from ..density import Density
 from ..errors import InputError
 from ..io.files import PathLike
+from ..preprocessing import preprocessing_for
 from ..simulation import TrainingImages
 from ..surveying import TrainingRanges
 from .calibration import IMAGES, calibrate
@@ -20,7 +22,7 @@ from .loss import Objective, PairLoss, Pairs
 from .model import Estimator
 from .record import History, Record
 
-__all__ = ["broad_ranges", "fit", "train"]
+__all__ = ["broad_ranges", "fit", "train", "train_on"]
 
 #: What is learned from 60 % of the images at the first rate, from the others at the second, where
 #: pairs of noisy images count for less.
@@ -55,6 +57,62 @@ def broad_ranges(box_px: int) -> TrainingRanges:
         "ctf_fraction": 0.4,
         "noise": "coloured",
     }
+
+
+def train_on(
+    density: Density,
+    ranges: TrainingRanges,
+    *,
+    images: int,
+    symmetry: str = "C1",
+    precision: str = "float32",
+    seed: int = 0,
+    checkpoint: PathLike | None = None,
+    progress: bool = True,
+) -> tuple[Estimator, History]:
+    """Make an estimator for a density, and train it.
+
+    Parameters
+    ----------
+    density : Density
+        In the box and the pixels of the images that it is for.
+    ranges : dict
+        How these were imaged (:meth:`cryoem.surveying.Survey.training`), or :func:`broad_ranges`.
+        Where there are shifts the estimator centres images first.
+    images : int
+    symmetry : str
+    precision : str
+        See :func:`cryoem.estimator.networks.build`.
+    seed, checkpoint, progress
+        See :func:`train`.
+
+    Returns
+    -------
+    estimator : Estimator
+        Its notes say how it was trained.
+    history : dict
+    """
+    shifted = ranges["max_shift_px"]
+    preprocessing = preprocessing_for(density, max_shift_px=shifted)
+    source = TrainingImages(density, preprocessing, symmetry=symmetry, **ranges)
+    estimator = Estimator.create(
+        preprocessing,
+        symmetry=symmetry,
+        passes=2 if shifted else 1,
+        seed=seed,
+        precision=precision,
+    )
+    history = train(
+        estimator, source, images=images, seed=seed, checkpoint=checkpoint, progress=progress
+    )
+    estimator.notes = {
+        "images": images,
+        "seed": seed,
+        "precision": precision,
+        "train_minutes": round(sum(history["seconds"]) / 60, 1),
+        "source": source.settings,
+    }
+    return estimator, history
 
 
 def train(

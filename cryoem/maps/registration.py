@@ -22,9 +22,7 @@ def mirrored(density: Density) -> Density:
     """Mirror image ``V(-r)`` about the origin voxel."""
     values = density.values
     for axis in range(3):
-        values = np.flip(values, axis)
-        if density.values.shape[axis] % 2 == 0:
-            values = np.roll(values, 1, axis)
+        values = fourier.flipped(values, axis)
     return Density(values, density.voxel_size_angstrom)
 
 
