@@ -417,7 +417,7 @@ def test_training_takes_a_particle_that_ships(tmp_path, monkeypatch):
         asked.update(options, network=network, source=source)
         return {"loss": [2.0, 1.0], "mae_rad": [1.0, 0.5], "seconds": [1.0, 2.0]}
 
-    monkeypatch.setattr(estimator, "train", train)
+    monkeypatch.setattr(estimator.training, "train", train)
     out = tmp_path / "m.npz"
     done = run("train", "4JSV", "-o", out, "--images", 8, "--seed", 5, "--quiet")
     assert "mean absolute error of distances 0.500 rad" in done.stdout and done.stderr == ""
