@@ -625,7 +625,7 @@ def test_outputs_never_replace_inputs(inputs, monkeypatch, arguments, says):
     monkeypatch.chdir(inputs)
     for name in ("cryoem.reconstruction.reconstruct", "cryoem.refinement.refine_halves",
                  "cryoem.refinement.refine_against", "cryoem.recovery.orient",
-                 "cryoem.simulation.simulate", "cryoem.estimator.train"):  # fmt: skip
+                 "cryoem.simulation.simulate", "cryoem.estimator.train_on"):  # fmt: skip
         monkeypatch.setattr(name, lambda *_, name=name, **__: pytest.fail(f"{name} was begun"))
     before = {path: path.read_bytes() for path in inputs.rglob("*") if path.is_file()}
     if not says:
