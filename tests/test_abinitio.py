@@ -114,6 +114,8 @@ def test_the_map_of_images_that_are_placed_right_is_the_density():
     ball = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 11**2
     assert np.corrcoef(found[ball], wanted[ball])[0, 1] > 0.995
     assert np.isclose(found[ball].std(), wanted[ball].std(), rtol=0.1)
+    nothing = Sums(400, images.values.shape[1])  # a class may lose all images
+    assert not solve(nothing, images.slices.frequencies, q, 24).any()
 
 
 def test_small_images_show_the_middle_with_phases_flipped():

@@ -238,10 +238,17 @@ def solve(
         Relative to the mean weight of the frequencies that are used.
     iterations : int
         Of conjugate gradients.
+
+    Returns
+    -------
+    (m, m, m) array of float32
+        Zero where no image lies: a class may lose all that it had.
     """
     import finufft
 
     used = np.flatnonzero(sums.weight.any(axis=1))
+    if not len(used):
+        return np.zeros((box_px,) * 3, np.float32)
     points = slice_points(frequencies, quaternions[used], box_px)
     # One thread: as many starts run beside each other as there are.
     right = finufft.nufft3d1(

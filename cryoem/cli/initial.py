@@ -205,6 +205,8 @@ def find_maps(
             found = _one(part, out, title, told, quiet)
         elif len(part):
             typer.echo(f"{out}: {title}" + (": too few for a map" if i else ""))
+        elif i:
+            typer.echo(f"{title}: no map")
         if found:
             with_map.append(found)
         elif len(part):
