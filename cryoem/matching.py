@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from . import imaging, rotations
+from . import fourier, imaging, rotations
 from .density import Density
+from .errors import InputError
 from .noise import Noise
 from .particles import PER_PARTICLE, ParticleStack
 from .preprocessing import Preprocessing
@@ -56,22 +57,37 @@ def match(
     Returns
     -------
     MatchedStack
+
+    Raises
+    ------
+    InputError
+        Images or a density of another box than the preprocessing's.
     """
     from tqdm.auto import tqdm
 
+    if density.box_px != preprocessing.frame_px:
+        raise InputError(
+            f"wanted a density in a box of {preprocessing.frame_px}, as the images; "
+            f"got {density.box_px}"
+        )
     stack = with_noise(stack)
     known = rotations.grid(references)
     best, scores = np.empty(len(stack), int), np.empty(len(stack), np.float32)
-    # One set of references for all optics groups: whitened by their mean.
-    gain = None
+    # One set of references for all optics groups: whitened by their mean. They are projected in the
+    # pixels in which they are compared.
+    box, down = stack.box_px, preprocessing.down_px
+    gain = gain_down = None
     if stack.noise is not None and not stack.noise.is_white:
-        gain = Noise(stack.noise.power.mean(axis=0)).whitening(stack.box_px)[0]
+        mean = Noise(stack.noise.power.mean(axis=0))
+        gain = mean.whitening(box)[0]
+        gain_down = mean.gain(fourier.radius((down, down), half=True) / box)[0]
+    coarse = density.resampled(down)
     table = np.empty((references, preprocessing.crop_px**2), np.float32)
     starts = range(0, references, 512)
     for i in tqdm(starts, desc="references", unit="batch", disable=not progress):
-        frames = project(density, known[i : i + 512])
-        frames = frames if gain is None else imaging.apply_ctf(frames, gain)
-        table[i : i + 512] = preprocessing(frames).reshape(-1, table.shape[1])
+        frames = project(coarse, known[i : i + 512])
+        frames = frames if gain_down is None else imaging.apply_ctf(frames, gain_down)
+        table[i : i + 512] = preprocessing.cut(frames).reshape(-1, table.shape[1])
     done = 0
     for part in stack.chunks(256):
         frames = imaging.shift(part.images[:], -part.shifts_px)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from cryoem import evaluation, imaging, rotations
+from cryoem.errors import InputError
 from cryoem.io.stacks import open_array
 from cryoem.matching import match
+from cryoem.noise import from_powers
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.preprocessing import Preprocessing
 from cryoem.projection import project
@@ -82,6 +84,20 @@ def test_what_was_known_of_other_orientations_is_forgotten(density):
     )
     found = match(stack, density, WHOLE, references=50)
     assert found.contrast is None and found.expected_error_rad is None
+
+
+def test_coarse_references_are_the_projections_made_coarse(density):
+    """References are projected in the pixels in which they are compared, and images made coarse."""
+    known = rotations.grid(500)[::25]
+    images = project(density, known)
+    noisy = images + np.random.default_rng(1).normal(0, 0.3 * images.std(), images.shape)
+    coarse = Preprocessing(BOX, BOX // 2, BOX // 2 - 2, VOXEL)
+    for noise in (None, from_powers(np.geomspace(8, 1, BOX // 2 + 1)[None], BOX)):
+        stack = ParticleStack(noisy, VOXEL, noise=noise)
+        found = match(stack, density, coarse, references=500)
+        np.testing.assert_allclose(found.quaternions, known, atol=1e-12)
+    with pytest.raises(InputError, match="density in a box of 32, as the images; got 24"):
+        match(stack, density.in_box(24), coarse, references=20)
 
 
 def test_noise_matches_badly(density):

@@ -331,7 +331,7 @@ def test_no_steps_only_judge():
 def test_a_particle_does_not_depend_on_its_company(monkeypatch):
     given = particles(9, at=off(TRUE[:9], 0.2))
     together = refine(given, DENSITY, resolution_angstrom=FINEST)
-    monkeypatch.setattr("cryoem.refinement.fit.POINTS_AT_ONCE", 1)
+    monkeypatch.setattr("cryoem.refinement.search.POINTS_AT_ONCE", 1)
     alone = refine(given, DENSITY, resolution_angstrom=FINEST)
     assert rotations.distance(together.quaternions, alone.quaternions).max() < 1e-3
 
@@ -339,7 +339,7 @@ def test_a_particle_does_not_depend_on_its_company(monkeypatch):
 @pytest.mark.parametrize("bright", [[0], [7], [0, 1, 2, 3, 4]])
 def test_contrasts_do_not_depend_on_who_comes_first(bright, monkeypatch):
     # The floor of the contrasts is a share of what is typical of all.
-    monkeypatch.setattr("cryoem.refinement.fit.POINTS_AT_ONCE", 1)
+    monkeypatch.setattr("cryoem.refinement.search.POINTS_AT_ONCE", 1)
     monkeypatch.setattr("cryoem.refinement.fit.SAMPLE", 9)
     contrast = np.ones(12)
     contrast[bright] = 20
@@ -404,12 +404,14 @@ def test_every_stage_doubles_the_resolution_and_drops_half_of_the_candidates():
 
 def test_one_maximum_does_not_crowd_out_the_others():
     a, b = rotations.uniform(2, 0)
-    near = rotations.perturb(a[None], np.array([[0.02, 0, 0]]))[0]
-    q = np.array([[b, a, near, -a, a]])
-    shifts = np.array([[[0, 0], [0, 0], [0.1, 0], [0, 0], [0, 3.0]]])
-    gain = np.array([[1.0, 5.0, 4.0, 3.0, 2.0]])
-    # Candidates 2 and 3 ended where 1 did; 4 is as oriented but elsewhere.
-    np.testing.assert_array_equal(distinct_first(gain, q, shifts), [[1, 4, 0, 2, 3]])
+    near = rotations.perturb(a[None], np.array([[0.01, 0, 0]]))[0]
+    q = np.array([[b, a, near, -a, a, a]])
+    shifts = np.array([[[0, 0], [0, 0], [0.1, 0], [0, 0], [0, 3.0], [9.0, 0]]])
+    gain = np.array([[1.0, 5.0, 4.0, 3.0, 2.0, -np.inf]])
+    # Candidates 2 and 3 ended where 1 did; 4 is as oriented but elsewhere; 5 was given up before.
+    order, worth = distinct_first(gain, q, shifts)
+    np.testing.assert_array_equal(order, [[1, 4, 0, 5, 2, 3]])
+    np.testing.assert_array_equal(worth, [[True, True, True, False, False, False]])
 
 
 # --------------------------------------------------------------------------------------

@@ -131,6 +131,37 @@ def test_every_nufft_is_told_its_threads():
     assert not untold, untold
 
 
+BESIDE = """
+import threading
+import numpy as np, threadpoolctl
+from cryoem import threads
+
+meeting = threading.Barrier(3, timeout=60)
+
+def alone(i):
+    meeting.wait()  # only where three are under way
+    return i, {k["num_threads"] for k in threadpoolctl.threadpool_info() if k["user_api"] == "blas"}
+
+print(list(threads.each(alone, range(6))))
+begun = []
+
+def failing(i):
+    begun.append(i)
+    return 1 / (i - 2)
+
+try:
+    list(threads.each(failing, range(10_000)))
+except ZeroDivisionError:
+    print(len(begun) < 10_000)
+"""
+
+
+def test_as_many_run_beside_each_other_as_there_are_threads(python):
+    done = python(BESIDE, CRYOEM_THREADS="3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{[(i, {1}) for i in range(6)]}\nTrue\n"
+
+
 # --------------------------------------------------------------------------------------
 # The quiet
 

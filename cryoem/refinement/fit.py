@@ -9,19 +9,20 @@ takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from .. import evaluation, rotations
+from .. import evaluation, rotations, threads
 from ..density import Density
 from ..errors import InputError
 from ..noise import Noise, from_powers
 from ..particles import PER_PARTICLE, ParticleStack
 from .least_squares import LeastSquares, descend_each
-from .search import Plan, Search, Stage, distinct_first, plan
+from .search import Plan, Search, Stage, distinct_first, plan, same_place
 
 __all__ = ["RefinedStack", "refine"]
 
@@ -33,7 +34,6 @@ SAMPLE = 500
 NOISE_SAMPLE, ENOUGH = 120, 30
 #: Noise below this share of the images' power is as good as none.
 CLEAN = 1e-2
-POINTS_AT_ONCE = 2_000_000
 DEFAULT = Search()
 
 
@@ -142,13 +142,13 @@ def refine(
         stack = stack.replace(noise=_residual_noise(stages, stack, search))
     least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
     q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
-    done = 0
+    done, refined = 0, partial(_refined, stages, search=search, least_contrast=least)
     with tqdm(total=n, desc="refinement", unit="particle", disable=not progress) as bar:
-        for part in stack.chunks(max(1, POINTS_AT_ONCE // stages.load)):
-            rows = slice(done, done + len(part))
-            q[rows], shifts[rows], grams[rows], fit = _refined(stages, part, search, least)
-            done += len(part)
-            bar.update(len(part))
+        for found in threads.each(refined, stack.chunks(stages.particles_at_once)):
+            rows = slice(done, done + len(found[0]))
+            q[rows], shifts[rows], grams[rows], fit = found
+            bar.update(rows.stop - done)
+            done = rows.stop
     return _judged(stack, q, shifts, grams, fit, noise_variance, stages.resolution_angstrom)
 
 
@@ -183,15 +183,20 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
     shells = np.rint(np.linalg.norm(plan.slices.frequencies, axis=1)).astype(int)
     weights, box = plan.slices.weights, stack.box_px
     left, count, loud = np.zeros((groups, shells.max() + 1)), np.zeros(groups), 0.0
-    for part in sample.chunks(max(1, POINTS_AT_ONCE // plan.load)):
+
+    def left_of(part: ParticleStack) -> tuple[np.ndarray, np.ndarray, float]:
         q, shifts, _, fit = _refined(plan, part, search, least)
         power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
-        loud += float((power @ weights).sum())
+        loud = float((power @ weights).sum())
         power[:, plan.order] = fit.residuals(q, shifts)
+        left = np.zeros((groups, shells.max() + 1))
         for g in np.unique(part.optics_group):
-            here = part.optics_group == g
-            left[g] += np.bincount(shells, weights * power[here].sum(axis=0))
-            count[g] += here.sum()
+            here = power[part.optics_group == g].sum(axis=0)
+            left[g] = np.bincount(shells, weights * here)
+        return left, np.bincount(part.optics_group, minlength=groups), loud
+
+    for more in threads.each(left_of, sample.chunks(plan.particles_at_once)):
+        left, count, loud = left + more[0], count + more[1], loud + more[2]
     if groups > 1:  # groups that few images are of are given what all have
         left = np.where(count[:, None] >= ENOUGH, left, left.sum(axis=0))
         count = np.where(count >= ENOUGH, count, count.sum())
@@ -226,6 +231,7 @@ def _refined(
     # Candidates of each particle: (m, starts, ...).
     q = rotations.perturb(given_q, search.offsets())
     shifts = np.repeat(given_shifts, search.starts, axis=1)
+    live = np.ones(q.shape[:2], bool)
     for stage in plan.stages:
         fit = _problem(plan, stage, observed, ctf)
         fit.least_contrast = least_contrast
@@ -233,15 +239,18 @@ def _refined(
             # Coarse detail may lead astray: what was given stays a candidate.
             q = np.concatenate([q, given_q], axis=1)
             shifts = np.concatenate([shifts, given_shifts], axis=1)
-        owner = np.repeat(np.arange(m), q.shape[1])
-        found = descend_each(
-            fit, owner, q.reshape(-1, 4), shifts.reshape(-1, 2), search.steps, stage.short
+            met = (same_place(q, shifts)[:, -1, :-1] & live).any(axis=1)
+            live = np.column_stack([live, ~met])
+        owner, _ = np.nonzero(live)
+        gain, grams = np.full(live.shape, -np.inf), np.zeros((*live.shape, 7, 7))
+        q[live], shifts[live], grams[live] = descend_each(
+            fit, owner, q[live], shifts[live], search.steps, stage.short
         )
-        gain = fit.normal(found[2])[0].reshape(m, -1)
-        q, shifts, gram = (x.reshape(m, -1, *x.shape[1:]) for x in found)
-        best = np.arange(m)[:, None], distinct_first(gain, q, shifts)[:, : stage.keep]
-        q, shifts, gram = q[best], shifts[best], gram[best]
-    return q[:, 0], shifts[:, 0], gram[:, 0], fit
+        gain[live] = fit.normal(grams[live])[0]
+        order, worth = distinct_first(gain, q, shifts)
+        best = np.arange(m)[:, None], order[:, : stage.keep]
+        q, shifts, grams, live = q[best], shifts[best], grams[best], worth[:, : stage.keep]
+    return q[:, 0], shifts[:, 0], grams[:, 0], fit
 
 
 def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) -> float:
@@ -250,16 +259,19 @@ def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) 
     rows = np.arange(n)
     if n > SAMPLE:
         rows = np.sort(rotations.generator(0, "contrast").choice(n, SAMPLE, replace=False))
-    stage, grams = plan.stages[0], []
-    for part in stack.select(rows).chunks(max(1, POINTS_AT_ONCE // stage.count)):
+    stage = plan.stages[0]
+
+    def at_start(part: ParticleStack) -> np.ndarray:
         fit = _problem(plan, stage, *_observed(plan, part))
-        grams.append(fit.gram(np.arange(len(part)), part.oriented(), part.shifts_px))
-    gram = np.concatenate(grams)
+        return fit.gram(np.arange(len(part)), part.oriented(), part.shifts_px)
+
+    sample = stack.select(rows).chunks(plan.particles_at_once)
+    gram = np.concatenate(list(threads.each(at_start, sample)))
     mm, my, yy = gram[:, 0, 0], gram[:, 0, 6], gram[:, 6, 6]
     if not mm.sum() > 0:
         raise InputError("the density is zero at the resolution that is used")
     # Beside what noise of the images' own power would give, in standard deviations.
-    z = my.sum() / max(np.sqrt(np.sum(mm * yy) / fit.samples), 1e-30)
+    z = my.sum() / max(np.sqrt(np.sum(mm * yy) / plan.weights[: stage.count].sum()), 1e-30)
     if wanted_positive and z < -6:
         raise InputError(
             "the images correlate negatively with the density: black and white are exchanged; "

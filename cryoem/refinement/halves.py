@@ -318,9 +318,12 @@ def _found_again(
     q, shifts = stack.oriented().copy(), stack.shifts_px.copy()
     box, voxel = others[0].box_px, others[0].voxel_size_angstrom
     small = min(box, max(16, 2 * int(np.ceil(box * voxel / 15.0))))  # detail of 15 A is enough
+    # Beyond the mask nothing of a reference is compared.
+    reach = np.abs(np.argwhere(others[0].values) - box // 2).max(initial=1)
+    crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
     for half, other in zip((1, 2), others, strict=True):
         mine = stack.half(half)
-        matched = matching.match(given.select(mine), other, Preprocessing(box, small, small, voxel))
+        matched = matching.match(given.select(mine), other, Preprocessing(box, small, crop, voxel))
         apart = group(symmetry).distance(matched.oriented(), q[mine])
         far = apart > 2 * search.spread_rad
         if not far.any():

@@ -9,10 +9,13 @@ itself.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
+import scipy.fft
 from scipy.spatial.transform import Rotation
 
-from .. import fourier, rotations, threads
+from .. import fourier, rotations
 from ..density import Density
 
 __all__ = ["LeastSquares", "SlicesWithGradient", "descend_each"]
@@ -23,6 +26,10 @@ LONGEST = 0.15, 2.0
 LITTLE = 2e-3
 #: Relative accuracy asked of the NUFFT: noiseless images come out 1e-4 rad off.
 ACCURACY = 1e-3
+#: How much finer than the density's transform needs the grid is in which it is looked up.
+UPSAMPLED = 1.25
+#: Nodes that hold the kernel, and points between two of them at which it is sampled.
+KERNEL, BETWEEN = 16, 8
 
 
 def _trimmed(values: np.ndarray, lost: float = 1e-7) -> np.ndarray:
@@ -38,11 +45,12 @@ def _trimmed(values: np.ndarray, lost: float = 1e-7) -> np.ndarray:
 
 
 class SlicesWithGradient:
-    """Slices of a density's transform and of its gradient."""
+    """Slices of a density's transform and of its gradient, looked up in what is transformed once.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self, density: Density, frequencies: np.ndarray, box_px: int) -> None:
-        import finufft
-
         full = density.box_px
         values = _trimmed(density.values)
         extent = values.shape[0]
@@ -54,34 +62,61 @@ class SlicesWithGradient:
         axis = ((np.arange(grid) - grid // 2) * step).astype(np.float32)
         values = values * np.float32(step**3 * (box_px / full) ** 2)
         slope = np.complex64(-2j * np.pi / full)
-        self._volumes = np.empty((4, grid, grid, grid), np.complex64)
-        self._volumes[0] = values
-        self._volumes[1] = slope * values * axis
-        self._volumes[2] = slope * values * axis[:, None]
-        self._volumes[3] = slope * values * axis[:, None, None]
+        fine = 2 * scipy.fft.next_fast_len(max(int(np.ceil(UPSAMPLED * grid / 2)), KERNEL // 2))
+        kernel = _kernel_transform(grid, fine)
+        self._transforms = np.zeros((4, fine, fine, fine), np.complex64)
+        places = (-(grid // 2) + np.arange(grid)) % fine
+        for new, by in zip(
+            self._transforms,
+            (1.0, slope * axis, slope * axis[:, None], slope * axis[:, None, None]),
+            strict=True,
+        ):
+            new[np.ix_(places, places, places)] = by * values / kernel
+            new[:] = scipy.fft.fftn(new, workers=fourier.WORKERS, overwrite_x=True)
         self._frequencies = (2 * np.pi * step / full * frequencies.T).astype(np.float32)  # (2, k)
-        self._plan = finufft.Plan(
-            2,
-            (grid,) * 3,
-            4,
-            eps=ACCURACY,
-            isign=-1,
-            dtype="complex64",
-            nthreads=threads.count(),
-            showwarn=0,
-        )
+        self._plans = threading.local()  # a plan keeps the points that it was given
 
     def at(self, matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame."""
+        import finufft
+
         n = len(matrices)
+        if not hasattr(self._plans, "plan"):
+            self._plans.plan = finufft.Plan(
+                2, self._transforms.shape[1:], 4,
+                eps=ACCURACY, isign=-1, dtype="complex64", nthreads=1, showwarn=0,
+                upsampfac=UPSAMPLED, spreadinterponly=1,
+            )  # fmt: skip
         m = matrices.astype(np.float32)
         points = m[:, :, :2].transpose(1, 0, 2) @ self._frequencies  # (3, n, k), x y z
         x, y, z = points.reshape(3, -1)
-        self._plan.setpts(z, y, x)
-        found = self._plan.execute(self._volumes).reshape(4, n, -1)
+        self._plans.plan.setpts(z, y, x)
+        found = self._plans.plan.execute(self._transforms).reshape(4, n, -1)
         # Density coordinates to detector coordinates: R^T.
         gradient = np.einsum("nij,ink->jnk", m, found[1:])
         return found[0], gradient
+
+
+def _kernel_transform(grid: int, fine: int) -> np.ndarray:
+    """The transform of finufft's kernel, (grid, grid, grid): what looking up multiplies by.
+
+    The kernel is laid on a small cube about points between two nodes in turn: the mean over them
+    is without what a single one would alias. Its zero is at the middle of the fine grid.
+    """
+    import finufft
+
+    k, origin = np.arange(grid) - grid // 2, np.zeros(1, np.float32)
+    line = np.zeros(grid, complex)
+    for between in np.arange(BETWEEN, dtype=np.float32) / BETWEEN:
+        cube = finufft.nufft3d1(
+            origin, origin, 2 * np.pi / KERNEL * between[None], np.ones(1, np.complex64),
+            (KERNEL,) * 3, eps=ACCURACY, isign=-1, nthreads=1, showwarn=0,
+            upsampfac=UPSAMPLED, spreadinterponly=1,
+        )  # fmt: skip
+        at = np.arange(KERNEL) - KERNEL // 2 - between
+        line += np.exp(-2j * np.pi / fine * np.outer(k, at)) @ cube[KERNEL // 2, KERNEL // 2]
+    line *= (-1.0) ** k / BETWEEN
+    return (line[:, None, None] * line[:, None] * line).astype(np.complex64)
 
 
 class LeastSquares:

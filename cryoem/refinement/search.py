@@ -11,12 +11,14 @@ from ..density import Density
 from ..errors import InputError
 from .least_squares import SlicesWithGradient
 
-__all__ = ["Plan", "Search", "Stage", "distinct_first", "plan"]
+__all__ = ["Plan", "Search", "Stage", "distinct_first", "plan", "same_place"]
 
 #: Candidates this close to each other have found the same maximum; radians and pixels.
-SAME = 0.05, 0.5
+SAME = 0.02, 0.2
 #: Steps shorter than this end a stage, and the last stage; radians and pixels.
 SHORT, SHORTEST = (2e-3, 2e-2), (1e-4, 1e-3)
+#: Frequencies of candidates that a thread looks up together.
+POINTS_AT_ONCE = 100_000
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ class Plan:
         return self.slices.weights[self.order]
 
     @property
-    def load(self) -> int:
-        """Frequencies times candidates of a particle in the heaviest stage."""
-        return max(stage.count * stage.candidates for stage in self.stages)
+    def particles_at_once(self) -> int:
+        """How many a thread refines together: as many as its caches hold, in the heaviest stage."""
+        load = max(stage.count * stage.candidates for stage in self.stages)
+        return max(1, POINTS_AT_ONCE // load)
 
 
 def plan(density: Density, box_px: int, resolution_angstrom: float, search: Search) -> Plan:
@@ -162,19 +165,24 @@ def _limits(density: Density, finest: float, off_rad: float) -> list[float]:
     return limits
 
 
-def distinct_first(gain: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Order each particle's candidates, (m, starts), the best first.
-
-    Those that ended where a better one did come last, lest one maximum crowd out the others.
-    """
-    m, starts = gain.shape
-    order = np.argsort(-gain, axis=1, kind="stable")
-    if starts == 1:
-        return order
-    rows = np.arange(m)[:, None]
-    q, shifts = q[rows, order], shifts[rows, order]
+def same_place(q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Which of each particle's candidates, (m, s, 4) and (m, s, 2), meet: (m, s, s)."""
     apart = np.linalg.norm(shifts[:, :, None] - shifts[:, None], axis=-1) / SAME[1]
     turn = np.minimum(1, np.abs(q @ q.transpose(0, 2, 1)))
-    same = (2 * np.arccos(turn) < SAME[0]) & (apart < 1)
-    twice = np.tril(same, -1).any(axis=2)
-    return np.take_along_axis(order, np.argsort(twice, axis=1, kind="stable"), axis=1)
+    return np.asarray((2 * np.arccos(turn) < SAME[0]) & (apart < 1))
+
+
+def distinct_first(
+    gain: np.ndarray, q: np.ndarray, shifts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order each particle's candidates, (m, starts), the best first; and which are worth keeping.
+
+    Those that ended where a better one did come last, lest one maximum crowd out the others. They,
+    and those whose gain is not finite, are not worth keeping.
+    """
+    rows = np.arange(len(gain))[:, None]
+    order = np.argsort(-gain, axis=1, kind="stable")
+    twice = np.tril(same_place(q[rows, order], shifts[rows, order]), -1).any(axis=2)
+    last = np.argsort(twice, axis=1, kind="stable")
+    order = np.take_along_axis(order, last, axis=1)
+    return order, ~np.take_along_axis(twice, last, axis=1) & np.isfinite(gain[rows, order])
