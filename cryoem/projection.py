@@ -120,9 +120,14 @@ class Slices:
             showwarn=0,
         ).real
 
+    @property
+    def at_once(self) -> int:
+        """Of how many images the slices fit into memory together."""
+        return max(1, _POINTS_AT_ONCE // len(self.weights))
+
     def chunks(self, n: int) -> list[slice]:
-        """Ranges of images whose slices fit into memory together."""
-        step = max(1, _POINTS_AT_ONCE // len(self.weights))
+        """Ranges of so many images."""
+        step = self.at_once
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 

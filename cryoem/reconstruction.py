@@ -9,8 +9,11 @@ FFTs whatever the number of images.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import scipy.fft
@@ -19,12 +22,16 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.spatial.transform import Rotation
 
-from . import fourier, projection, rotations, surveying
+from . import fourier, projection, rotations, surveying, workers
 from .density import Density
 from .errors import InputError
 from .imaging import check_images
+from .noise import Noise
 from .particles import ParticleStack
 from .symmetry import Group, group
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 
@@ -34,6 +41,8 @@ LEAST = 1e-4
 NOISY, CLEAN = 12, 50
 #: Images in which noise is measured.
 SURVEYED = 300
+#: How many times what is back-projected at once a worker sums before it answers.
+SENT = 4
 #: Width of the ball's soft edge, over the box.
 EDGE = 1 / 32
 
@@ -44,6 +53,7 @@ def reconstruct(
     symmetry: str = "C1",
     iterations: int | None = None,
     ridge: float = 1.0,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> Density:
     """Reconstruct a density by least squares, within a ball that fills the box.
@@ -65,6 +75,9 @@ def reconstruct(
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.
+    scheduler : str or distributed.Client, optional
+        The address of a Dask scheduler, or a client of one, whose workers back-project; see
+        :func:`cryoem.orient`. Default: this process, on all cores.
     progress : bool
         Show a bar.
 
@@ -81,7 +94,7 @@ def reconstruct(
 
     stack.oriented()
     size, pixel = stack.box_px, stack.pixel_size_angstrom
-    sums = _back_projected(stack, group(symmetry), progress)
+    sums, job = _back_projected(stack, group(symmetry), scheduler, progress)
     edge = len(sums.kernel)
     shells = _Shells(size, edge)
     # Of plane waves in the box: the kernel's own transform, cut off, is positive on average alone.
@@ -89,13 +102,13 @@ def reconstruct(
     seen = shells.means(weights)
     if not seen.max() > 0:
         raise InputError("the images' contrasts, or their CTFs, are all zero: they show nothing")
-    prior = np.clip(sums.noise_over_signal(), LEAST * seen, max(ridge, LEAST) * seen)
+    prior = np.clip(_noise_over_signal(sums, job), LEAST * seen, max(ridge, LEAST) * seen)
     kept = shells.means(weights, damping=prior)
     del weights
     spectrum = _transformed(sums.kernel)
     sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
     if iterations is None:
-        iterations = NOISY if sums.noise.any() else CLEAN
+        iterations = NOISY if job.loud.any() else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
             sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
@@ -280,8 +293,8 @@ class _Shells:
 
 
 @dataclass
-class _BackProjected:
-    """What the images say of a density.
+class _Sums:
+    """What images say of a density.
 
     Attributes
     ----------
@@ -289,56 +302,74 @@ class _BackProjected:
         Their back-projection.
     kernel : (e, e, e) array
         Of the normal operator; see :func:`kernel_edge`.
-    power, transfer : (shells,) array
-        What the images have at each shell beyond their noise, and how much of the particle they
-        transfer; sums.
-    noise : (shells,) array
-        Power of the noise; 0 where it is not known.
+    power, transfer : (k,) array
+        What the images have at each frequency of a slice beyond their noise, and how much of the
+        particle they transfer.
     """
 
     right: np.ndarray
     kernel: np.ndarray
     power: np.ndarray
     transfer: np.ndarray
-    noise: np.ndarray
 
-    def noise_over_signal(self) -> Float[np.ndarray, " shells"]:
-        """Wiener's prior; infinite where no signal is seen."""
-        signal = self.power / np.maximum(self.transfer, 1e-30) / self.right.size
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(signal > 0, self.noise / signal, np.inf)
-        return np.where(self.noise > 0, ratio, 0)
+    @classmethod
+    def of_nothing(cls, size: int, frequencies: int) -> Self:
+        """Sums to add to."""
+        right = np.zeros((size,) * 3, np.float32)
+        kernel = np.zeros((kernel_edge(size),) * 3, np.float32)
+        return cls(right, kernel, np.zeros(frequencies), np.zeros(frequencies))
+
+    def add(self, other: _Sums) -> None:
+        """Add those of other images in place."""
+        self.right += other.right
+        self.kernel += other.kernel
+        self.power += other.power
+        self.transfer += other.transfer
 
 
-def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _BackProjected:
-    """Back-project the images, and see how loud they are."""
-    from tqdm.auto import tqdm
+@dataclass(frozen=True, eq=False)
+class _BackProjecting:
+    """What images are back-projected with: at every orientation of one of each coset."""
 
-    size = stack.box_px
-    stack = surveying.with_noise(stack, images=SURVEYED)
-    slices = projection.Slices(size)
-    length = np.linalg.norm(slices.frequencies, axis=1)
-    shell = np.minimum(np.rint(length).astype(int), size // 2)
-    weights = np.broadcast_to(slices.weights / size**2, (1, len(slices.weights)))
-    noise = np.zeros(weights.shape)
-    if stack.noise is not None:
-        noise = stack.noise.at(length / size)
-        if len(noise) > 1:
-            # What all images have alike changes nothing but the meaning of the ridge.
-            weights = (weights * noise.mean(axis=0) / noise).astype(np.float32)
-    right = np.zeros((size,) * 3, np.float32)
-    edge = kernel_edge(size)
-    kernel = np.zeros((edge,) * 3, np.float32)
-    power, transfer = np.zeros(len(length)), np.zeros(len(length))
-    exact, others = _exact_part(orbit)
-    parts = slices.chunks(len(stack))
-    for rows in tqdm(parts, desc="back-projection", unit="chunk", disable=not progress):
-        part = stack.select(rows)
+    size: int
+    noise: Noise | None
+    others: list[np.ndarray]
+
+    @cached_property
+    def slices(self) -> projection.Slices:
+        return projection.Slices(self.size)
+
+    @cached_property
+    def loud(self) -> np.ndarray:
+        """Power of the noise at each frequency, (groups, k)."""
+        if self.noise is None:
+            return np.zeros((1, len(self.slices.weights)))
+        return self.noise.at(np.linalg.norm(self.slices.frequencies, axis=1) / self.size)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """What each frequency counts, (groups, k)."""
+        same = np.broadcast_to(self.slices.weights / self.size**2, (1, len(self.slices.weights)))
+        if len(self.loud) == 1:
+            return same
+        # What all images have alike changes nothing but the meaning of the ridge.
+        return (same * self.loud.mean(axis=0) / self.loud).astype(np.float32)
+
+    def place(self, start: int, stack: ParticleStack) -> tuple[int, _Sums]:
+        """Sums over a chunk's images."""
+        parts = self.slices.chunks(len(stack))
+        sums = self._sums(stack.select(parts[0]))
+        for rows in parts[1:]:
+            sums.add(self._sums(stack.select(rows)))
+        return start, sums
+
+    def _sums(self, part: ParticleStack) -> _Sums:
+        slices, size = self.slices, self.size
         y = slices.from_images(part.images[:])
-        gain, loud, a = weights, noise, np.ones((1, 1), np.float32)
-        if stack.noise is not None and len(noise) > 1:
-            groups = stack.noise.of(part.optics_group)
-            gain, loud = weights[groups], noise[groups]
+        gain, loud, a = self.weights, self.loud, np.ones((1, 1), np.float32)
+        if self.noise is not None and len(loud) > 1:
+            groups = self.noise.of(part.optics_group)
+            gain, loud = gain[groups], loud[groups]
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]
         if part.shifts_px.any():
@@ -347,21 +378,54 @@ def _back_projected(stack: ParticleStack, orbit: Group, progress: bool) -> _Back
         if ctf is not None:
             a = a * ctf[:, *slices.index]
         squared = np.broadcast_to(gain * a**2, y.shape)
-        power += np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
-        transfer += squared.sum(axis=0)
+        power = np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
+        transfer = squared.sum(axis=0)
         y = y * gain * a
-        for g in others:
-            q = rotations.multiply(g, part.oriented())
-            right += slices.backproject(y, q, size)
-            kernel += slices.backproject(squared, q, size, modes=edge)
-    right, kernel = _summed(right, exact), _summed(kernel, exact)
+        edge = kernel_edge(size)
+        seen = [rotations.multiply(g, part.oriented()) for g in self.others]
+        right = reduce(np.add, (slices.backproject(y, q, size) for q in seen))
+        kernel = reduce(np.add, (slices.backproject(squared, q, size, modes=edge) for q in seen))
+        return _Sums(right, kernel, power, transfer)
+
+
+def _noise_over_signal(sums: _Sums, job: _BackProjecting) -> Float[np.ndarray, " shells"]:
+    """Wiener's prior, shell by shell to Nyquist; infinite where no signal is seen."""
+    slices, nyquist = job.slices, job.size // 2
+    shell = np.rint(np.linalg.norm(slices.frequencies, axis=1)).astype(int)
 
     def of_shells(values: np.ndarray) -> np.ndarray:
-        return np.bincount(shell, values, minlength=size // 2 + 1)
+        return np.bincount(np.minimum(shell, nyquist), values, minlength=nyquist + 1)
 
-    mean = of_shells(noise.mean(axis=0) * slices.weights)
-    mean /= np.maximum(of_shells(slices.weights), 1)
-    return _BackProjected(right, kernel, of_shells(power), of_shells(transfer), mean)
+    noise = of_shells(job.loud.mean(axis=0) * slices.weights)
+    noise /= np.maximum(of_shells(slices.weights), 1)
+    signal = of_shells(sums.power) / np.maximum(of_shells(sums.transfer), 1e-30) / job.size**3
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(signal > 0, noise / signal, np.inf)
+    return np.where(noise > 0, ratio, 0)
+
+
+def _back_projected(
+    stack: ParticleStack, orbit: Group, scheduler: str | Client | None, progress: bool
+) -> tuple[_Sums, _BackProjecting]:
+    """Back-project the images, and see how loud they are."""
+    from tqdm.auto import tqdm
+
+    size, n = stack.box_px, len(stack)
+    stack = surveying.with_noise(stack, images=SURVEYED)
+    exact, others = _exact_part(orbit)
+    job = _BackProjecting(size, stack.noise, others)
+    sums = _Sums.of_nothing(size, len(job.slices.weights))
+    at_once = job.slices.at_once * (SENT if scheduler else 1)
+    parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
+    with (
+        contextlib.closing(workers.worked(job, parts, scheduler)) as worked,
+        tqdm(total=n, desc="back-projection", unit="particle", disable=not progress) as bar,
+    ):
+        for start, more in worked:
+            sums.add(more)
+            bar.update(min(at_once, n - start))
+    sums.right, sums.kernel = _summed(sums.right, exact), _summed(sums.kernel, exact)
+    return sums, job
 
 
 def reconstruct_astra(

@@ -44,3 +44,18 @@ def trained(source, preprocessing):
         network, source, images=4800, batch_size=64, images_per_epoch=1600, progress=False
     )
     return network, history
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Two workers of Dask, of one thread each."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        dashboard_address=None,
+        memory_limit=0,
+        local_directory=str(tmp_path_factory.mktemp("dask")),
+    ) as cluster:
+        yield cluster

@@ -418,20 +418,6 @@ def test_bad_particles_are_named(network, made, tmp_path):
 # Dask
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    from distributed import LocalCluster
-
-    with LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        dashboard_address=None,
-        memory_limit=0,
-        local_directory=str(tmp_path_factory.mktemp("dask")),
-    ) as cluster:
-        yield cluster
-
-
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_workers_find_what_one_process_finds(
     cluster, network, made, in_file, whole, tmp_path, in_memory, monkeypatch

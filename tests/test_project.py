@@ -38,6 +38,7 @@ LAYERS = [
     imaging half_sets
     noise
     particles
+    workers
     io
     density structures projection preprocessing simulation surveying
     backend

@@ -16,6 +16,8 @@ from ..recovery import orient
 from ..symmetry import group
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from ..estimator import Estimator
 
 __all__ = ["IMAGES", "Placed", "learn", "place"]
@@ -103,6 +105,7 @@ def place(
     symmetry: str = "C1",
     seed: int = 0,
     work: PathLike | None = None,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> Placed:
     """Place all particles by a network, in the frame of a map that some of them made.
@@ -117,7 +120,7 @@ def place(
         and where they lie in it, refined: they stay there, and judge the network.
     density : Density
     symmetry : str
-    seed, work, progress
+    seed, work, scheduler, progress
         See :func:`cryoem.orient`.
 
     Returns
@@ -125,7 +128,15 @@ def place(
     Placed
     """
     reference = density.sampled_as(stack.box_px, stack.pixel_size_angstrom)
-    found = orient(estimator, stack, reference=reference, seed=seed, work=work, progress=progress)
+    found = orient(
+        estimator,
+        stack,
+        reference=reference,
+        seed=seed,
+        work=work,
+        scheduler=scheduler,
+        progress=progress,
+    )
     points, there = group(symmetry), known.oriented()
     off = points.distance(found.oriented()[rows], there)
     chance = np.median(points.distance(np.roll(there, 1, axis=0), there))

@@ -16,6 +16,7 @@ from .options import (
     Particles,
     PixelSize,
     Quiet,
+    Scheduler,
     Seed,
     StarOut,
     Symmetry,
@@ -44,6 +45,7 @@ def reconstruct_map(
     symmetry: Symmetry = "C1",
     invert: Invert = None,
     pixel_size: PixelSize = None,
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -61,13 +63,18 @@ def reconstruct_map(
     check_outputs({"--output": written}, [particles_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     if not half_maps:
-        found = reconstruct(stack, symmetry=symmetry, progress=not quiet)
+        found = reconstruct(stack, symmetry=symmetry, scheduler=scheduler, progress=not quiet)
         write_density(output, found)
         typer.echo(f"{output}: from {len(stack):,} particles")
         return
     stack = stack.with_half_sets(seed)
     first, second = (
-        reconstruct(stack.select(stack.half(half)), symmetry=symmetry, progress=not quiet)
+        reconstruct(
+            stack.select(stack.half(half)),
+            symmetry=symmetry,
+            scheduler=scheduler,
+            progress=not quiet,
+        )
         for half in (1, 2)
     )
     curves = write_halves(output, HalfMaps(first, second, independent=False), seed)
@@ -126,6 +133,7 @@ def refine_particles(
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -145,25 +153,25 @@ def refine_particles(
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     check_outputs({"--output": map_files(output, stack)}, [particles_file, map_file], stack)
-    stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-    stack = stack.with_half_sets(seed)
+    stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:
         found = refine_halves(
-            stack, rounds=rounds, symmetry=symmetry, seed=seed, progress=not quiet
-        )
+            stack, rounds=rounds, symmetry=symmetry, seed=seed, scheduler=scheduler,
+            progress=not quiet,
+        )  # fmt: skip
         notes = [_held_out(found)]
     else:
         reference = open_map(map_file, voxel_size, stack)
         reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
         stack = in_frame_of(stack, reference, seed=seed)
         found = refine_against(
-            stack, reference, resolution_angstrom=resolution, seed=seed, progress=not quiet
-        )
+            stack, reference, resolution_angstrom=resolution, seed=seed, scheduler=scheduler,
+            progress=not quiet,
+        )  # fmt: skip
         test = found.test
-    refined = found.particles
-    write_particles(output, refined)
+    write_particles(output, refined := found.particles)
     if found.density is not None:
         write_halves(map_path, found.half_maps, seed)
         write_density(map_path, found.density)

@@ -95,6 +95,9 @@ def positive(name: str) -> Callable[[float | None], float | None]:
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
+]
 Particles = Annotated[
     Path, typer.Argument(metavar="PARTICLES", help="Particle file: .star or .cs.")
 ]

@@ -16,6 +16,7 @@ from .options import (
     Particles,
     PixelSize,
     Quiet,
+    Scheduler,
     Seed,
     StarOut,
     app,
@@ -159,9 +160,7 @@ def orient_particles(
         Path | None,
         typer.Option(help="Map: orient in its frame and hand. A symmetric particle needs it."),
     ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
-    ] = None,
+    scheduler: Scheduler = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder of the run; default: OUTPUT with .work.")
     ] = None,

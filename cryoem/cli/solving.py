@@ -37,6 +37,7 @@ from .options import (
     Particles,
     PixelSize,
     Quiet,
+    Scheduler,
     Seed,
     app,
     check_outputs,
@@ -84,6 +85,7 @@ def solve_particles(
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -98,12 +100,12 @@ def solve_particles(
     projections of that map (network.npz) and places all the others (oriented.star).
 
     Interrupted and called again, it goes on after what is done. Where the images do not agree on a
-    map, the exit code is 3.
+    map, the exit code is 3. With --scheduler its workers do what follows the first map.
     """
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
     learned = _images_to_learn(learn, asked, stack)
-    plan = _Plan(folder, learned, rounds, seed, quiet)
+    plan = _Plan(folder, learned, rounds, seed, scheduler, quiet)
     initial, note = plan.at("initial.star"), plan.at("solve.json")
     check_outputs(
         {"--output": [*plan.files(stack), *asked.files(initial, stack)]},
@@ -174,6 +176,7 @@ class _Plan:
     learned: int
     rounds: int
     seed: int
+    scheduler: str | None
     quiet: bool
 
     def at(self, name: str) -> Path:
@@ -194,8 +197,8 @@ class _Plan:
 def _refined(start: Path, output: Path, symmetry: str, plan: _Plan) -> None:
     """Refine what an earlier step wrote; its images have been turned as they should be."""
     refine_particles(
-        start, output, rounds=plan.rounds, symmetry=symmetry, invert=False, seed=plan.seed,
-        quiet=plan.quiet,
+        start, output, rounds=plan.rounds, symmetry=symmetry, invert=False,
+        scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
     )  # fmt: skip
 
 
@@ -226,7 +229,7 @@ def _placed(
         model.save(network)
     found = place(
         model, stack, rows, part, density, symmetry=symmetry, seed=plan.seed,
-        work=plan.at("oriented.work"), progress=not plan.quiet,
+        work=plan.at("oriented.work"), scheduler=plan.scheduler, progress=not plan.quiet,
     )  # fmt: skip
     typer.echo(
         f"{network}: lays the {len(rows):,} images that made the map within "

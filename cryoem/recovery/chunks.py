@@ -1,4 +1,4 @@
-"""Placing particles chunk by chunk: resumable, on one machine or many.
+"""Placing particles chunk by chunk, so that a run may be interrupted.
 
 What is done lies in a work folder: ``landmarks.npz``, with all that the outcome depends on;
 ``particles.npy``, one row a particle; and ``done.json``, which rows those are. A run that finds the
@@ -7,22 +7,18 @@ three goes on where they end.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pickle
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from .. import imaging
-from ..errors import InputError, MissingToolError
+from ..errors import InputError
 from ..io import files
 from ..particles import ParticleStack
 from .frame import Frame
@@ -30,11 +26,9 @@ from .landmarks import Landmarks
 from .placement import FramedLandmarks
 
 if TYPE_CHECKING:
-    from distributed import Client
-
     from ..estimator import Estimator
 
-__all__ = ["InMemory", "Job", "JsonValue", "WorkFolder", "distributed"]
+__all__ = ["InMemory", "Job", "JsonValue", "WorkFolder"]
 
 JsonValue = str | int | None | list[int]
 
@@ -254,90 +248,3 @@ class WorkFolder:
     def rows(self) -> np.ndarray:
         """All particles' records, mapped."""
         return np.load(self._particles, mmap_mode="r")
-
-
-# --------------------------------------------------------------------------------------
-# Dask
-
-
-@contextlib.contextmanager
-def distributed(
-    job: Job, parts: Iterator[tuple[int, ParticleStack]], scheduler: str | Client
-) -> Iterator[Iterator[tuple[int, np.ndarray]]]:
-    """Yield an iterator over (start, rows), in the order in which workers finish the parts."""
-    with _client(scheduler) as client, contextlib.closing(_placed(job, parts, client)) as placed:
-        yield placed
-
-
-@contextlib.contextmanager
-def _client(scheduler: str | Client) -> Iterator[Client]:
-    """Yield a client of the scheduler, closed at the end if it was made here."""
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise MissingToolError(
-            "Dask is not installed: pip install 'cryoem[dask]', or name no scheduler to work in "
-            "this process"
-        ) from error
-    if isinstance(scheduler, Client):
-        yield scheduler
-        return
-    try:
-        client = Client(scheduler)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no Dask scheduler answers at {scheduler} ({error})") from error
-    with client:
-        yield client
-
-
-def _placed(
-    job: Job, parts: Iterator[tuple[int, ParticleStack]], client: Client
-) -> Generator[tuple[int, np.ndarray], None, None]:
-    """The scheduler knows how to make everything again that is lost with a worker."""
-    import dask
-    from distributed import as_completed
-
-    # The job (11 MB with the shipped weights) is sent once, and to each worker once.
-    running = as_completed(loop=client.loop)
-    failed: InputError | None = None
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GiB"}):
-        sent = client.submit(bytes, pickle.dumps(job), pure=False)
-        try:
-            while True:
-                # Two a thread: one in work, one waiting. Workers may join at any time.
-                ahead = max(4, 2 * sum(client.nthreads().values())) - running.count()
-                for start, part in islice(parts, max(ahead, 0)):
-                    running.add(client.submit(_work, sent, start, _bare(part), pure=False))
-                if running.is_empty():
-                    break
-                try:
-                    done = next(running).result()
-                except InputError as error:
-                    # What is in work beside it is waited for, and kept; nothing new is begun.
-                    failed, parts = failed or error, iter(())
-                    continue
-                yield done
-            if failed is not None:
-                raise failed
-        finally:
-            client.cancel(list(running.futures))
-
-
-def _bare(part: ParticleStack) -> ParticleStack:
-    """What a worker needs of a chunk."""
-    return part.replace(columns={}, quaternions=None, origin=None)
-
-
-_opening = threading.Lock()
-
-
-@lru_cache(maxsize=1)
-def _job(sent: bytes) -> Job:
-    return pickle.loads(sent)
-
-
-def _work(sent: bytes, start: int, part: ParticleStack) -> tuple[int, np.ndarray]:
-    """A worker's part: one chunk."""
-    with _opening:  # threads of one worker share the job
-        job = _job(sent)
-    return job.place(start, part)

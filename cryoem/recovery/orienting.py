@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from .. import rotations, surveying
+from .. import rotations, surveying, workers
 from ..density import Density
 from ..errors import InputError
 from ..io.files import PathLike
 from ..particles import PER_PARTICLE, ParticleStack
 from ..version import __version__
-from .chunks import InMemory, Job, JsonValue, WorkFolder, distributed
+from .chunks import InMemory, Job, JsonValue, WorkFolder
 from .frame import Frame
 from .lateration import ENOUGH
 from .placement import FramedLandmarks, landmarks_from_copies, landmarks_from_references
@@ -216,21 +216,18 @@ def _placed(
     from tqdm.auto import tqdm
 
     missing = kept.missing(len(stack), chunk)
-    parts = ((start, stack.select(slice(start, stop))) for start, stop in missing)
-    with contextlib.ExitStack() as resources:
-        if scheduler is None:
-            placed: Iterator[tuple[int, np.ndarray]] = (job.place(*part) for part in parts)
-        else:
-            placed = resources.enter_context(distributed(job, parts, scheduler))
-        bar = resources.enter_context(
-            tqdm(
-                total=len(stack),
-                initial=kept.count,
-                unit="particle",
-                desc="orienting",
-                disable=not progress,
-            )
-        )
+    unplaced = stack.replace(quaternions=None)
+    parts = ((start, unplaced.select(slice(start, stop))) for start, stop in missing)
+    with (
+        contextlib.closing(workers.worked(job, parts, scheduler)) as placed,
+        tqdm(
+            total=len(stack),
+            initial=kept.count,
+            unit="particle",
+            desc="orienting",
+            disable=not progress,
+        ) as bar,
+    ):
         for start, rows in placed:
             yield start, rows
             bar.update(len(rows))

@@ -8,21 +8,24 @@ takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from .. import evaluation, rotations, threads
+from .. import evaluation, rotations, threads, workers
 from ..density import Density
 from ..errors import InputError
 from ..noise import Noise, from_powers
 from ..particles import PER_PARTICLE, ParticleStack
 from .least_squares import LeastSquares, descend_each
 from .search import Plan, Search, Stage, distinct_first, plan, same_place
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["RefinedStack", "refine"]
 
@@ -34,6 +37,8 @@ SAMPLE = 500
 NOISE_SAMPLE, ENOUGH = 120, 30
 #: Noise below this share of the images' power is as good as none.
 CLEAN = 1e-2
+#: How many times what a thread refines together is sent to a worker.
+SENT = 32
 DEFAULT = Search()
 
 
@@ -90,6 +95,7 @@ def refine(
     resolution_angstrom: float = 15.0,
     search: Search = DEFAULT,
     noise_variance: float | None = None,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> RefinedStack:
     """Refine orientations, shifts and contrasts against a density.
@@ -112,6 +118,9 @@ def refine(
     noise_variance : float, optional
         Per pixel; scales the spectrum. By default estimated from the residuals of all images; the
         refined parameters do not depend on it, their covariances do.
+    scheduler : str or distributed.Client, optional
+        The address of a Dask scheduler, or a client of one, whose workers refine; see
+        :func:`cryoem.orient`. Default: this process, on all cores.
     progress : bool
         Show a bar.
 
@@ -142,14 +151,38 @@ def refine(
         stack = stack.replace(noise=_residual_noise(stages, stack, search))
     least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
     q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
-    done, refined = 0, partial(_refined, stages, search=search, least_contrast=least)
-    with tqdm(total=n, desc="refinement", unit="particle", disable=not progress) as bar:
-        for found in threads.each(refined, stack.chunks(stages.particles_at_once)):
-            rows = slice(done, done + len(found[0]))
-            q[rows], shifts[rows], grams[rows], fit = found
-            bar.update(rows.stop - done)
-            done = rows.stop
+    job = _Refining(stages, search, least)
+    at_once = stages.particles_at_once * (SENT if scheduler else 1)
+    parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
+    with (
+        contextlib.closing(workers.worked(job, parts, scheduler, here=threads.each)) as refined,
+        tqdm(total=n, desc="refinement", unit="particle", disable=not progress) as bar,
+    ):
+        for start, found in refined:
+            rows = slice(start, start + len(found[0]))
+            q[rows], shifts[rows], grams[rows] = found
+            bar.update(len(found[0]))
+    fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None)
+    fit.least_contrast = least
     return _judged(stack, q, shifts, grams, fit, noise_variance, stages.resolution_angstrom)
+
+
+@dataclass(frozen=True, eq=False)
+class _Refining:
+    """What a worker refines particles with."""
+
+    plan: Plan
+    search: Search
+    least_contrast: float
+
+    def place(
+        self, start: int, stack: ParticleStack
+    ) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Orientations, shifts and Gram matrices of a chunk's particles."""
+        parts = stack.chunks(self.plan.particles_at_once)
+        found = [_refined(self.plan, part, self.search, self.least_contrast)[:3] for part in parts]
+        q, shifts, grams = (np.concatenate(each) for each in zip(*found, strict=True))
+        return start, (q, shifts, grams)
 
 
 def _observed(plan: Plan, stack: ParticleStack) -> tuple[np.ndarray, np.ndarray | None]:

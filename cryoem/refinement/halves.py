@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +23,9 @@ from ..rotations import Seed
 from ..symmetry import group
 from .fit import DEFAULT, RefinedStack, refine
 from .search import Search
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["HalvesRefinement", "refine_halves"]
 
@@ -88,6 +92,7 @@ def refine_halves(
     search: Search = DEFAULT,
     symmetry: str = "C1",
     seed: Seed = 0,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> HalvesRefinement:
     """Reconstruct and refine in turns, without letting noise build structure.
@@ -114,6 +119,8 @@ def refine_halves(
         The particle's point group, in whose standard setting the orientations are.
     seed : int or numpy.random.Generator
         Of the split, and of the random phases.
+    scheduler : str or distributed.Client, optional
+        Whose workers refine and back-project; see :func:`cryoem.orient`.
     progress : bool
         Show a bar.
 
@@ -134,7 +141,7 @@ def refine_halves(
     given = stack.with_half_sets(seed).replace(contrast=None)
     now, used = given, [resolution_angstrom]
     for turn in tqdm(range(rounds), desc="rounds", disable=not progress):
-        maps_now = _round(now, joined_angstrom, symmetry, seed)
+        maps_now = _round(now, joined_angstrom, symmetry, seed, scheduler)
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
         used.append(limit if turn else max(limit, resolution_angstrom))
         separate = refine_each_half(
@@ -142,12 +149,19 @@ def refine_halves(
             maps_now.references,
             resolution_angstrom=used[-1],
             search=near if turn else search,
+            scheduler=scheduler,
         )
         # The scale of contrast and density together is free.
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
-    last = _round(now, joined_angstrom, symmetry, seed)
-    held_out = _held_out(last, now, used[-1], joined_angstrom)
-    everyone = _against_all(last, now, given.replace(noise=now.noise), used[-1], search, symmetry)
+    last = _round(now, joined_angstrom, symmetry, seed, scheduler)
+    held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
+    lost, others = given.replace(noise=now.noise), last.references[::-1]
+    found = _found_again(now, lost, others, used[-1], search, symmetry)
+    # The halves have said how far the map can be believed; so far, all may now use all of it.
+    whole = masked(last.mask, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
+    everyone = refine(
+        found, whole, resolution_angstrom=used[-1], search=search, scheduler=scheduler
+    )
     return _ended(everyone, separate, last, held_out, tuple(used[1:]), joined_angstrom)
 
 
@@ -174,9 +188,15 @@ def _ended(
     )
 
 
-def _round(stack: ParticleStack, joined_angstrom: float, symmetry: str, seed: Seed) -> _Round:
+def _round(
+    stack: ParticleStack,
+    joined_angstrom: float,
+    symmetry: str,
+    seed: Seed,
+    scheduler: str | Client | None,
+) -> _Round:
     """Reconstruct the halves, see how far they agree, and filter them to that."""
-    pair = half_maps(stack, independent=True, symmetry=symmetry)
+    pair = half_maps(stack, independent=True, symmetry=symmetry, scheduler=scheduler)
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
     weight = up_to_crossing(fsc.corrected, 0.143)
@@ -192,10 +212,18 @@ def masked(mask: np.ndarray, density: Density) -> Density:
     return Density(mask * density.values, density.voxel_size_angstrom)
 
 
-def half_maps(stack: ParticleStack, *, independent: bool, symmetry: str = "C1") -> maps.HalfMaps:
+def half_maps(
+    stack: ParticleStack,
+    *,
+    independent: bool,
+    symmetry: str = "C1",
+    scheduler: str | Client | None = None,
+) -> maps.HalfMaps:
     """Reconstruct each half-set."""
     first, second = (
-        reconstruction.reconstruct(stack.select(stack.half(half)), symmetry=symmetry)
+        reconstruction.reconstruct(
+            stack.select(stack.half(half)), symmetry=symmetry, scheduler=scheduler
+        )
         for half in (1, 2)
     )
     return maps.HalfMaps(first, second, independent)
@@ -238,12 +266,17 @@ def refine_each_half(
     *,
     resolution_angstrom: float,
     search: Search,
+    scheduler: str | Client | None = None,
 ) -> RefinedStack:
     """Refine half-set 1 against the first reference, half-set 2 against the second."""
     rows = [stack.half(half) for half in (1, 2)]
     parts = [
         refine(
-            stack.select(here), reference, resolution_angstrom=resolution_angstrom, search=search
+            stack.select(here),
+            reference,
+            resolution_angstrom=resolution_angstrom,
+            search=search,
+            scheduler=scheduler,
         )
         for here, reference in zip(rows, references, strict=True)
     ]
@@ -262,7 +295,11 @@ def refine_each_half(
 
 
 def _held_out(
-    last: _Round, stack: ParticleStack, resolution_angstrom: float, joined_angstrom: float
+    last: _Round,
+    stack: ParticleStack,
+    resolution_angstrom: float,
+    joined_angstrom: float,
+    scheduler: str | Client | None,
 ) -> tuple[float, float]:
     """Correlation with the map of the other half, to which an image did not contribute.
 
@@ -279,27 +316,16 @@ def _held_out(
     exchanged = stack.with_poses(np.roll(stack.oriented(), 1, axis=0))
     judge = Search(starts=1, steps=0)
     held_out, chance = (
-        refine_each_half(at, others, resolution_angstrom=resolution_angstrom, search=judge)
+        refine_each_half(
+            at,
+            others,
+            resolution_angstrom=resolution_angstrom,
+            search=judge,
+            scheduler=scheduler,
+        )
         for at in (stack, exchanged)
     )
     return float(held_out.correlation.mean()), float(chance.correlation.mean())
-
-
-def _against_all(
-    last: _Round,
-    stack: ParticleStack,
-    given: ParticleStack,
-    resolution_angstrom: float,
-    search: Search,
-    symmetry: str,
-) -> RefinedStack:
-    """Refine every particle against the map of all, those that were lost found again before."""
-    others = last.references[::-1]
-    found = _found_again(stack, given, others, resolution_angstrom, search, symmetry)
-    # The halves have said how far the map can be believed; so far, all may now use all of it.
-    weight = 2 * last.weight / (1 + last.weight)
-    whole = masked(last.mask, maps.filtered(last.pair.mean, weight))
-    return refine(found, whole, resolution_angstrom=resolution_angstrom, search=search)
 
 
 def _found_again(

@@ -47,10 +47,11 @@ def _trimmed(values: np.ndarray, lost: float = 1e-7) -> np.ndarray:
 class SlicesWithGradient:
     """Slices of a density's transform and of its gradient, looked up in what is transformed once.
 
-    Safe to use from several threads.
+    Safe to use from several threads; sent to another process as what it is made of.
     """
 
     def __init__(self, density: Density, frequencies: np.ndarray, box_px: int) -> None:
+        self._made_of = density, frequencies, box_px
         full = density.box_px
         values = _trimmed(density.values)
         extent = values.shape[0]
@@ -75,6 +76,9 @@ class SlicesWithGradient:
             new[:] = scipy.fft.fftn(new, workers=fourier.WORKERS, overwrite_x=True)
         self._frequencies = (2 * np.pi * step / full * frequencies.T).astype(np.float32)  # (2, k)
         self._plans = threading.local()  # a plan keeps the points that it was given
+
+    def __reduce__(self) -> tuple[type[SlicesWithGradient], tuple[Density, np.ndarray, int]]:
+        return SlicesWithGradient, self._made_of
 
     def at(self, matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +18,9 @@ from ..rotations import Seed
 from .fit import DEFAULT, RefinedStack, refine
 from .halves import believed, half_maps
 from .search import Search
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["ReferenceRefinement", "in_frame_of", "refine_against"]
 
@@ -61,6 +65,7 @@ def refine_against(
     resolution_angstrom: float = 15.0,
     search: Search = DEFAULT,
     seed: Seed = 0,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> ReferenceRefinement:
     """Refine against a reference used to a stated resolution; a map only where it is the images'.
@@ -81,6 +86,8 @@ def refine_against(
         See :func:`cryoem.refine`.
     seed : int or numpy.random.Generator
         Of the split, and of the random phases.
+    scheduler : str or distributed.Client, optional
+        See :func:`cryoem.refine`.
     progress : bool
         Show a bar.
 
@@ -102,9 +109,10 @@ def refine_against(
         reference,
         resolution_angstrom=resolution_angstrom,
         search=search,
+        scheduler=scheduler,
         progress=progress,
     )
-    pair = half_maps(refined, independent=False)
+    pair = half_maps(refined, independent=False, scheduler=scheduler)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
     test = maps.reference_bias(pair, mask, resolution_angstrom)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)

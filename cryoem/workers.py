@@ -1,0 +1,135 @@
+"""Chunks of particles, worked on in this process or by the workers of a Dask scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import InputError, MissingToolError
+from .particles import ParticleStack
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["Job", "worked"]
+
+Part = tuple[int, ParticleStack]
+
+
+class Job(Protocol):
+    """What is done to every chunk; workers are sent it once."""
+
+    def place(self, start: int, stack: ParticleStack) -> tuple[int, Any]:
+        """Work on the chunk that begins at a particle: that number, and what was found."""
+
+
+def worked(
+    job: Job,
+    parts: Iterable[Part],
+    scheduler: str | Client | None,
+    *,
+    here: Callable[[Callable[[Part], Any], Iterable[Part]], Iterable[Any]] = map,
+) -> Generator[tuple[int, Any]]:
+    """Yield (start, what was found) of every part.
+
+    Parameters
+    ----------
+    job : Job
+    parts : iterable of (int, ParticleStack)
+        Where each begins, and its particles; taken as they are needed.
+    scheduler : str or distributed.Client, optional
+        The address of a Dask scheduler, or a client of one. Its workers are asked, and what they
+        found comes as they finish; a part that is lost with a worker is given to another.
+    here : callable
+        What maps the job over the parts in this process: by default one after the other.
+
+    Raises
+    ------
+    InputError
+        No scheduler answers at the address; or what a worker raised, after what was in work.
+    MissingToolError
+        A scheduler was named and Dask is missing.
+    """
+    if scheduler is None:
+        yield from here(lambda part: job.place(*part), parts)
+        return
+    with _client(scheduler) as client:
+        yield from _by_workers(job, iter(parts), client)
+
+
+@contextlib.contextmanager
+def _client(scheduler: str | Client) -> Iterator[Client]:
+    """Yield a client of the scheduler, closed at the end if it was made here."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise MissingToolError(
+            "Dask is not installed: pip install 'cryoem[dask]', or name no scheduler to work in "
+            "this process"
+        ) from error
+    if isinstance(scheduler, Client):
+        yield scheduler
+        return
+    try:
+        client = Client(scheduler)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Dask scheduler answers at {scheduler} ({error})") from error
+    with client:
+        yield client
+
+
+def _by_workers(job: Job, parts: Iterator[Part], client: Client) -> Generator[tuple[int, Any]]:
+    """The scheduler knows how to make everything again that is lost with a worker."""
+    import dask
+    from distributed import as_completed
+
+    # The job (11 MB with the shipped weights) is sent once, and to each worker once.
+    running = as_completed(loop=client.loop)
+    failed: InputError | None = None
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1GiB"}):
+        sent = client.submit(bytes, pickle.dumps(job), pure=False)
+        try:
+            while True:
+                # Two a thread: one in work, one waiting. Workers may join at any time.
+                ahead = max(4, 2 * sum(client.nthreads().values())) - running.count()
+                for start, part in islice(parts, max(ahead, 0)):
+                    running.add(client.submit(_work, sent, start, _bare(part), pure=False))
+                if running.is_empty():
+                    break
+                try:
+                    done = next(running).result()
+                except InputError as error:
+                    # What is in work beside it is waited for, and kept; nothing new is begun.
+                    failed, parts = failed or error, iter(())
+                    continue
+                yield done
+            if failed is not None:
+                raise failed
+        finally:
+            client.cancel(list(running.futures))
+
+
+def _bare(part: ParticleStack) -> ParticleStack:
+    """What a worker needs of a chunk."""
+    return part.replace(columns={}, origin=None)
+
+
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _job(sent: bytes) -> Job:
+    job: Job = pickle.loads(sent)
+    return job
+
+
+def _work(sent: bytes, start: int, part: ParticleStack) -> tuple[int, Any]:
+    """A worker's part: one chunk."""
+    with _opening:  # threads of one worker share the job
+        job = _job(sent)
+    return job.place(start, part)

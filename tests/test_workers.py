@@ -1,0 +1,121 @@
+"""Refinement and reconstruction by the workers of a Dask scheduler."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from cryoem import (
+    Search,
+    evaluation,
+    read_particles,
+    reconstruct,
+    refine,
+    refine_halves,
+    simulate,
+)
+from cryoem.errors import InputError
+from cryoem.io.particles import write_particles
+from cryoem.io.stacks import ImageStack, open_array
+
+N = 90
+
+
+@pytest.fixture(scope="module")
+def density(phantom):
+    return phantom.density(24, 9.0)
+
+
+@pytest.fixture(scope="module")
+def truth(density):
+    seen = {"max_shift_px": 2.0, "defocus_range_angstrom": (2e4, 6e4)}
+    return simulate(density, N, 1, snr=1.0, **seen).replace(noise=None)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("cryoem.refinement.search.POINTS_AT_ONCE", 4000)
+    monkeypatch.setattr("cryoem.refinement.fit.SENT", 2)
+    monkeypatch.setattr("cryoem.projection._POINTS_AT_ONCE", 3000)
+    monkeypatch.setattr("cryoem.reconstruction.SENT", 3)
+
+
+def test_workers_refine_to_the_same_poses(cluster, truth, density):
+    start = truth.with_poses(truth.quaternions, truth.shifts_px + 0.3)
+    options = {"resolution_angstrom": 20.0, "search": Search(starts=2)}
+    here = refine(start, density, **options)
+    there = refine(start, density, scheduler=cluster.scheduler_address, **options)
+    for name in ("quaternions", "shifts_px", "contrast", "covariances", "chi2", "gain"):
+        np.testing.assert_allclose(
+            getattr(there, name), getattr(here, name), rtol=2e-3, atol=2e-4, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "C3"])
+def test_workers_back_project_to_the_same_map(cluster, truth, symmetry):
+    here = reconstruct(truth, symmetry=symmetry)
+    there = reconstruct(truth, symmetry=symmetry, scheduler=cluster.scheduler_address)
+    np.testing.assert_allclose(there.values, here.values, atol=1e-4 * here.values.max())
+
+
+def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
+    monkeypatch.undo()  # at once, all images of a half and many references
+    monkeypatch.setattr("cryoem.refinement.fit.SENT", 1)
+    here = refine_halves(truth, rounds=1, seed=3)
+    there = refine_halves(truth, rounds=1, seed=3, scheduler=cluster.scheduler_address)
+    errors = evaluation.orientation_errors(
+        there.particles.quaternions, here.particles.quaternions, over="none"
+    )
+    assert errors.median_rad < 1e-3 and errors.mean_rad < 5e-3
+    fsc = there.fsc.corrected.values, here.fsc.corrected.values
+    np.testing.assert_allclose(*fsc, atol=0.02)
+
+
+class Deadly(ImageStack):
+    """Images whose first reader in another process dies in the middle of it."""
+
+    marker, home = None, None
+
+    def _read(self, rows):
+        if os.getpid() != self.home and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._read(rows)
+
+    def __reduce__(self):
+        _, arguments = super().__reduce__()
+        return _deadly, (self.marker, self.home, *arguments)
+
+
+def _deadly(marker, home, *arguments):
+    layouts, file, section, source, row, sign, flat = arguments
+    stack = Deadly(layouts, file, section, source=source, row=row, sign=sign, flat=flat)
+    stack.marker, stack.home = marker, home
+    return stack
+
+
+def test_a_worker_that_dies_costs_time_only(cluster, truth, density, tmp_path):
+    write_particles(tmp_path / "seen.star", truth)
+    stack = read_particles(tmp_path / "seen.star")
+    images = stack.images.select(slice(None))
+    images.__class__, images.marker, images.home = Deadly, tmp_path / "died", os.getpid()
+    mortal = stack.replace(images=images)
+    there = reconstruct(mortal, scheduler=cluster.scheduler_address)
+    assert images.marker.exists()
+    images.marker.unlink()
+    refined = refine(mortal, density, resolution_angstrom=20.0, scheduler=cluster.scheduler_address)
+    assert images.marker.exists()
+    here = reconstruct(stack)
+    np.testing.assert_allclose(there.values, here.values, atol=1e-4 * here.values.max())
+    wanted = refine(stack, density, resolution_angstrom=20.0)
+    np.testing.assert_allclose(refined.shifts_px, wanted.shifts_px, atol=1e-2)
+
+
+def test_a_workers_error_arrives(cluster, truth, density, tmp_path):
+    images = np.array(truth.images)
+    images[77, 3, 3] = np.nan
+    np.save(tmp_path / "bad.npy", images)
+    bad = truth.replace(images=open_array(tmp_path / "bad.npy"))
+    with pytest.raises(InputError, match=r"image 78 of .*not finite"):
+        reconstruct(bad.replace(noise=truth.noise), scheduler=cluster.scheduler_address)
