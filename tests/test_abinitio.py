@@ -1,6 +1,8 @@
 """From the images alone: the likelihood, the map, the axes, and the verdict."""
 
+import _thread
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -365,3 +367,20 @@ def test_noise_does_not_become_the_map_that_it_was_begun_with():
         shift_angstrom=0.0, schedule=QUICK, seed=0,
     )  # fmt: skip
     assert not found.verdict.found
+
+
+def test_ctrl_c_waits_for_the_rounds_under_way_alone(monkeypatch):
+    rounds = []
+
+    def advance(start):
+        rounds.append(start)
+        if len(rounds) == 5:
+            _thread.interrupt_main()
+        time.sleep(0.02)
+        start.done += 1
+
+    monkeypatch.setattr(Start, "advance", advance)
+    images = simulate(phantom(), 40, 1, snr=1.0).without_poses()
+    with pytest.raises(KeyboardInterrupt):
+        ab_initio(images, starts=8, shift_angstrom=0.0, schedule=QUICK)
+    assert len(rounds) < 4 * QUICK.rising

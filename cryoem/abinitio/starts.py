@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def race(
     count = [sum(at == i for _, at in tasks) for i in range(len(images))]
     last = schedule.rounds - schedule.rising
     total = len(tasks) * schedule.rising + sum(min(FINALISTS, n) for n in count) * last
+    given_up = threading.Event()
     with (
         threadpoolctl.threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(threads.count()) as pool,
@@ -132,7 +134,7 @@ def race(
     ):
 
         def run(start: Start, rounds: int) -> Start:
-            while start.done < rounds:
+            while start.done < rounds and not given_up.is_set():
                 start.advance()
                 bar.update()
             return start
@@ -147,13 +149,6 @@ def race(
                 bar.update(start.begin_with(first))
             return run(start, schedule.rising)
 
-        begun = list(pool.map(begin, tasks))
-        found = [
-            [start for start, (_, at) in zip(begun, tasks, strict=True) if at == i]
-            for i in range(len(images))
-        ]
-        finalists = [start for starts in found for start in ranked(starts)[:FINALISTS]]
-
         def finish(start: Start) -> None:
             evidence = _evidence(run(start, schedule.rounds))
             while start.done < LONGEST * schedule.rounds:
@@ -162,7 +157,16 @@ def race(
                 if evidence < before + GAIN * abs(before):
                     break
 
-        list(pool.map(finish, finalists))
+        try:
+            begun = list(pool.map(begin, tasks))
+            found = [
+                [start for start, (_, at) in zip(begun, tasks, strict=True) if at == i]
+                for i in range(len(images))
+            ]
+            list(pool.map(finish, [s for starts in found for s in ranked(starts)[:FINALISTS]]))
+        except BaseException:  # Ctrl-C waits for the rounds that are under way, no longer
+            given_up.set()
+            raise
     return found
 
 
