@@ -51,8 +51,9 @@ bench-peers: | relion
 relion:
 	@command -v relion_reconstruct > /dev/null || apt-get install --yes relion
 
-drill: $(ALL) ## Read 5,000 spoilt files: a result or an error of ours
+drill: $(ALL) ## Read 5,000 spoilt files, kill commands at 20 moments: errors of ours, nothing lost
 	$(BIN)/python tests/drill.py
+	$(BIN)/python tests/kills.py
 
 mutants: $(ALL) ## Change recovery, refinement, maps and io line by line: the tests must notice
 	$(BIN)/python -m pip install --quiet -c requirements.lock.txt cosmic-ray==8.7.0

@@ -331,6 +331,20 @@ def test_a_mask_holds_what_stands_out_of_the_solvent_by_five_deviations(backgrou
     assert (strong[ball(9)] == 1).all() and strong[radius(48) > 18].max() < 0.01
 
 
+@pytest.mark.parametrize(("loud", "held"), [(0.002, True), (0.05, False)])
+def test_where_noise_is_known_a_mask_holds_what_stands_out_of_it(loud, held):
+    """However weak beside the height: the halo is a twentieth of it."""
+    values = np.where(ball(8), 1.0, np.where(ball(16), 0.05, 0.0))
+    rng = np.random.default_rng(4)
+    first, second = (values + rng.normal(0, 20 * loud, values.shape) for _ in range(2))
+    noise = Density((first - second) / 2, 4.0)
+    shape = {"extend_angstrom": 0.0, "edge_angstrom": 12.0}
+    mask = maps.soft_mask(Density((first + second) / 2, 4.0), noise=noise, **shape)
+    assert mask[24, 24, 24] == 1 and mask[24, 24, 24 + 22] == 0
+    assert (mask[24, 24, 24 + 12] == 1) == held
+    assert maps.soft_mask(Density(values, 4.0), **shape)[24, 24, 24 + 14] == 0
+
+
 def test_what_a_mask_is_made_from_is_no_finer_than_three_voxels():
     values = ball(9) + 0.3 * noise(0, 48).values
     fine, coarse = (

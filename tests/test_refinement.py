@@ -499,7 +499,8 @@ def test_halves_approach_the_limit_that_knows_the_density(from_halves):
         for q in (start, found.particles.quaternions)
     )
     assert rotations.distance(before, TRUE)[LOST:].mean() > 5 * bound
-    assert rotations.distance(after, TRUE).mean() < 1.6 * bound
+    # With references in the wide mask by which the maps are judged: 1.16.
+    assert rotations.distance(after, TRUE).mean() < 1.14 * bound
     # Those that started anywhere were found again.
     assert np.median(rotations.distance(before, TRUE)[:LOST]) > 1
     assert rotations.distance(after, TRUE)[:LOST].max() < 6 * bound
@@ -578,10 +579,12 @@ def test_the_curve_that_is_corrected_for_the_mask_steers(steered):
         assert share_beyond(reference) < 0.1 * share_beyond(found.half_maps.mean)
     # At the end all are refined against all of the map: the halves' mean, by its Wiener filter.
     gain = np.where(judged.corrected.values > 0, 2 * 0.9 / (1 + 0.9), 0)
-    wanted = found.mask * maps.filtered(found.half_maps.mean, gain).values
+    pair = found.half_maps.first, found.half_maps.second
+    noise = Density((pair[0].values - pair[1].values) / 2, VOXEL)
+    mask = maps.soft_mask(found.half_maps.mean, extend_angstrom=0.0, edge_angstrom=8.0, noise=noise)
+    wanted = mask * maps.filtered(found.half_maps.mean, gain).values
     assert relative_error(asked[-1][1].values, wanted) < 1e-3
     # Up to there each half is refined against its own map.
-    pair = found.half_maps.first, found.half_maps.second
     for i, (_, reference, _) in enumerate(asked[:4]):
         assert_nearer(reference, pair[i % 2], pair[(i + 1) % 2])
 
@@ -617,7 +620,8 @@ def test_halves_are_refined_apart_but_share_what_is_coarse(asked):
     # What is coarser than 40 A are the shells up to five, the last of them in part.
     coarse = slice(1, 4)
     assert (1 - joined[coarse] < 0.2 * (1 - apart[coarse])).all()
-    assert joined[7:10].max() < 0.9
+    # The rest is each half's own, but for what the mask, which is snug, spreads of the coarse.
+    assert joined[7:10].max() < 0.98
 
 
 def test_given_half_sets_are_kept_and_others_drawn_by_seed(asked):

@@ -26,6 +26,7 @@ def soft_mask(
     resolution_angstrom: float = 20.0,
     extend_angstrom: float = 8.0,
     edge_angstrom: float = 20.0,
+    noise: Density | None = None,
 ) -> Float[np.ndarray, "n n n"]:
     """A mask around the particle, found in the map itself.
 
@@ -43,6 +44,10 @@ def soft_mask(
     resolution_angstrom : float
         Of the low-pass; at least three voxels.
     extend_angstrom, edge_angstrom : float
+    noise : Density, optional
+        A map of noise as loud as the density's, such as half of the difference of half-maps. What
+        stands out is then all that is above two and a half of its standard deviations, and above a
+        hundredth of the height.
 
     Returns
     -------
@@ -58,8 +63,11 @@ def soft_mask(
     sphere = radius < n / 2
     middle = np.median(v[sphere])
     deviation = median_abs_deviation(v[sphere], scale="normal")
-    height = np.percentile(v, 99.9) - middle
-    inside = sphere & (v > middle + max(5 * deviation, 0.1 * height))
+    height, least, deviations = np.percentile(v, 99.9) - middle, 0.1, 5.0
+    if noise is not None:
+        middle, least, deviations = 0.0, 0.01, 2.5
+        deviation = noise.low_passed(finest, edge=0.3).values[sphere].std()
+    inside = sphere & (v > middle + max(deviations * deviation, least * height))
     pieces, count = ndimage.label(inside)
     sizes = np.bincount(pieces.ravel())[1:]
     if count == 0 or sizes.max() < 2 * (finest / voxel) ** 3:

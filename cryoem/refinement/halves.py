@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HalvesRefinement", "refine_halves"]
 
+#: The mask of references: low-pass in which the particle is seen, extension, edge; angstrom.
+SNUG = 12.0, 0.0, 8.0
+
 
 @dataclass(frozen=True, eq=False)
 class HalvesRefinement:
@@ -78,6 +81,7 @@ class _Round:
 
     pair: maps.HalfMaps
     mask: np.ndarray
+    snug: np.ndarray
     fsc: maps.HalfMapFsc
     weight: np.ndarray
     references: list[Density]
@@ -97,12 +101,12 @@ def refine_halves(
 ) -> HalvesRefinement:
     """Reconstruct and refine in turns, without letting noise build structure.
 
-    Two halves of the particles are kept apart: each is refined against the map of its own, masked,
-    every shell weighted by the FSC of the two (the Wiener filter of a half-map), and only to where
-    the FSC, corrected for the mask, falls below 0.143. What is coarser than ``joined_angstrom`` the
-    references share, so that their frames stay together. At the end the few particles that match
-    the other half's map better elsewhere are brought there, and all are refined once more, against
-    the map of all.
+    Two halves of the particles are kept apart: each is refined against the map of its own, in a
+    mask that leaves out what noise hides, every shell weighted by the FSC of the two (the Wiener
+    filter of a half-map), and only to where the FSC, corrected for its own mask, falls below 0.143.
+    What is coarser than ``joined_angstrom`` the references share, so that their frames stay
+    together. At the end the few particles that match the other half's map better elsewhere are
+    brought there, and all are refined once more, against the map of all.
 
     Parameters
     ----------
@@ -158,7 +162,7 @@ def refine_halves(
     lost, others = given.replace(noise=now.noise), last.references[::-1]
     found = _found_again(now, lost, others, used[-1], search, symmetry)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
-    whole = masked(last.mask, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
+    whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     everyone = refine(
         found, whole, resolution_angstrom=used[-1], search=search, scheduler=scheduler
     )
@@ -203,8 +207,17 @@ def _round(
     coarse = fsc.corrected.frequencies <= 1 / joined_angstrom
     weight[coarse] = np.clip(fsc.corrected.values[coarse], 0.143, 1)
     shared = _share_low_resolution(pair, joined_angstrom)
-    references = [masked(mask, maps.filtered(d, weight)) for d in (shared.first, shared.second)]
-    return _Round(pair, mask, fsc, weight, references)
+    # Noise about the particle costs orientations; to judge the maps by, a mask must be wide.
+    finest = max(SNUG[0], fsc.corrected.resolution(0.143).angstrom)
+    snug = maps.soft_mask(
+        pair.mean,
+        resolution_angstrom=min(finest, 20.0),
+        extend_angstrom=SNUG[1],
+        edge_angstrom=SNUG[2],
+        noise=Density((pair.first.values - pair.second.values) / 2, pair.mean.voxel_size_angstrom),
+    )
+    references = [masked(snug, maps.filtered(d, weight)) for d in (shared.first, shared.second)]
+    return _Round(pair, mask, snug, fsc, weight, references)
 
 
 def masked(mask: np.ndarray, density: Density) -> Density:
