@@ -6,8 +6,9 @@ the variable is set, importing this module holds BLAS to it.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
@@ -20,6 +21,8 @@ Result = TypeVar("Result")
 
 #: The environment variable that overrides what the system says.
 VARIABLE = "CRYOEM_THREADS"
+#: Items for each thread that wait or are in work.
+AHEAD = 4
 
 
 @cache
@@ -46,18 +49,29 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
     """What a function makes of every item, in their order, as many at a time as there are threads.
 
     Meant for functions that spend their time where Python's lock is not held. BLAS uses one thread
-    in each. Where one fails, or the caller stops, those that have not begun are given up.
+    in each. Items are taken as they are needed; where one fails, or the caller stops, those that
+    have not begun are given up.
     """
     import threadpoolctl
 
     if count() == 1:
         yield from map(function, items)
         return
+    waiting: deque[Future[Result]] = deque()
     with (
         threadpoolctl.threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(count()) as pool,
     ):
-        yield from pool.map(function, items)
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > AHEAD * count():
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _limit_blas(threads: int) -> None:
