@@ -2,6 +2,7 @@
 
 import _thread
 import dataclasses
+import signal
 import time
 
 import numpy as np
@@ -369,7 +370,15 @@ def test_noise_does_not_become_the_map_that_it_was_begun_with():
     assert not found.verdict.found
 
 
-def test_ctrl_c_waits_for_the_rounds_under_way_alone(monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C counts, even where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_rounds_under_way_alone(monkeypatch, interruptible):
     rounds = []
 
     def advance(start):
