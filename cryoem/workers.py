@@ -16,7 +16,7 @@ from .particles import ParticleStack
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Job", "worked"]
+__all__ = ["Job", "reached", "worked"]
 
 Part = tuple[int, ParticleStack]
 
@@ -60,6 +60,13 @@ def worked(
         return
     with _client(scheduler) as client:
         yield from _by_workers(job, iter(parts), client)
+
+
+def reached(scheduler: str | Client | None) -> None:
+    """Refuse a scheduler that does not answer, before anything else is computed."""
+    if scheduler is not None:
+        with _client(scheduler):
+            pass
 
 
 @contextlib.contextmanager

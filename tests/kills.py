@@ -83,8 +83,8 @@ def main() -> None:
     """Kill, read, call again, compare."""
     times = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     rng, wrong, killed = random.Random(7), [], 0
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
         clean = root / "clean"
         clean.mkdir()
         made(clean)

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import dask
+import distributed
 import mrcfile
 import numpy as np
 import pytest
@@ -677,6 +679,17 @@ def test_paths_may_hold_blanks_and_stacks_may_be_links(folder, trained, tmp_path
         assert run("evaluate", found, "--truth", "some particles.star", "--json").stderr == ""
         run("reconstruct", found, "--half-maps", "-o", home / "new folder" / "a map.mrc", "-q")
         assert json.loads(run("info", found, "--json").stdout)["particles"] == 60
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "refine", "solve"])
+def test_a_scheduler_that_does_not_answer_is_named(folder, tmp_path, command):
+    assert distributed.config  # its defaults lie below what is set here
+    out = tmp_path / {"reconstruct": "map.mrc", "refine": "out.star", "solve": "out"}[command]
+    with dask.config.set({"distributed.comm.timeouts.connect": "500ms"}):
+        refused = run(command, folder / "off.star", "-o", out, "-q",
+                      "--scheduler", "tcp://127.0.0.1:1", code=1)  # fmt: skip
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1" in refused.stderr
+    assert not out.exists()
 
 
 def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_path, phantom):

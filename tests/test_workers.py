@@ -14,10 +14,12 @@ from cryoem import (
     refine,
     refine_halves,
     simulate,
+    workers,
 )
 from cryoem.errors import InputError
 from cryoem.io.particles import write_particles
 from cryoem.io.stacks import ImageStack, open_array
+from cryoem.noise import Noise
 
 N = 90
 
@@ -62,8 +64,15 @@ def test_workers_back_project_to_the_same_map(cluster, truth, symmetry):
 def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
     monkeypatch.undo()  # at once, all images of a half and many references
     monkeypatch.setattr("cryoem.refinement.fit.SENT", 1)
-    here = refine_halves(truth, rounds=1, seed=3)
-    there = refine_halves(truth, rounds=1, seed=3, scheduler=cluster.scheduler_address)
+    options = {"rounds": 1, "resolution_angstrom": 20.0, "seed": 3}
+    here, asked, ask = refine_halves(truth, **options), [], workers._by_workers
+    monkeypatch.setattr(
+        workers, "_by_workers", lambda job, *rest: (asked.append(job), ask(job, *rest))[1]
+    )
+    there = refine_halves(truth, scheduler=cluster.scheduler_address, **options)
+    # Two maps before the round and after it; each half refined, and held out twice; all refined.
+    kinds = [type(job).__name__ for job in asked]
+    assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 7
     errors = evaluation.orientation_errors(
         there.particles.quaternions, here.particles.quaternions, over="none"
     )
@@ -116,6 +125,7 @@ def test_a_workers_error_arrives(cluster, truth, density, tmp_path):
     images = np.array(truth.images)
     images[77, 3, 3] = np.nan
     np.save(tmp_path / "bad.npy", images)
-    bad = truth.replace(images=open_array(tmp_path / "bad.npy"))
+    # Nothing is measured in the images here: only a worker reads the spoilt one.
+    bad = truth.replace(images=open_array(tmp_path / "bad.npy"), noise=Noise.white(1.0))
     with pytest.raises(InputError, match=r"image 78 of .*not finite"):
-        reconstruct(bad.replace(noise=truth.noise), scheduler=cluster.scheduler_address)
+        reconstruct(bad, scheduler=cluster.scheduler_address)

@@ -164,7 +164,7 @@ def race(
                 for i in range(len(images))
             ]
             list(pool.map(finish, [s for starts in found for s in ranked(starts)[:FINALISTS]]))
-        except BaseException:  # Ctrl-C waits for the rounds that are under way, no longer
+        except BaseException:  # told before the pool waits: Ctrl-C waits for the rounds under way
             given_up.set()
             raise
     return found

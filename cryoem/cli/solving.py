@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from .. import rotations
+from .. import rotations, workers
 from ..abinitio.learning import IMAGES
 from ..errors import InputError
 from ..version import __version__
@@ -178,6 +178,9 @@ class _Plan:
     seed: int
     scheduler: str | None
     quiet: bool
+
+    def __post_init__(self) -> None:
+        workers.reached(self.scheduler)  # not after the hours that the first map takes
 
     def at(self, name: str) -> Path:
         """A file in the folder."""

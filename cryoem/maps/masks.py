@@ -61,13 +61,14 @@ def soft_mask(
     axis = np.arange(n) - n // 2
     radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
     sphere = radius < n / 2
-    middle = np.median(v[sphere])
-    deviation = median_abs_deviation(v[sphere], scale="normal")
-    height, least, deviations = np.percentile(v, 99.9) - middle, 0.1, 5.0
-    if noise is not None:
-        middle, least, deviations = 0.0, 0.01, 2.5
-        deviation = noise.low_passed(finest, edge=0.3).values[sphere].std()
-    inside = sphere & (v > middle + max(deviations * deviation, least * height))
+    if noise is None:
+        middle = np.median(v[sphere])
+        above, share = 5 * median_abs_deviation(v[sphere], scale="normal"), 0.1
+    else:
+        middle = 0.0
+        above, share = 2.5 * noise.low_passed(finest, edge=0.3).values[sphere].std(), 0.01
+    height = np.percentile(v, 99.9) - middle
+    inside = sphere & (v > middle + max(above, share * height))
     pieces, count = ndimage.label(inside)
     sizes = np.bincount(pieces.ravel())[1:]
     if count == 0 or sizes.max() < 2 * (finest / voxel) ** 3:

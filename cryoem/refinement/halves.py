@@ -159,8 +159,8 @@ def refine_halves(
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
-    lost, others = given.replace(noise=now.noise), last.references[::-1]
-    found = _found_again(now, lost, others, used[-1], search, symmetry)
+    lost = given.replace(noise=now.noise)
+    found = _found_again(now, lost, last, used[-1], search, symmetry)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     everyone = refine(
@@ -206,7 +206,6 @@ def _round(
     weight = up_to_crossing(fsc.corrected, 0.143)
     coarse = fsc.corrected.frequencies <= 1 / joined_angstrom
     weight[coarse] = np.clip(fsc.corrected.values[coarse], 0.143, 1)
-    shared = _share_low_resolution(pair, joined_angstrom)
     # Noise about the particle costs orientations; to judge the maps by, a mask must be wide.
     finest = max(SNUG[0], fsc.corrected.resolution(0.143).angstrom)
     snug = maps.soft_mask(
@@ -216,8 +215,10 @@ def _round(
         edge_angstrom=SNUG[2],
         noise=Density((pair.first.values - pair.second.values) / 2, pair.mean.voxel_size_angstrom),
     )
-    references = [masked(snug, maps.filtered(d, weight)) for d in (shared.first, shared.second)]
-    return _Round(pair, mask, snug, fsc, weight, references)
+    one, two = (masked(snug, maps.filtered(d, weight)) for d in (pair.first, pair.second))
+    # Within the mask already: it would spread what is shared over finer shells.
+    shared = _share_low_resolution(maps.HalfMaps(one, two, independent=True), joined_angstrom)
+    return _Round(pair, mask, snug, fsc, weight, [shared.first, shared.second])
 
 
 def masked(mask: np.ndarray, density: Density) -> Density:
@@ -344,7 +345,7 @@ def _held_out(
 def _found_again(
     stack: ParticleStack,
     given: ParticleStack,
-    others: Sequence[Density],
+    last: _Round,
     resolution_angstrom: float,
     search: Search,
     symmetry: str,
@@ -354,11 +355,11 @@ def _found_again(
     Judged by the map of the half that a particle is not in: to that of its own it has contributed,
     where it wrongly is; and there its shift has been led astray too.
     """
-    q, shifts = stack.oriented().copy(), stack.shifts_px.copy()
+    q, shifts, others = stack.oriented().copy(), stack.shifts_px.copy(), last.references[::-1]
     box, voxel = others[0].box_px, others[0].voxel_size_angstrom
     small = min(box, max(16, 2 * int(np.ceil(box * voxel / 15.0))))  # detail of 15 A is enough
-    # Beyond the mask nothing of a reference is compared.
-    reach = np.abs(np.argwhere(others[0].values) - box // 2).max(initial=1)
+    # Beyond the mask hardly anything of a reference is to be compared.
+    reach = np.abs(np.argwhere(last.snug) - box // 2).max()
     crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
     for half, other in zip((1, 2), others, strict=True):
         mine = stack.half(half)
