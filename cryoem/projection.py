@@ -132,13 +132,19 @@ class Slices:
 
 
 def slice_points(
-    frequencies: Float[np.ndarray, "k 2"], quaternions: ArrayLike, density_box_px: int
-) -> list[np.ndarray]:
-    """Where frequencies of slices lie in a density's transform: float32 z, y, x in radians."""
+    frequencies: Float[np.ndarray, "k 2"],
+    quaternions: ArrayLike,
+    density_box_px: int,
+    xp: ModuleType = np,
+) -> list[Any]:
+    """Where frequencies of slices lie in a density's transform: float32 z, y, x in radians.
+
+    ``xp`` makes the arrays (:func:`cryoem.accelerator.arrays`).
+    """
     matrices = Rotation.from_quat(quaternions).as_matrix()
-    k = np.einsum("nij,kj->ink", matrices[:, :, :2], frequencies)
+    k = xp.einsum("nij,kj->ink", xp.asarray(matrices[:, :, :2]), xp.asarray(frequencies))
     k *= 2 * np.pi / density_box_px
-    return [np.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
+    return [xp.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
 
 
 class Projector:

@@ -2,17 +2,22 @@
 
 import dataclasses
 import signal
+import sys
 import threading
 import time
+import types
 
+import finufft
 import numpy as np
 import pytest
+import scipy.sparse
 from scipy.spatial.transform import Rotation
 
 from cryoem import (
     Density,
     ParticleStack,
     ab_initio,
+    accelerator,
     classify,
     evaluation,
     imaging,
@@ -27,7 +32,7 @@ from cryoem.abinitio import Schedule
 from cryoem.abinitio.annealing import Start
 from cryoem.abinitio.coarse import coarsened, small_stack
 from cryoem.abinitio.expectation import Sums, expect, slices_of, solve
-from cryoem.errors import InputError
+from cryoem.errors import InputError, MissingToolError
 from cryoem.particles import CtfParameters
 from cryoem.symmetry import group
 
@@ -67,6 +72,80 @@ def few():
     return images, slices_of(values, frequencies, views)
 
 
+class OnDevice(np.ndarray):
+    """An array that refuses to meet one of NumPy's, as CuPy's do."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
+        on_device(*inputs, *out)
+        plain = [a.view(np.ndarray) if isinstance(a, OnDevice) else a for a in inputs]
+        if out:
+            options["out"] = tuple(a.view(np.ndarray) for a in out)
+        done = getattr(ufunc, method)(*plain, **options)
+        return out[0] if out else moved_to_device(done)
+
+
+def on_device(*values):
+    arrays = [a for a in values if isinstance(a, np.ndarray) and a.ndim]
+    if not all(isinstance(a, OnDevice) for a in arrays):
+        raise TypeError("arrays of the GPU and of the computer")
+
+
+def moved_to_device(done):
+    if isinstance(done, tuple):
+        return tuple(moved_to_device(one) for one in done)
+    return np.asarray(done).view(OnDevice)
+
+
+class Cupy:
+    """NumPy under the name of CuPy, with arrays of its own."""
+
+    def __getattr__(self, name):
+        function = getattr(np, name)
+
+        def called(*arguments, **options):
+            if name != "asarray":
+                on_device(*arguments)
+            return moved_to_device(function(*arguments, **options))
+
+        return called
+
+    @staticmethod
+    def asnumpy(array):
+        return np.asarray(array).view(np.ndarray)
+
+
+def nufft_on_device(function):
+    def called(*arguments, eps, isign, upsampfac=2.0):
+        on_device(*arguments)
+        plain = [a.view(np.ndarray) if isinstance(a, OnDevice) else a for a in arguments]
+        return moved_to_device(
+            function(*plain, eps=eps, isign=isign, upsampfac=upsampfac, nthreads=1, showwarn=0)
+        )
+
+    return called
+
+
+class OnDeviceCsr(scipy.sparse.csr_matrix):
+    """A sparse matrix of theirs."""
+
+    def __matmul__(self, other):
+        on_device(other)
+        return moved_to_device(super().__matmul__(other.view(np.ndarray)))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """NumPy and finufft under the names of CuPy and cufinufft, and with their calls."""
+    cufinufft = types.SimpleNamespace(
+        nufft3d1=nufft_on_device(finufft.nufft3d1), nufft3d2=nufft_on_device(finufft.nufft3d2)
+    )
+    sparse = types.SimpleNamespace(csr_matrix=OnDeviceCsr)
+    monkeypatch.setitem(sys.modules, "cupy", Cupy())
+    monkeypatch.setitem(sys.modules, "cufinufft", cufinufft)
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse", sparse)
+    monkeypatch.setattr(accelerator, "gpu", lambda: True)
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_posteriors_are_those_of_the_model(few, quick):
     images, references = few
@@ -100,6 +179,38 @@ def test_posteriors_are_those_of_the_model(few, quick):
         weight += posterior.sum(axis=0)[:, None] * transfer**2
     assert np.allclose(sums.right, right, atol=2e-3 * np.abs(right).max())
     assert np.allclose(sums.weight, weight, atol=2e-3 * weight.max())
+
+
+def started(images, rounds):
+    start = Start(images, 150.0, 6.0, 1, schedule=QUICK)
+    for _ in range(rounds):
+        start.advance()
+    return start
+
+
+def test_a_gpu_goes_the_same_way(request):
+    stack = simulate(phantom(), 150, 0, snr=2.0, max_shift_px=1, defocus_range_angstrom=(8e3, 2e4))
+    images = coarsened(small_stack(stack.without_poses(), 160.0, 15.0), 15.0)
+    here = started(images, 28)  # shifts tried everywhere, then nearby; noise told from signal
+    request.getfixturevalue("gpu")
+    there = started(images, 28)
+    assert type(there.volumes) is np.ndarray
+    assert np.corrcoef(here.volumes.ravel(), there.volumes.ravel())[0, 1] > 0.99
+    assert np.median(np.abs(there.offsets_px - here.offsets_px).max(axis=1)) < 1e-6
+
+
+def test_where_a_gpu_is_asked_for_and_not_there(monkeypatch):
+    def asked(value):
+        monkeypatch.setenv("CRYOEM_DEVICE", value)
+        accelerator.gpu.cache_clear()
+        return accelerator.gpu()
+
+    assert asked("") is asked("cpu") is False
+    with pytest.raises(MissingToolError, match=r"asks for a GPU: No module .*cupy"):
+        asked("gpu")
+    with pytest.raises(InputError, match="must be cpu or gpu, got 'cuda'"):
+        asked("cuda")
+    accelerator.gpu.cache_clear()
 
 
 def test_the_map_of_images_that_are_placed_right_is_the_density():

@@ -659,6 +659,33 @@ def test_an_array_in_a_file_is_a_stack_of_images(tmp_path):
     np.testing.assert_array_equal(read_particles(tmp_path / "a.star").images, IMAGES)
 
 
+def test_a_stack_is_read_as_images_alone(tmp_path):
+    def stack(name, pixel, images=IMAGES):
+        with mrcfile.new(tmp_path / name) as mrc:
+            mrc.set_data(images)
+            mrc.set_image_stack()
+            mrc.voxel_size = pixel
+        return tmp_path / name
+
+    path = stack("averages.mrcs", 3.5)
+    back = read_particles(path)
+    np.testing.assert_array_equal(back.images, IMAGES)
+    assert back.pixel_size_angstrom == pytest.approx(3.5) and back.ctf_parameters is None
+    # It stays where it is, and a particle file names it.
+    assert write_particles(tmp_path / "averages.star", back.with_poses(Q)) is None
+    np.testing.assert_array_equal(read_particles(tmp_path / "averages.star").images, IMAGES)
+    with pytest.warns(UserWarning, match=r"4 A was given and is used; the header says 3\.5"):
+        assert read_particles(path, pixel_size_angstrom=4).pixel_size_angstrom == 4
+    silent = stack("silent.mrcs", 0)
+    with pytest.raises(InputError, match="gives no pixel size; wanted it, or --pixel-size"):
+        read_particles(silent)
+    assert read_particles(silent, pixel_size_angstrom=2).pixel_size_angstrom == 2
+    with pytest.raises(InputError, match="wanted square images, got"):
+        read_particles(stack("wide.mrcs", 3, IMAGES[:, 1:]))
+    with pytest.raises(InputError, match="a map by its name; wanted particles"):
+        read_particles(stack("averages.mrc", 3))
+
+
 # --------------------------------------------------------------------------------------
 # Where images lie
 

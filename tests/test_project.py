@@ -33,6 +33,7 @@ LAYERS = [
     line.split()
     for line in """
     errors threads version
+    accelerator
     io.files
     fourier rotations symmetry distances
     imaging half_sets

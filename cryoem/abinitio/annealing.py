@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from .. import maps, rotations
+from .. import accelerator, maps, rotations
 from ..density import Density
 from .coarse import Coarse
 from .expectation import Expected, Sums, expect, slices_of, solve
@@ -134,10 +135,11 @@ class Start:
             part, sums = images.select(some), Sums(len(some), used)
             gain = self._gain(used)[part.group]
             transfer = gain if part.transfer is None else gain * part.transfer[:, :used]
-            identity = np.eye(len(some), dtype=np.float32)
             seen = part.values[:, :used] * gain * transfer
-            sums.add(identity, np.ascontiguousarray(seen).view(np.float32))
-            sums.add_weights(identity, transfer**2)
+            xp = accelerator.arrays()
+            identity = xp.eye(len(some), dtype=np.float32)
+            sums.add(identity, xp.asarray(np.ascontiguousarray(seen).view(np.float32)))
+            sums.add_weights(identity, xp.asarray(transfer**2))
             frequencies = images.slices.frequencies[:used]
             volumes.append(solve(sums, frequencies, views, images.box_px))
         return np.stack(volumes)
@@ -164,7 +166,7 @@ class Start:
         rows = np.sort(self.rng.choice(len(images), min(few, len(images)), replace=False))
         grid = self.random_grid(self.schedule.orientations[0])
         seen = slices_of(volume, images.slices.frequencies[: images.count(KNOWN)], grid[:SLICES])
-        ratio = images.power[:, : seen.shape[1]].mean() / np.mean(np.abs(seen) ** 2)
+        ratio = images.power[:, : seen.shape[1]].mean() / float((abs(seen) ** 2).mean())
         tries = np.sqrt(ratio) * SCALES
         evidence = []
         for scale in tries:
@@ -239,17 +241,15 @@ class Start:
     def _take_off_signal(self, views: np.ndarray, used: int) -> None:
         """Take what the maps let expect off the images' power: what is left is noise."""
         frequencies, mask = self.images.slices.frequencies[:used], self.mask()
-        signal = np.mean(
-            [np.abs(slices_of(v * mask, frequencies, views)) ** 2 for v in self.volumes],
-            axis=(0, 1),
-        )
+        slices = _slices_of_each(self.volumes * mask, frequencies, views)
+        signal = accelerator.host((abs(slices) ** 2).mean(axis=0))
         shell = np.rint(np.linalg.norm(frequencies, axis=1)).astype(int)
         for g, power in enumerate(self.images.power):
             here = self.images.group == g
-            seen = signal
+            left = signal
             if self.images.transfer is not None and here.any():
-                seen = signal * np.mean(self.images.transfer[here, :used] ** 2, axis=0)
-            mean = np.bincount(shell, seen) / np.maximum(np.bincount(shell), 1)
+                left = signal * np.mean(self.images.transfer[here, :used] ** 2, axis=0)
+            mean = np.bincount(shell, left) / np.maximum(np.bincount(shell), 1)
             self.noise[g, :used] = np.maximum(power[:used] - mean[shell], QUIETEST * power[:used])
 
     @property
@@ -293,7 +293,7 @@ class Start:
         if volumes is None:
             volumes = self.volumes * self.mask()
         frequencies = self.images.slices.frequencies[:used]
-        references = np.concatenate([slices_of(v, frequencies, grid) for v in volumes])
+        references = _slices_of_each(volumes, frequencies, grid)
         gain = self._gain(used, judged=resolution_angstrom is not None)
         steps = self._steps(near=False)
         near = self._steps(near=True)
@@ -321,7 +321,7 @@ class Start:
             orientations, finest = min(orientations, LOCATING), max(finest, COARSEST)
         grid, used = self.random_grid(orientations), self.images.count(finest)
         frequencies = self.images.slices.frequencies[:used]
-        references = np.concatenate([slices_of(v, frequencies, grid) for v in volumes])
+        references = _slices_of_each(volumes, frequencies, grid)
         zero, steps = np.zeros((len(rows), 2)), self._steps(near=False)
         found = expect(
             self.images.select(rows), self._gain(used), zero, references, steps, None,
@@ -373,3 +373,9 @@ class Start:
                 diameter, centre = size, middle
         self.diameter_angstrom = min(self.widest_angstrom, max(diameter, LEAST_DIAMETER))
         self.centre_px = centre * (diameter < self.widest_angstrom)
+
+
+def _slices_of_each(volumes: np.ndarray, frequencies: np.ndarray, grid: np.ndarray) -> Any:
+    """Slices of each class in turn, one after the other."""
+    slices = [slices_of(volume, frequencies, grid) for volume in volumes]
+    return slices[0] if len(slices) == 1 else accelerator.arrays().concatenate(slices)

@@ -2,18 +2,20 @@
 
 An image is ``y = S_t C P_R V + noise``. Of every image the likelihood of all orientations of a grid
 is one row of a matrix product; its posterior weighs the image at each of them, and the map is the
-least-squares solution of all that, with a ridge.
+least-squares solution of all that, with a ridge. References, images in work and sums are arrays of
+:func:`cryoem.accelerator.arrays`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.fft
-import scipy.sparse
 from jaxtyping import Complex, Float, Int
 
+from .. import accelerator
 from ..projection import slice_points
 from ..reconstruction import kernel_edge, least_squares
 from .coarse import Coarse
@@ -61,8 +63,9 @@ class Sums:
     """
 
     def __init__(self, references: int, frequencies: int) -> None:
-        self._right = np.zeros((references, 2 * frequencies), np.float32)
-        self.weight = np.zeros((references, frequencies), np.float32)
+        xp = accelerator.arrays()
+        self._right = xp.zeros((references, 2 * frequencies), np.float32)
+        self.weight = xp.zeros((references, frequencies), np.float32)
 
     @property
     def right(self) -> Complex[np.ndarray, "r k"]:
@@ -75,11 +78,11 @@ class Sums:
         some._right, some.weight = self._right[rows], self.weight[rows]
         return some
 
-    def add(self, at: scipy.sparse.csr_matrix | np.ndarray, images: np.ndarray) -> None:
-        """Add images, (m, 2 k) real, with posterior weights (r, m)."""
+    def add(self, at: Any, images: Any) -> None:
+        """Add images, (m, 2 k) real, with posterior weights (r, m), sparse or not."""
         self._right += at @ images
 
-    def add_weights(self, at: scipy.sparse.csr_matrix | np.ndarray, squares: np.ndarray) -> None:
+    def add_weights(self, at: Any, squares: Any) -> None:
         """Add squared transfer functions, (m, k), with posterior weights (r, m)."""
         self.weight += at @ squares
 
@@ -90,12 +93,9 @@ def slices_of(
     quaternions: Float[np.ndarray, "r 4"],
 ) -> Complex[np.ndarray, "r k"]:
     """Central slices of a small density."""
-    import finufft
-
-    points = slice_points(frequencies, quaternions, len(volume))
-    found = finufft.nufft3d2(
-        *points, volume.astype(np.complex64), eps=ACCURACY, isign=-1, nthreads=1, showwarn=0
-    )
+    xp = accelerator.arrays()
+    points = slice_points(frequencies, quaternions, len(volume), xp)
+    found = accelerator.nufft3d2(points, xp.asarray(volume, np.complex64), eps=ACCURACY, isign=-1)
     return found.reshape(len(quaternions), -1)
 
 
@@ -129,90 +129,96 @@ def expect(
     quick : bool
         Try the shifts only at the orientations that match best without.
     """
-    n, used = len(images), gain.shape[1]
-    frequencies = images.slices.frequencies[:used] * (2j * np.pi / images.box_px)
-    ramps = np.exp(steps_px @ frequencies.T).astype(np.complex64)
-    flat = np.ascontiguousarray(references).view(np.float32)
+    xp, n, used = accelerator.arrays(), len(images), gain.shape[1]
+    frequencies = xp.asarray(images.slices.frequencies[:used] * (2j * np.pi / images.box_px))
+    gain, steps = xp.asarray(gain), xp.asarray(steps_px)
+    ramps = xp.exp(steps @ frequencies.T).astype(np.complex64)
+    flat = xp.ascontiguousarray(references).view(np.float32)
     squares = (references.real**2 + references.imag**2).T.copy()
     found = Expected(np.empty(n), np.empty(n, int), np.empty(n, int))
     quick = quick and len(steps_px) > 1
+    top = min(TOP, len(references)) if quick else len(references)
     at_once = max(1, ENTRIES // (len(references) * (1 if quick else len(steps_px))))
     for start in range(0, n, at_once):
         rows = slice(start, start + at_once)
-        whitening = gain[images.group[rows]]
-        seen = images.values[rows, :used] * whitening
+        whitening = gain[xp.asarray(images.group[rows])]
+        offsets = xp.asarray(offsets_px[rows])
+        seen = xp.asarray(images.values[rows, :used]) * whitening
         if offsets_px.any():
-            seen *= np.exp(offsets_px[rows] @ frequencies.T).astype(np.complex64)
+            seen *= xp.exp(offsets @ frequencies.T).astype(np.complex64)
         transfer = whitening
         if images.transfer is not None:
-            transfer = whitening * images.transfer[rows, :used]
+            transfer = whitening * xp.asarray(images.transfer[rows, :used])
         seen *= transfer
         transfer = transfer**2
         lost = transfer @ squares
         lost *= 0.5
-        far = np.sum((offsets_px[rows, None] + steps_px) ** 2, axis=2) / (2 * spread_px**2)
-        _share(rows, seen, transfer, lost, far, flat, ramps, sums, found, quick)
+        far = xp.sum((offsets[:, None] + steps) ** 2, axis=2) / (2 * spread_px**2)
+        _share(rows, seen, transfer, lost, far, flat, ramps, sums, found, top)
     return found
 
 
 def _share(
     rows: slice,
-    seen: np.ndarray,
-    transfer: np.ndarray,
-    lost: np.ndarray,
-    far: np.ndarray,
-    references: np.ndarray,
-    ramps: np.ndarray,
+    seen: Any,
+    transfer: Any,
+    lost: Any,
+    far: Any,
+    references: Any,
+    ramps: Any,
     sums: Sums | None,
     found: Expected,
-    quick: bool,
+    each: int,
 ) -> None:
-    """Share a chunk of images out among orientations and shifts."""
+    """Share a chunk of images out among shifts and orientations, or the best of these for each."""
+    xp = accelerator.arrays()
     m, s, r = len(seen), len(ramps), len(references)
+    quick = each < r
     moved = (seen[:, None] * ramps).view(np.float32)
     if quick:
         plain = seen.view(np.float32) @ references.T
         plain -= lost
-        each = min(TOP, r)
-        chosen = np.argpartition(plain, r - each, axis=1)[:, r - each :]
+        chosen = xp.argpartition(plain, r - each, axis=1)[:, r - each :]
         likelihood = moved @ references[chosen].transpose(0, 2, 1)
-        lost = np.take_along_axis(lost, chosen, axis=1)
+        lost = xp.take_along_axis(lost, chosen, axis=1)
     else:
-        each, chosen = r, np.broadcast_to(np.arange(r), (m, r))
+        chosen = xp.broadcast_to(xp.arange(r), (m, r))
         likelihood = (moved.reshape(m * s, -1) @ references.T).reshape(m, s, r)
     likelihood -= lost[:, None]
     likelihood -= far[:, :, None].astype(np.float32)
     table = likelihood.reshape(m, s * each)
-    found.step[rows], at = np.divmod(_normalised(rows, table, s * r, found), each)
-    found.reference[rows] = chosen[np.arange(m), at]
+    step, at = np.divmod(_normalised(rows, table, s * r, found), each)
+    found.step[rows] = accelerator.host(step)
+    found.reference[rows] = accelerator.host(chosen[xp.arange(m), at])
     if sums is None:
         return
     moved = moved.reshape(m * s, -1)
-    image, column = np.nonzero(table > LEAST * table.max(axis=1, keepdims=True))
+    image, column = xp.nonzero(table > LEAST * table.max(axis=1, keepdims=True))
     if not quick and len(image) > SPARSE * table.size:
         sums.add(likelihood.reshape(m * s, r).T, moved)
         sums.add_weights(likelihood.sum(axis=1).T, transfer)
         return
     weight = table[image, column]
     step, at = np.divmod(column, each)
-    reference = chosen[image, at]
+    reference, matrix = chosen[image, at], accelerator.sparse().csr_matrix
     to_moved, to_image = (
-        scipy.sparse.csr_matrix((weight, (reference, number)), shape=(r, count))
+        matrix((weight, (reference, number)), shape=(r, count))
         for number, count in ((image * s + step, m * s), (image, m))
     )
     sums.add(to_moved, moved)
     sums.add_weights(to_image, transfer)
 
 
-def _normalised(rows: slice, table: np.ndarray, tried: int, found: Expected) -> np.ndarray:
+def _normalised(rows: slice, table: Any, tried: int, found: Expected) -> Any:
     """Turn logarithms of likelihoods, (m, ...), into posteriors in place; the best column."""
+    xp = accelerator.arrays()
     best = table.argmax(axis=1)
-    top = table[np.arange(len(table)), best]
+    top = table[xp.arange(len(table)), best]
     table -= top[:, None]
-    np.exp(table, out=table)
+    xp.exp(table, out=table)
     total = table.sum(axis=1)
     table /= total[:, None]
-    found.evidence[rows] = top + np.log(total) - np.log(tried)
+    found.evidence[rows] = accelerator.host(top + xp.log(total)) - np.log(tried)
     return best
 
 
@@ -244,22 +250,18 @@ def solve(
     (m, m, m) array of float32
         Zero where no image lies: a class may lose all that it had.
     """
-    import finufft
-
-    used = np.flatnonzero(sums.weight.any(axis=1))
+    xp = accelerator.arrays()
+    used = accelerator.host(sums.weight.any(axis=1)).nonzero()[0]
     if not len(used):
         return np.zeros((box_px,) * 3, np.float32)
-    points = slice_points(frequencies, quaternions[used], box_px)
-    # One thread: as many starts run beside each other as there are.
-    right = finufft.nufft3d1(
-        *points, sums.right[used].ravel(), (box_px,) * 3,
-        eps=ACCURACY, isign=+1, nthreads=1, showwarn=0,
-    ).real  # fmt: skip
-    weight = sums.weight[used].astype(np.complex64).ravel()
-    wide = (kernel_edge(box_px),) * 3
-    kernel = finufft.nufft3d1(
-        *points, weight, wide, eps=ACCURACY, isign=+1, upsampfac=1.25, nthreads=1, showwarn=0
-    ).real
+    points = slice_points(frequencies, quaternions[used], box_px, xp)
+    rows, wide = xp.asarray(used), (kernel_edge(box_px),) * 3
+    right = accelerator.nufft3d1(
+        points, sums.right[rows].ravel(), (box_px,) * 3, eps=ACCURACY, isign=+1
+    )
+    weight = sums.weight[rows].astype(np.complex64).ravel()
+    kernel = accelerator.nufft3d1(points, weight, wide, eps=ACCURACY, isign=+1, upsampfac=1.25)
+    right, kernel = accelerator.host(right.real), accelerator.host(kernel.real)
     spectrum = scipy.fft.rfftn(scipy.fft.ifftshift(kernel)).real.astype(np.float32)
     finest = np.linalg.norm(frequencies, axis=1).max()
     mean = kernel[(wide[0] // 2,) * 3] * box_px**3 / (4 / 3 * np.pi * finest**3)

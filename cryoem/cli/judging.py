@@ -149,10 +149,8 @@ def describe(
 
     path = files.existing(file)
     name = path.name.removesuffix(".gz")
-    if name.endswith((".star", ".cs")):
+    if name.endswith((".star", ".cs", ".mrcs")):
         found = _of_particles(path, seed, pixel_size)
-    elif name.endswith(".mrcs"):
-        found = _of_stack(path)
     elif name.endswith((".mrc", ".map")):
         found = _of_map(path)
     elif name.endswith(".npz"):
@@ -182,9 +180,9 @@ def _told_of(stack: ParticleStack) -> dict[str, object]:
     """What a particle file says, without its images."""
     from ..surveying import told
 
-    names = {str(name).rpartition("@")[2] for name in stack.columns["rlnImageName"]}
+    names = {str(name).rpartition("@")[2] for name in stack.columns.get("rlnImageName", ["@"])}
     return {
-        "kind": "particles",
+        "kind": "particles" if stack.origin else "images alone",
         "particles": len(stack),
         "box_px": stack.box_px or "not told",
         "pixel_size_angstrom": stack.pixel_size_angstrom,
@@ -211,13 +209,6 @@ def _surveyed(stack: ParticleStack, seed: int) -> dict[str, object]:
             str(p): float(f"{value:.4g}") for p, value in zip(periods, power, strict=True)
         }
     return found
-
-
-def _of_stack(path: Path) -> dict[str, object]:
-    from ..io.stacks import layout
-
-    nz, ny, nx = layout(path).shape
-    return {"kind": "image stack", "images": nz, "height_px": ny, "width_px": nx}
 
 
 def _of_map(path: Path) -> dict[str, object]:

@@ -99,7 +99,7 @@ Scheduler = Annotated[
     str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
 ]
 Particles = Annotated[
-    Path, typer.Argument(metavar="PARTICLES", help="Particle file: .star or .cs.")
+    Path, typer.Argument(metavar="PARTICLES", help="Particles: .star or .cs; images alone: .mrcs.")
 ]
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Density: an MRC map.")]
 StarOut = Annotated[

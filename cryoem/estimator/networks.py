@@ -262,7 +262,7 @@ def steerable(
     odd = sum(l % 2 for l in degrees)
     features = _Readout(3 + len(degrees) - odd, 2 + odd, turning, dtype="float32")(last)
     # The mirror takes (x, y) to (-x, y), and the angle is from +y: y is the real part.
-    shift = _Readout(0, 0, [1], dtype="float32")(last)[:, ::-1]
+    shift = keras.ops.flip(_Readout(0, 0, [1], dtype="float32")(last), axis=1)
     # How far off depends on the image, not on its angle.
     quarter = last.shape[2] // 4
     level = last[:, 0, :quarter] + last[:, 0, quarter : 2 * quarter]

@@ -66,8 +66,9 @@ def read_particles(
         RELION 3.1 and later, with any number of optics groups; RELION 3.0 (one block, origins in
         pixels). Beside a ``.cs`` file the passthrough file of the same particles is read too,
         where there is one. Image names are relative to the file's folder, to any folder above it
-        (RELION's and cryoSPARC's project), or to the working directory. An ``.npy`` file holds
-        images alone, an (n, size, size) array, by default of pixels of 1 A.
+        (RELION's and cryoSPARC's project), or to the working directory. An ``.mrcs`` file
+        holds images alone, without a CTF (class averages, say), and so does an ``.npy`` file, an
+        (n, size, size) array, by default of pixels of 1 A.
     pixel_size_angstrom : float, optional
         Of a file that does not say it.
     images : bool
@@ -85,9 +86,12 @@ def read_particles(
         short, images or pixels of several sizes, values that are no numbers or absurd.
     """
     path = files.existing(path)
-    if path.suffix == ".npy":
-        pixel = 1.0 if pixel_size_angstrom is None else pixel_size_angstrom
-        return ParticleStack(stacks.open_array(path), pixel)
+    if path.suffix in (".npy", ".mrcs"):
+        return _images_alone(path, pixel_size_angstrom)
+    if path.suffix in (".mrc", ".map"):
+        raise InputError(
+            f"{path}: a map by its name; wanted particles (.star, .cs) or images alone (.mrcs)"
+        )
     optics, table, others = read_cryosparc(path) if path.suffix == ".cs" else read_relion(path)
     if "rlnImageName" not in table:
         raise InputError(f"{path}: no column rlnImageName in data_particles")
@@ -130,6 +134,22 @@ def read_particles(
         columns=table,
         origin=ParticleFile(path, optics, others),
     )
+
+
+def _images_alone(path: Path, given: float | None) -> ParticleStack:
+    """Images of which nothing else is known, not even a CTF."""
+    if path.suffix == ".npy":
+        return ParticleStack(stacks.open_array(path), 1.0 if given is None else given)
+    images = stacks.open_stack(path)
+    told = images.layouts[0].pixel_size_angstrom
+    if given is None and not told:
+        raise InputError(f"{path}: the header gives no pixel size; wanted it, or --pixel-size")
+    if given is not None and told and not np.isclose(given, told, rtol=1e-3):
+        warnings.warn(
+            f"{path}: a pixel size of {given:g} A was given and is used; the header says {told:g}",
+            stacklevel=3,
+        )
+    return ParticleStack(images, told if given is None else given)
 
 
 def _half_set(path: Path, table: Table) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from . import files
 from .files import PathLike
 
-__all__ = ["ImageStack", "Layout", "NoImages", "layout", "open_array"]
+__all__ = ["ImageStack", "Layout", "NoImages", "layout", "open_array", "open_stack"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,15 @@ def open_array(path: PathLike) -> ImageStack:
         raise InputError(f"{path}: wanted (n, size, size) images, got {mapped.dtype} {shape}")
     n = len(mapped)
     at = Layout(path.resolve(), (n, shape[1], shape[2]), mapped.dtype, offset)
+    return ImageStack([at], np.zeros(n), np.arange(n))
+
+
+def open_stack(path: PathLike) -> ImageStack:
+    """Open the images of an MRC stack, without reading them."""
+    at = layout(path)
+    n, height, width = at.shape
+    if height != width:
+        raise InputError(f"{path}: wanted square images, got {width} x {height} pixels")
     return ImageStack([at], np.zeros(n), np.arange(n))
 
 
