@@ -13,8 +13,12 @@ from .particles import PER_PARTICLE, ParticleStack
 from .preprocessing import Preprocessing
 from .projection import project
 from .surveying import with_noise
+from .symmetry import group
 
-__all__ = ["MatchedStack", "match"]
+__all__ = ["MatchedStack", "candidates", "match"]
+
+#: References, the best of each image's, among which its candidates are.
+BEST = 500
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,6 +67,47 @@ def match(
     InputError
         Images or a density of another box than the preprocessing's.
     """
+    q, scores = candidates(stack, density, preprocessing, references=references, progress=progress)
+    return stack.extended(
+        MatchedStack,
+        quaternions=q[:, 0],
+        scores=scores[:, 0],
+        # What was known of them belonged to other orientations.
+        contrast=None,
+        expected_error_rad=None,
+    )
+
+
+def candidates(
+    stack: ParticleStack,
+    density: Density,
+    preprocessing: Preprocessing,
+    *,
+    count: int = 1,
+    apart_rad: float = 0.0,
+    symmetry: str = "C1",
+    references: int = 21_600,
+    progress: bool = False,
+) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c"]]:
+    """The orientations of the references that each image correlates with best, and how well.
+
+    Parameters
+    ----------
+    stack, density, preprocessing, references, progress
+        See :func:`match`.
+    count : int
+        How many of each image, the best first.
+    apart_rad : float
+        How far apart they are at least.
+    symmetry : str
+        In which this is counted.
+
+    Returns
+    -------
+    quaternions : (n, count, 4) array, unit, xyzw
+    scores : (n, count) array
+        Correlation coefficients; -inf where there are no more.
+    """
     from tqdm.auto import tqdm
 
     if density.box_px != preprocessing.frame_px:
@@ -72,7 +117,9 @@ def match(
         )
     stack = with_noise(stack)
     known = rotations.grid(references)
-    best, scores = np.empty(len(stack), int), np.empty(len(stack), np.float32)
+    best = np.zeros((len(stack), count), int)
+    scores = np.full((len(stack), count), -np.inf, np.float32)
+    points = group(symmetry)
     # One set of references for all optics groups: whitened by their mean. They are projected in the
     # pixels in which they are compared.
     box, down = stack.box_px, preprocessing.down_px
@@ -95,13 +142,17 @@ def match(
         prepared = preprocessing(frames, ctf=part.ctf()).reshape(len(part), -1)
         correlation = prepared @ table.T / table.shape[1]
         rows = slice(done, done + len(part))
-        best[rows], scores[rows] = correlation.argmax(axis=1), correlation.max(axis=1)
+        if count == 1:
+            best[rows, 0], scores[rows, 0] = correlation.argmax(axis=1), correlation.max(axis=1)
+        else:
+            for i, row in enumerate(correlation, start=done):
+                at = np.argpartition(row, -min(BEST, references))[-BEST:]
+                for c in range(count):
+                    if not len(at):
+                        break
+                    best[i, c] = at[row[at].argmax()]
+                    scores[i, c] = row[best[i, c]]
+                    there = np.broadcast_to(known[best[i, c]], (len(at), 4))
+                    at = at[points.distance(known[at], there) > apart_rad]
         done += len(part)
-    return stack.extended(
-        MatchedStack,
-        quaternions=known[best],
-        scores=scores,
-        # What was known of them belonged to other orientations.
-        contrast=None,
-        expected_error_rad=None,
-    )
+    return known[best], scores

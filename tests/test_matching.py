@@ -6,11 +6,12 @@ import pytest
 from cryoem import evaluation, imaging, rotations
 from cryoem.errors import InputError
 from cryoem.io.stacks import open_array
-from cryoem.matching import match
+from cryoem.matching import candidates, match
 from cryoem.noise import from_powers
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.preprocessing import Preprocessing
 from cryoem.projection import project
+from cryoem.symmetry import group
 
 BOX, VOXEL = 32, 7.0
 WHOLE = Preprocessing(BOX, BOX, BOX, VOXEL)
@@ -84,6 +85,24 @@ def test_what_was_known_of_other_orientations_is_forgotten(density):
     )
     found = match(stack, density, WHOLE, references=50)
     assert found.contrast is None and found.expected_error_rad is None
+
+
+def test_candidates_are_places_of_their_own(density):
+    known = rotations.grid(500)[::50]
+    stack = ParticleStack(project(density, known), VOXEL)
+    options = {"count": 3, "apart_rad": 0.8, "references": 500}
+    q, scores = candidates(stack, density, WHOLE, **options)
+    assert q.shape == (10, 3, 4) and (np.diff(scores, axis=1) < 0).all()
+    np.testing.assert_allclose(q[:, 0], known, atol=1e-12)
+    np.testing.assert_allclose(q[:, 0], match(stack, density, WHOLE, references=500).quaternions)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (rotations.distance(q[:, a], q[:, b]) > 0.8).all()
+    # Those that the symmetry makes one are one; where there are no more, the score says so.
+    q, scores = candidates(stack, density, WHOLE, symmetry="D2", **options)
+    more = np.isfinite(scores[:, 1])
+    assert more.any() and (group("D2").distance(q[:, 0], q[:, 1])[more] > 0.8).all()
+    _, scores = candidates(stack, density, WHOLE, count=2, apart_rad=4.0, references=500)
+    assert (scores[:, 1] == -np.inf).all()
 
 
 def test_coarse_references_are_the_projections_made_coarse(density):

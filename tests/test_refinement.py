@@ -536,7 +536,7 @@ def test_the_map_shows_only_what_the_halves_agree_on(from_halves):
 
 
 class Asked(list):
-    """What is asked of ``refine``, (stack, density, resolution) each time; and of ``match``."""
+    """What is asked of ``refine``, (stack, density, resolution) each time; and of matching."""
 
     def __init__(self):
         self.matched = []
@@ -545,17 +545,17 @@ class Asked(list):
         self.append((stack, density, resolution_angstrom))
         return refine(stack, density, resolution_angstrom=resolution_angstrom, **options)
 
-    def match(self, stack, density, *_):
+    def candidates(self, stack, density, *_, **__):
         """Nobody is found elsewhere on the sphere."""
         self.matched.append(density)
-        return stack
+        return stack.oriented()[:, None], np.ones((len(stack), 1))
 
 
 @pytest.fixture
 def asked(monkeypatch):
     calls = Asked()
     monkeypatch.setattr(halves, "refine", calls.refine)
-    monkeypatch.setattr("cryoem.matching.match", calls.match)
+    monkeypatch.setattr("cryoem.matching.candidates", calls.candidates)
     return calls
 
 
@@ -602,6 +602,40 @@ def test_particles_are_judged_and_found_again_by_the_map_that_they_are_not_in(st
         assert power(judge)[:5].sum() < 0.2 * power(judge).sum()
         np.testing.assert_array_equal(same.values, judge.values)
         assert (rotations.distance(exchanged.quaternions, stack.quaternions) > 1e-6).all()
+
+
+def test_what_matches_second_best_may_be_the_place(monkeypatch):
+    """Matching is coarse: of a particle much the same from behind it may prefer the wrong side."""
+    images, _ = noisy(1.0)
+    half_set = np.arange(N) % 2 + 1
+    wrong = rotations.multiply(TRUE, rotations.about("y", np.pi))
+    now = particles(images=images, at=wrong, shifts_px=SHIFTS, half_set=half_set)
+    pair = maps.HalfMaps(DENSITY, DENSITY, independent=True)
+    last = halves._Round(pair, None, np.ones(DENSITY.values.shape), None, None, [DENSITY] * 2)
+
+    def candidates(stack, *_, count, **__):
+        """The wrong place first, then the right one, then one that is not worth a try."""
+        mine = stack.half_set[0] == half_set
+        other = rotations.multiply(TRUE[mine], rotations.about("x", np.pi))
+        places = np.stack([wrong[mine], TRUE[mine], other], axis=1)
+        return places[:, :count], np.tile([0.5, 0.49, 0.1], (len(stack), 1))
+
+    tried = Asked()
+    monkeypatch.setattr(halves, "refine", tried.refine)
+    monkeypatch.setattr("cryoem.matching.candidates", candidates)
+    found = halves._found_again(now, now, last, 15.0, Search(starts=1), "C1")
+    assert rotations.distance(found.oriented(), TRUE).mean() < 0.2
+    assert [len(stack) for stack, *_ in tried] == [N // 2] * 4
+    # What is there already stays.
+    kept = halves._found_again(
+        particles(images=images, shifts_px=SHIFTS, half_set=half_set),
+        now,
+        last,
+        15.0,
+        Search(starts=1),
+        "C1",
+    )
+    np.testing.assert_allclose(kept.oriented(), TRUE, atol=1e-14)
 
 
 def test_halves_are_refined_apart_but_share_what_is_coarse(asked):

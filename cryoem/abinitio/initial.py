@@ -59,6 +59,8 @@ class Verdict:
         have not seen better than one does. Looked for where the agreement leaves doubts; else 0.
     resolution_angstrom : float
         FSC 0.143 of the halves, each solved by itself, corrected for the mask.
+    nyquist_limited : bool
+        They agree to the finest detail that the pixels hold: finer ones would show more.
     coverage : Coverage
         How evenly the particles were seen, the symmetry counted in.
     starts, same_answer : int
@@ -72,6 +74,7 @@ class Verdict:
     by_chance: float
     second: float
     resolution_angstrom: float
+    nyquist_limited: bool
     coverage: Coverage
     starts: int
     same_answer: int
@@ -91,7 +94,8 @@ class Verdict:
         return (
             said + f"{self.agreement:.0%} of the images lie alike by the map of either half "
             f"({self.by_chance:.0%} by chance), half-maps agree to {self.resolution_angstrom:.1f} "
-            f"A, {self.same_answer} of {self.starts} starts gave this answer"
+            f"A{', the finest that the pixels hold' if self.nyquist_limited else ''}, "
+            f"{self.same_answer} of {self.starts} starts gave this answer"
             + (
                 "; the particles were seen mostly from some directions (evenness "
                 f"{self.coverage.evenness:.2f} of 1): the map is smeared along others"
@@ -306,11 +310,11 @@ def _judged(
             f"two maps explain images that they have not seen better than one, and {second:.0%} "
             "are of the smaller class: these are two particles or more, which classes sort"
         )
-    resolution = fsc.corrected.resolution(0.143).angstrom
-    if found.referred and resolution > BEYOND * KNOWN:
+    resolution = fsc.corrected.resolution(0.143)
+    if found.referred and resolution.angstrom > BEYOND * KNOWN:
         reasons.append(
-            f"the halves agree to {resolution:.1f} A, hardly beyond the {KNOWN:.0f} A that the "
-            "reference gave both"
+            f"the halves agree to {resolution.angstrom:.1f} A, hardly beyond the {KNOWN:.0f} A "
+            "that the reference gave both"
         )
     if not axes.believed:
         reasons.append(
@@ -322,7 +326,8 @@ def _judged(
         agreement=found.agreement,
         by_chance=found.by_chance,
         second=second,
-        resolution_angstrom=resolution,
+        resolution_angstrom=resolution.angstrom,
+        nyquist_limited=resolution.nyquist_limited,
         coverage=maps.coverage(q, symmetry=axes.symmetry),
         starts=len(everyone),
         same_answer=same,

@@ -31,6 +31,9 @@ __all__ = ["HalvesRefinement", "refine_halves"]
 
 #: The mask of references: low-pass in which the particle is seen, extension, edge; angstrom.
 SNUG = 12.0, 0.0, 8.0
+#: Of how many places on the sphere, at most, a particle is tried at, at the end, and how much less
+#: likely than the best by matching, in logarithm, one may be.
+PLACES, WORTH = 5, 8.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,10 +353,12 @@ def _found_again(
     search: Search,
     symmetry: str,
 ) -> ParticleStack:
-    """Bring back particles that match better elsewhere on the sphere, with their given shifts.
+    """Bring back particles that are likelier elsewhere on the sphere, with their given shifts.
 
-    Judged by the map of the half that a particle is not in: to that of its own it has contributed,
-    where it wrongly is; and there its shift has been led astray too.
+    Tried is where they match best, and about as well: of a particle that looks much the same from
+    behind, coarse detail does not say which. Judged by the map of the half that a particle is not
+    in: to that of its own it has contributed, where it wrongly is; and there its shift has been led
+    astray too.
     """
     q, shifts, others = stack.oriented().copy(), stack.shifts_px.copy(), last.references[::-1]
     box, voxel = others[0].box_px, others[0].voxel_size_angstrom
@@ -363,13 +368,26 @@ def _found_again(
     crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
     for half, other in zip((1, 2), others, strict=True):
         mine = stack.half(half)
-        matched = matching.match(given.select(mine), other, Preprocessing(box, small, crop, voxel))
-        apart = group(symmetry).distance(matched.oriented(), q[mine])
-        far = apart > 2 * search.spread_rad
-        if not far.any():
+        elsewhere, scores = matching.candidates(
+            given.select(mine),
+            other,
+            Preprocessing(box, small, crop, voxel),
+            count=PLACES,
+            apart_rad=2 * search.spread_rad,
+            symmetry=symmetry,
+        )
+        # Of normalised images in noise, the logarithm of the likelihood.
+        likely = crop**2 / 2 * np.maximum(scores, 0) ** 2
+        worth = likely > likely[:, :1] - WORTH
+        here = q[mine][:, None]
+        apart = group(symmetry).distance(
+            elsewhere.reshape(-1, 4), np.broadcast_to(here, elsewhere.shape).reshape(-1, 4)
+        )
+        image, place = np.nonzero(worth & (apart.reshape(worth.shape) > 2 * search.spread_rad))
+        if not len(image):
             continue
-        rows = mine[far]
-        here, there = (
+        known, rows = np.unique(image), mine[image]
+        ended = [
             refine(
                 start,
                 other,
@@ -377,9 +395,15 @@ def _found_again(
                 search=search,
                 noise_variance=1.0,  # of no effect on where they end
             )
-            for start in (stack.select(rows), matched.select(far))
-        )
-        better = there.gain > here.gain
-        q[rows[better]] = there.oriented()[better]
-        shifts[rows[better]] = there.shifts_px[better]
+            for start in (
+                stack.select(mine[known]),
+                given.select(rows).with_poses(elsewhere[image, place], given.shifts_px[rows]),
+            )
+        ]
+        best = np.full(len(mine), np.inf)
+        best[known] = ended[0].gain
+        for i in np.argsort(ended[1].gain):  # the last that is written is the best
+            if ended[1].gain[i] > best[image[i]]:
+                best[image[i]] = ended[1].gain[i]
+                q[rows[i]], shifts[rows[i]] = ended[1].oriented()[i], ended[1].shifts_px[i]
     return stack.with_poses(q, shifts)
