@@ -128,8 +128,8 @@ SUMMARY = [
         {"case": "all, 128 px"},
         "{refined_half_map_resolution_angstrom:.1f} A",
         "all that pixels of 2.5 A hold; the map is like the protein's atomic model (FSC 0.5) to "
-        "{model_fsc05_angstrom:.1f} A, at the poses of RELION's tutorial to "
-        "{relion_model_fsc05_angstrom:.1f} A",
+        "{model_fsc05_angstrom:.1f} A; at poses of RELION's 3D classification, on a grid of 7.5 "
+        "degrees, to {relion_model_fsc05_angstrom:.1f} A",
     ),
 ]
 
