@@ -1,5 +1,6 @@
 """Refinement against the exact phantom: its images come from another path than the fit's slices."""
 
+import dataclasses
 import warnings
 from itertools import pairwise
 
@@ -668,6 +669,27 @@ def test_given_half_sets_are_kept_and_others_drawn_by_seed(asked):
     ]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
+
+
+@pytest.mark.parametrize(("restless", "rounds"), [(0, 5), (6, 7), (99, 8)])
+def test_rounds_go_on_while_orientations_move(asked, monkeypatch, restless, rounds):
+    """Five of them at least; here at most eight."""
+    monkeypatch.setattr(halves, "MOST", 8)
+    turns, apart = [], halves.refine_each_half
+
+    def refined(stack, references, **options):
+        found = apart(stack, references, **options)
+        turns.append(found)
+        slow = 0.2 if len(turns) <= restless else 0.05  # of the expected error
+        moved = rotations.about("z", slow * np.median(found.expected_error_rad))
+        q = rotations.multiply(moved, stack.oriented())
+        return dataclasses.replace(found, quaternions=q)
+
+    monkeypatch.setattr(halves, "refine_each_half", refined)
+    monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
+    images, _ = noisy(1 / 2)
+    found = refine_halves(particles(images=images), search=JUDGE, seed=9)
+    assert len(found.resolutions_angstrom) == len(turns) == rounds
 
 
 def test_noise_builds_no_structure():

@@ -16,6 +16,7 @@ from .options import (
     Particles,
     PixelSize,
     Quiet,
+    Rounds,
     Scheduler,
     Seed,
     StarOut,
@@ -126,7 +127,7 @@ def refine_particles(
             callback=positive("--resolution"),
         ),
     ] = 15.0,
-    rounds: Annotated[int, typer.Option(help="How often, without a reference.")] = 5,
+    rounds: Rounds = None,
     symmetry: Annotated[
         str, typer.Option(help="Point group, in the standard setting; without a reference.")
     ] = "C1",

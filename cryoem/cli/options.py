@@ -113,6 +113,12 @@ EstimatorOut = Annotated[
     Path,
     typer.Option("--output", "-o", help="Estimator to write (.npz).", callback=_ending_in(".npz")),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        help="Of refinement half against half; default: until orientations settle, 5 to 15."
+    ),
+]
 Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, ...")]
 MapVoxelSize = Annotated[
     float | None,

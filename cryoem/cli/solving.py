@@ -37,6 +37,7 @@ from .options import (
     Particles,
     PixelSize,
     Quiet,
+    Rounds,
     Scheduler,
     Seed,
     app,
@@ -81,7 +82,7 @@ def solve_particles(
     shift: Shift = None,
     images: Images = 10_000,
     learn: Learn = None,
-    rounds: Annotated[int, typer.Option(help="Of refinement.")] = 5,
+    rounds: Rounds = None,
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
@@ -174,7 +175,7 @@ class _Plan:
 
     folder: Path
     learned: int
-    rounds: int
+    rounds: int | None
     seed: int
     scheduler: str | None
     quiet: bool

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from .. import maps, matching, reconstruction
+from .. import maps, matching, reconstruction, rotations
 from ..density import Density
 from ..errors import InputError
 from ..noise import Noise
@@ -31,6 +31,9 @@ __all__ = ["HalvesRefinement", "refine_halves"]
 
 #: The mask of references: low-pass in which the particle is seen, extension, edge; angstrom.
 SNUG = 12.0, 0.0, 8.0
+#: Rounds, where none are told, and the share of the expected error by which orientations that have
+#: settled still move.
+FEWEST, MOST, SETTLED = 5, 15, 0.1
 #: Of how many places on the sphere, at most, a particle is tried at, at the end, and how much less
 #: likely than the best by matching, in logarithm, one may be.
 PLACES, WORTH = 5, 8.0
@@ -93,7 +96,7 @@ class _Round:
 def refine_halves(
     stack: ParticleStack,
     *,
-    rounds: int = 5,
+    rounds: int | None = None,
     resolution_angstrom: float = 30.0,
     joined_angstrom: float = 40.0,
     search: Search = DEFAULT,
@@ -116,7 +119,10 @@ def refine_halves(
     stack : ParticleStack
         With the orientations to start from, in any frame that a map can use
         (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
-    rounds : int
+    rounds : int, optional
+        By default five, and up to fifteen while half of the orientations still move by more than a
+        tenth of their expected error: where particles were seen mostly from some directions, map
+        and orientations follow each other slowly.
     resolution_angstrom : float
         Of the first round; later rounds go as far as the FSC.
     joined_angstrom : float
@@ -141,13 +147,13 @@ def refine_halves(
     """
     from tqdm.auto import tqdm
 
-    if rounds < 1:
+    if rounds is not None and rounds < 1:
         raise InputError(f"rounds must be positive, got {rounds}")
     stack.oriented()
     near = replace(search, starts=1, coarse_to_fine=False)
     given = stack.with_half_sets(seed).replace(contrast=None)
     now, used = given, [resolution_angstrom]
-    for turn in tqdm(range(rounds), desc="rounds", disable=not progress):
+    for turn in tqdm(range(rounds or MOST), desc="rounds", disable=not progress):
         maps_now = _round(now, joined_angstrom, symmetry, seed, scheduler)
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
         used.append(limit if turn else max(limit, resolution_angstrom))
@@ -158,8 +164,12 @@ def refine_halves(
             search=near if turn else search,
             scheduler=scheduler,
         )
+        moved = rotations.distance(separate.oriented(), now.oriented())
         # The scale of contrast and density together is free.
         now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
+        settled = np.median(moved) < SETTLED * np.median(separate.expected_error_rad)
+        if rounds is None and settled and turn + 1 >= FEWEST:
+            break
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     lost = given.replace(noise=now.noise)
