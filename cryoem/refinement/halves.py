@@ -120,9 +120,8 @@ def refine_halves(
         With the orientations to start from, in any frame that a map can use
         (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
     rounds : int, optional
-        By default five, and up to fifteen while half of the orientations still move by more than a
-        tenth of their expected error: where particles were seen mostly from some directions, map
-        and orientations follow each other slowly.
+        By default five, and up to fifteen until half of the orientations move by less than a tenth
+        of their expected error: few directions of view, and maps follow orientations slowly.
     resolution_angstrom : float
         Of the first round; later rounds go as far as the FSC.
     joined_angstrom : float
@@ -147,9 +146,7 @@ def refine_halves(
     """
     from tqdm.auto import tqdm
 
-    if rounds is not None and rounds < 1:
-        raise InputError(f"rounds must be positive, got {rounds}")
-    stack.oriented()
+    _check(stack, rounds)
     near = replace(search, starts=1, coarse_to_fine=False)
     given = stack.with_half_sets(seed).replace(contrast=None)
     now, used = given, [resolution_angstrom]
@@ -164,22 +161,35 @@ def refine_halves(
             search=near if turn else search,
             scheduler=scheduler,
         )
-        moved = rotations.distance(separate.oriented(), now.oriented())
-        # The scale of contrast and density together is free.
-        now = separate.replace(contrast=separate.contrast / np.median(separate.contrast))
-        settled = np.median(moved) < SETTLED * np.median(separate.expected_error_rad)
-        if rounds is None and settled and turn + 1 >= FEWEST:
+        before, now = now, _rescaled(separate)
+        if rounds is None and turn + 1 >= FEWEST and _settled(before, separate):
             break
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
-    lost = given.replace(noise=now.noise)
-    found = _found_again(now, lost, last, used[-1], search, symmetry)
+    found = _found_again(now, given.replace(noise=now.noise), last, used[-1], search, symmetry)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     everyone = refine(
         found, whole, resolution_angstrom=used[-1], search=search, scheduler=scheduler
     )
     return _ended(everyone, separate, last, held_out, tuple(used[1:]), joined_angstrom)
+
+
+def _check(stack: ParticleStack, rounds: int | None) -> None:
+    if rounds is not None and rounds < 1:
+        raise InputError(f"rounds must be positive, got {rounds}")
+    stack.oriented()
+
+
+def _rescaled(stack: RefinedStack) -> RefinedStack:
+    """Contrasts about 1: the scale of contrast and density together is free."""
+    return stack.replace(contrast=stack.contrast / np.median(stack.contrast))
+
+
+def _settled(before: ParticleStack, after: RefinedStack) -> bool:
+    """Whether half of the orientations have moved by little of what they may be off."""
+    moved = rotations.distance(after.oriented(), before.oriented())
+    return bool(np.median(moved) < SETTLED * np.median(after.expected_error_rad))
 
 
 def _ended(
