@@ -115,7 +115,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     record = {
         "particle": Path(name).name.partition(".")[0],
         "n": len(truth),
-        "snr": CELLS[cell][1],
+        "snr": "inf" if cell == "noiseless" else CELLS[cell][1],
         "condition": cell,
         "method": "ab_initio",
         "seed": seed,
@@ -138,8 +138,10 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     )
     record |= {"one_sided_error_rad": errors.mean_rad, "median_rad": errors.median_rad}
     record["far_fraction"] = errors.far_fraction
-    bound = np.nan if truth.noise is None else records.limit(density, truth)
-    record["bound_mean_rad"] = bound
+    right = NOISELESS
+    if truth.noise is not None:
+        record["bound_mean_rad"] = records.limit(density, truth)
+        right = 2 * record["bound_mean_rad"]
     if refined:
         at_end = refine_halves(found.particles, symmetry=found.axes.symmetry, seed=seed)
         errors = evaluation.orientation_errors(
@@ -148,10 +150,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
         record |= {
             "refined_error_rad": errors.mean_rad,
             "refined_median_rad": errors.median_rad,
-            "success": bool(
-                found.verdict.found
-                and errors.mean_rad < (2 * bound if np.isfinite(bound) else NOISELESS)
-            ),
+            "success": bool(found.verdict.found and errors.mean_rad < right),
         }
     return record
 
@@ -182,7 +181,7 @@ def table(found):
         maps = sum(r["map"] for r in of_cell)
         row = [cell, f"{of_cell[0]['n']:,}", f"{len(of_cell)}", f"{maps}"]
         for key in ("one_sided_error_rad", "median_rad", "refined_error_rad", "bound_mean_rad"):
-            values = [r[key] for r in of_cell if np.isfinite(r.get(key, np.nan))]
+            values = [r[key] for r in of_cell if key in r]
             row.append(f"{np.median(values):.3f}" if values else "-")
         wanted = [r for r in of_cell if "success" in r]
         row.append(f"{sum(r['success'] for r in wanted)} of {len(wanted)}" if wanted else "-")

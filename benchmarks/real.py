@@ -2,9 +2,8 @@
 
 FOLDER holds beta-galactosidase of EMPIAR-10204, RELION's tutorial set, as particle files of 64 and
 128 px, with RELION's poses for most of them, and its class averages: they do not ship. What RELION
-found is no truth, it has some degrees of error itself (matching with the atomic model comes to 0.11
-rad of it). The atomic model is not looked at before the end. Errors are modulo D2. It goes on where
-it was interrupted.
+found is no truth, it has some degrees of error itself. The protein's atomic model, ``maps`` beside
+FOLDER, is not looked at before the end. Errors are modulo D2. It goes on where it was interrupted.
 """
 
 import argparse

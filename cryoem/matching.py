@@ -141,18 +141,16 @@ def candidates(
         frames = frames if gain is None else imaging.apply_ctf(frames, gain)
         prepared = preprocessing(frames, ctf=part.ctf()).reshape(len(part), -1)
         correlation = prepared @ table.T / table.shape[1]
-        rows = slice(done, done + len(part))
-        if count == 1:
-            best[rows, 0], scores[rows, 0] = correlation.argmax(axis=1), correlation.max(axis=1)
-        else:
-            for i, row in enumerate(correlation, start=done):
-                at = np.argpartition(row, -min(BEST, references))[-BEST:]
-                for c in range(count):
-                    if not len(at):
-                        break
-                    best[i, c] = at[row[at].argmax()]
-                    scores[i, c] = row[best[i, c]]
-                    there = np.broadcast_to(known[best[i, c]], (len(at), 4))
-                    at = at[points.distance(known[at], there) > apart_rad]
+        for i, row in enumerate(correlation, start=done):
+            at = np.argpartition(row, -min(BEST, references))[-BEST:]
+            for c in range(count):
+                best[i, c] = at[row[at].argmax()]
+                scores[i, c] = row[best[i, c]]
+                if c + 1 == count:
+                    break
+                there = np.broadcast_to(known[best[i, c]], (len(at), 4))
+                at = at[points.distance(known[at], there) > apart_rad]
+                if not len(at):
+                    break
         done += len(part)
     return known[best], scores

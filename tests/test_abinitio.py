@@ -343,6 +343,12 @@ def test_orientations_and_shifts_are_found_from_the_images_alone():
     found = ab_initio(unknown, starts=4, schedule=QUICK, seed=1)
     assert found.verdict.found and found.verdict.agreement > 0.75
     assert found.axes.symmetry == "C1"
+    at = found.fsc.corrected.resolution(0.143)
+    assert found.verdict.nyquist_limited == at.nyquist_limited
+    for limited in (False, True):
+        said = str(dataclasses.replace(found.verdict, nyquist_limited=limited))
+        assert f"agree to {at.angstrom:.1f} A, " in said
+        assert ("the finest that the pixels hold" in said) == limited
     q = found.particles.quaternions
     error = evaluation.orientation_errors(q, truth.quaternions)
     assert error.median_rad < 0.12 and error.mean_rad < 0.2

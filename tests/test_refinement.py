@@ -624,7 +624,7 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
     tried = Asked()
     monkeypatch.setattr(halves, "refine", tried.refine)
     monkeypatch.setattr("cryoem.matching.candidates", candidates)
-    found = halves._found_again(now, now, last, 15.0, Search(starts=1), "C1")
+    found = halves._found_again(now, now, last, 15.0, Search(starts=1), "C1", None)
     assert rotations.distance(found.oriented(), TRUE).mean() < 0.2
     assert [len(stack) for stack, *_ in tried] == [N // 2] * 4
     # What is there already stays.
@@ -635,6 +635,7 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
         15.0,
         Search(starts=1),
         "C1",
+        None,
     )
     np.testing.assert_allclose(kept.oriented(), TRUE, atol=1e-14)
 

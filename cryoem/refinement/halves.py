@@ -166,7 +166,8 @@ def refine_halves(
             break
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
-    found = _found_again(now, given.replace(noise=now.noise), last, used[-1], search, symmetry)
+    lost = given.replace(noise=now.noise)
+    found = _found_again(now, lost, last, used[-1], search, symmetry, scheduler)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     everyone = refine(
@@ -372,6 +373,7 @@ def _found_again(
     resolution_angstrom: float,
     search: Search,
     symmetry: str,
+    scheduler: str | Client | None,
 ) -> ParticleStack:
     """Bring back particles that are likelier elsewhere on the sphere, with their given shifts.
 
@@ -398,32 +400,28 @@ def _found_again(
         )
         # Of normalised images in noise, the logarithm of the likelihood.
         likely = crop**2 / 2 * np.maximum(scores, 0) ** 2
-        worth = likely > likely[:, :1] - WORTH
-        here = q[mine][:, None]
-        apart = group(symmetry).distance(
-            elsewhere.reshape(-1, 4), np.broadcast_to(here, elsewhere.shape).reshape(-1, 4)
-        )
+        worth = np.isfinite(scores) & (likely > likely[:, :1] - WORTH)
+        known = np.broadcast_to(q[mine][:, None], elsewhere.shape)
+        apart = group(symmetry).distance(elsewhere.reshape(-1, 4), known.reshape(-1, 4))
         image, place = np.nonzero(worth & (apart.reshape(worth.shape) > 2 * search.spread_rad))
         if not len(image):
             continue
-        known, rows = np.unique(image), mine[image]
-        ended = [
+        rows, (tried, of) = mine[image], np.unique(image, return_inverse=True)
+        here, there = (
             refine(
                 start,
                 other,
                 resolution_angstrom=resolution_angstrom,
                 search=search,
                 noise_variance=1.0,  # of no effect on where they end
+                scheduler=scheduler,
             )
             for start in (
-                stack.select(mine[known]),
+                stack.select(mine[tried]),
                 given.select(rows).with_poses(elsewhere[image, place], given.shifts_px[rows]),
             )
-        ]
-        best = np.full(len(mine), np.inf)
-        best[known] = ended[0].gain
-        for i in np.argsort(ended[1].gain):  # the last that is written is the best
-            if ended[1].gain[i] > best[image[i]]:
-                best[image[i]] = ended[1].gain[i]
-                q[rows[i]], shifts[rows[i]] = ended[1].oriented()[i], ended[1].shifts_px[i]
+        )
+        order = np.argsort(there.gain)  # of a particle's places the best is written last
+        order = order[there.gain[order] > here.gain[of[order]]]
+        q[rows[order]], shifts[rows[order]] = there.oriented()[order], there.shifts_px[order]
     return stack.with_poses(q, shifts)
