@@ -52,11 +52,12 @@ KIND = "cryoemKind"
 KEPT = Path("results/bench-abinitio")
 
 
-def density_of(source):
-    """The density of a particle that ships, of a model or of a map, in one box of one voxel."""
-    if source.endswith((".mrc", ".map", ".mrc.gz")):
-        return records.volume_of(source).sampled_as(BOX, VOXEL)
-    return load_density(source, box_px=BOX)
+def density_of(source, symmetry="C1"):
+    """The density of a particle that ships, of a model or of a map, in one box of one voxel.
+
+    A model is laid on the axes of its symmetry, by which errors are counted.
+    """
+    return records.volume_of(source, symmetry, BOX).sampled_as(BOX, VOXEL)
 
 
 def seen(density: Density, name: str, cell: str, seed: int) -> ParticleStack:
@@ -100,7 +101,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     """One record: ab initio, and where asked for the refinement that follows."""
     name, _, symmetry = source.partition(":")
     symmetry = symmetry or "C1"
-    density = density_of(name)
+    density = density_of(name, symmetry)
     truth = seen(density, name, cell, seed)
     unknown = truth.without_poses().replace(noise=None)
     wall, cpu = time.monotonic(), time.process_time()

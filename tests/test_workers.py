@@ -70,7 +70,7 @@ def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
         workers, "_by_workers", lambda job, *rest: (asked.append(job), ask(job, *rest))[1]
     )
     there = refine_halves(truth, scheduler=cluster.scheduler_address, **options)
-    # Two maps before the round and after it; each half refined, held out twice, and refined where it
+    # Two maps before the round and after it; each half refined, held out twice, and tried where it
     # is and elsewhere on the sphere; all refined.
     kinds = [type(job).__name__ for job in asked]
     assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 11

@@ -166,8 +166,7 @@ def refine_halves(
             break
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
-    lost = given.replace(noise=now.noise)
-    found = _found_again(now, lost, last, used[-1], search, symmetry, scheduler)
+    found = _found_again(now, given, last, used[-1], search, symmetry, scheduler)
     # The halves have said how far the map can be believed; so far, all may now use all of it.
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     everyone = refine(
@@ -382,6 +381,7 @@ def _found_again(
     in: to that of its own it has contributed, where it wrongly is; and there its shift has been led
     astray too.
     """
+    given = given.replace(noise=stack.noise)
     q, shifts, others = stack.oriented().copy(), stack.shifts_px.copy(), last.references[::-1]
     box, voxel = others[0].box_px, others[0].voxel_size_angstrom
     small = min(box, max(16, 2 * int(np.ceil(box * voxel / 15.0))))  # detail of 15 A is enough
