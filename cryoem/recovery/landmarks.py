@@ -16,6 +16,10 @@ from .solve import recover
 
 __all__ = ["Landmarks", "find_landmarks", "recover_features"]
 
+#: What rounding may leave of a distance between features of float32, radians: the root of what it
+#: leaves of a cosine.
+ROUNDED = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Landmarks:
@@ -28,7 +32,7 @@ class Landmarks:
     head : {'exact', 'cosine', 'euclidean'}
         How distances come from features; see :mod:`cryoem.distances`.
     outlier_above_rad : float
-        Particles with a larger residual are flagged.
+        Particles with a larger residual are flagged, if it is larger than what rounding leaves.
     index : (m,) int array
         Which particles they are.
     symmetry : str
@@ -66,7 +70,7 @@ class Landmarks:
             landmarks=self.index,
             used=used,
             expected_error_rad=expected_errors(squares, used),
-            outlier=residuals_rad > self.outlier_above_rad,
+            outlier=residuals_rad > max(self.outlier_above_rad, ROUNDED),
         )
 
     def _residuals(
