@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..symmetry import group
 from .gauss_newton import residuals
 from .lateration import ENOUGH, laterate
-from .outcome import Recovery, expected_errors
+from .outcome import Recovery, error_floor, expected_errors
 from .solve import recover
 
 __all__ = ["Landmarks", "find_landmarks", "recover_features"]
@@ -69,7 +69,7 @@ class Landmarks:
             residuals_rad=residuals_rad,
             landmarks=self.index,
             used=used,
-            expected_error_rad=expected_errors(squares, used),
+            expected_error_rad=np.maximum(expected_errors(squares, used), error_floor(m, ROUNDED)),
             outlier=residuals_rad > max(self.outlier_above_rad, ROUNDED),
         )
 

@@ -185,7 +185,8 @@ def error_scale(
     if len(off) < 3:
         return 1.0, 0.0
     # Two independent errors make a disagreement: one is a root of two smaller.
-    slope, start = np.polyfit(expected, off / np.sqrt(2), 1)
+    off = off / np.sqrt(2)
+    slope, start = np.polyfit(expected, off, 1) if np.ptp(expected) else (0.0, off.mean())
     if slope < 0:
-        return 0.0, float(off.mean() / np.sqrt(2))
+        return 0.0, float(off.mean())
     return float(slope), float(start)
