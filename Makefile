@@ -31,8 +31,8 @@ demo: $(DEMO) ## The whole method on a real protein, into results/demo/
 	$(BIN)/python -m cryoem.demo --output results/demo
 
 test: $(ALL) ## All tests, the notebooks included
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
 check: $(ALL) ## Lint, format and types
 	$(BIN)/ruff check .

@@ -7,8 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from cryoem import distances, imaging, rotations
+from cryoem.abinitio import Schedule
 from cryoem.density import Density
 from cryoem.projection import Projector, project
+
+#: Few rounds, as many as particles that are seen well need.
+QUICK = Schedule(rounds=32, images=(100, 400), orientations=(500, 2500), finest_angstrom=14.0)
 
 
 def relative_error(found, wanted):

@@ -11,6 +11,7 @@ import finufft
 import numpy as np
 import pytest
 import scipy.sparse
+from measures import QUICK
 from scipy.spatial.transform import Rotation
 
 from cryoem import (
@@ -28,7 +29,6 @@ from cryoem import (
     simulate,
     threads,
 )
-from cryoem.abinitio import Schedule
 from cryoem.abinitio.annealing import Start
 from cryoem.abinitio.coarse import coarsened, small_stack
 from cryoem.abinitio.expectation import Sums, expect, slices_of, solve
@@ -37,7 +37,6 @@ from cryoem.particles import CtfParameters
 from cryoem.symmetry import group
 
 BOX, VOXEL = 32, 5.0
-QUICK = Schedule(rounds=32, images=(100, 400), orientations=(500, 2500), finest_angstrom=14.0)
 
 
 def phantom(symmetry: str = "C1", seed: int = 3) -> Density:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -10,10 +11,12 @@ import distributed
 import mrcfile
 import numpy as np
 import pytest
+from measures import QUICK
 from typer.testing import CliRunner
 
 from cryoem import (
     ParticleStack,
+    abinitio,
     cli,
     estimator,
     evaluation,
@@ -60,6 +63,14 @@ def folder(tmp_path_factory, phantom):
     off = rotations.perturb(true.quaternions, np.random.default_rng(0).normal(0, 0.1, (300, 3)))
     write_particles(folder / "off.star", true.with_poses(off))
     return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Ab initio in few rounds."""
+    for name in ("ab_initio", "classify"):
+        few = functools.partial(getattr(abinitio, name), schedule=QUICK)
+        monkeypatch.setattr(abinitio, name, few)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
@@ -693,7 +704,7 @@ def test_a_scheduler_that_does_not_answer_is_named(folder, tmp_path, command):
     assert not out.exists()
 
 
-def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_path, phantom):
+def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_path, phantom, quick):
     """``solve`` from black particles to a refined map, no model anywhere; it goes on."""
     truth = simulate(phantom.density(32, 7.0), 300, 1, snr=3.0, max_shift_px=1)
     seen, out = tmp_path / "seen.star", tmp_path / "out"
@@ -760,7 +771,7 @@ def test_masked_images_are_refused_before_anything_is_computed(tmp_path, phantom
     assert not (tmp_path / "out" / "initial.star").exists()
 
 
-def test_noise_ends_in_no_map(tmp_path):
+def test_noise_ends_in_no_map(tmp_path, quick):
     """An exit code of its own, the reasons, and nothing that looks like a result."""
     noise = np.random.default_rng(0).standard_normal((120, 32, 32)).astype(np.float32)
     write_particles(tmp_path / "noise.star", ParticleStack(noise, 5.0))
@@ -774,7 +785,7 @@ def test_noise_ends_in_no_map(tmp_path):
     assert not (tmp_path / "none.star").exists() and not (tmp_path / "none.mrc").exists()
 
 
-def test_two_particles_in_one_file_are_sorted_and_solved(tmp_path, phantom):
+def test_two_particles_in_one_file_are_sorted_and_solved(tmp_path, phantom, quick):
     """``--classes``: every row stands in one of the files, and the largest class is refined."""
     densities = phantom.density(32, 7.0), Phantom.random(4).density(32, 7.0)
     stacks = [simulate(d, n, 1, snr=3.0) for d, n in zip(densities, (200, 120), strict=True)]
@@ -803,7 +814,7 @@ def test_two_particles_in_one_file_are_sorted_and_solved(tmp_path, phantom):
     assert "no --classes beside it" in refused.output
 
 
-def test_a_map_at_hand_is_begun_with(tmp_path, phantom):
+def test_a_map_at_hand_is_begun_with(tmp_path, phantom, quick):
     """``--reference``: its frame and its hand."""
     density = phantom.density(32, 7.0)
     write_density(tmp_path / "known.mrc", density)

@@ -640,6 +640,24 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
     np.testing.assert_allclose(kept.oriented(), TRUE, atol=1e-14)
 
 
+def test_a_place_beyond_the_reach_of_the_search_is_tried_however_near(monkeypatch):
+    """What lies between one and two times as far as refinement looks was left astray."""
+    images, _ = noisy(1.0)
+    half_set = np.arange(N) % 2 + 1
+    off = rotations.perturb(TRUE, np.tile([0.0, 0.45, 0.0], (N, 1)))
+    now = particles(images=images, at=off, shifts_px=SHIFTS, half_set=half_set)
+    pair = maps.HalfMaps(DENSITY, DENSITY, independent=True)
+    last = halves._Round(pair, None, np.ones(DENSITY.values.shape), None, None, [DENSITY] * 2)
+
+    def candidates(stack, *_, **__):
+        return TRUE[stack.half_set[0] == half_set][:, None], np.ones((len(stack), 1))
+
+    monkeypatch.setattr("cryoem.matching.candidates", candidates)
+    search = Search(starts=1, spread_rad=0.3, steps=0)
+    found = halves._found_again(now, now, last, 15.0, search, "C1", None)
+    np.testing.assert_allclose(found.oriented(), TRUE, atol=1e-14)
+
+
 def test_halves_are_refined_apart_but_share_what_is_coarse(asked):
     # Half 2 shows the particle turned, as if its frame had drifted.
     half_set = np.arange(N) % 2 + 1

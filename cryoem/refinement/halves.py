@@ -403,7 +403,7 @@ def _found_again(
         worth = np.isfinite(scores) & (likely > likely[:, :1] - WORTH)
         known = np.broadcast_to(q[mine][:, None], elsewhere.shape)
         apart = group(symmetry).distance(elsewhere.reshape(-1, 4), known.reshape(-1, 4))
-        image, place = np.nonzero(worth & (apart.reshape(worth.shape) > 2 * search.spread_rad))
+        image, place = np.nonzero(worth & (apart.reshape(worth.shape) > search.spread_rad))
         if not len(image):
             continue
         rows, (tried, of) = mine[image], np.unique(image, return_inverse=True)
