@@ -407,7 +407,7 @@ def test_a_symmetry_that_the_particle_has_not_is_noticed():
 
 
 def test_noise_gives_no_map():
-    images = np.random.default_rng(0).standard_normal((300, BOX, BOX))
+    images = np.random.default_rng(0).standard_normal((160, BOX, BOX))
     found = ab_initio(ParticleStack(images, VOXEL), starts=2, schedule=QUICK, seed=0)
     assert not found.verdict.found and found.verdict.agreement < 0.2
     assert str(found.verdict).startswith("no map")
@@ -454,7 +454,7 @@ def test_two_particles_give_no_map_of_one():
     """Not even where their mean pleases both halves; the verdict says what they are."""
     images = np.concatenate([simulate(phantom(seed=s), 200, 21, snr=1.0).images for s in (3, 21)])
     found = ab_initio(
-        ParticleStack(images, VOXEL), starts=4, diameter_angstrom=130.0, shift_angstrom=0.0,
+        ParticleStack(images, VOXEL), starts=2, diameter_angstrom=130.0, shift_angstrom=0.0,
         schedule=QUICK, seed=6,
     )  # fmt: skip
     assert found.verdict.agreement > 0.5  # which alone would be a map
