@@ -170,7 +170,6 @@ def test_as_many_run_beside_each_other_as_there_are_threads(python):
 
 
 FIT = """
-import os
 from cryoem.backend import keras
 import numpy as np
 
