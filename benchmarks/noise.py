@@ -6,7 +6,6 @@ another estimator.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from cryoem import (
     rotations,
     simulate,
 )
-from cryoem.io import files
 
 SEED = 90_417
 SNR, N, N_HALVES, REFERENCES, BOX = 1 / 16, 500, 1650, 10_000, 48
@@ -116,19 +114,6 @@ def _told(r):
     )
 
 
-def kept(name, make):
-    """The records of a cell, made now or in an interrupted run."""
-    path = KEPT / f"{name}.json"
-    if not path.exists():
-        found = []
-        for record in make():
-            print(record, flush=True)
-            found.append(record)
-        with files.atomic(path) as temporary:
-            temporary.write_text(json.dumps(found))
-    return json.loads(path.read_text())
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", default="4jsv")
@@ -137,7 +122,10 @@ def main():
     found = []
     for case, excess in ((case, excess) for excess in EXCESSES for case in CASES):
         name = f"{case}-{excess}-{estimator.fingerprint[:8]}"
-        found += kept(name, lambda c=case, e=excess: cell(density, estimator, c, e))
+        found += records.kept(
+            KEPT / f"{name}.json",
+            lambda c=case, e=excess: list(cell(density, estimator, c, e)),
+        )
         header = ["SNR 1/16", "white", *(f"excess {e}" for e in EXCESSES[1:])]
         records.write("noise", found, header, table(found), "make bench-noise")
 

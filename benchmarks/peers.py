@@ -1,15 +1,25 @@
 """Beside RELION: the same job on the same particle files, in one run: ``make bench-peers``.
 
-Needs Debian's package ``relion`` (3.1.3), which the target installs where it may. Reconstruction at
-the true poses: stacks with CTF and shifts, written by us, read by both; each program by its
-defaults. FSC is against the density: of the whole box; within a soft ball that fills it, since
-RELION empties what lies beyond; and within a mask about the particle. Each is the mean over all
-shells to Nyquist.
+Needs Debian's package ``relion`` (3.1.3), which the target installs where it may. Stacks with CTF
+and shifts are written by us and read by both. FSC is against the density: of the whole box; within
+a soft ball that fills it, since RELION empties what lies beyond; and within a mask about the
+particle. Each is the mean over all shells to Nyquist.
+
+reconstruction
+    At the true poses, each program by its defaults.
+refinement
+    From a map at 40 A, nothing else known: RELION's auto-refine as its tutorial runs it
+    (``relion_refine_mpi --auto_refine``, a leader and two followers on two cores), and ``cryoem
+    solve --reference``. Of the particles' poses at the end, of the half-maps and of the time. The
+    images are few and small, for RELION to end within an hour or two.
 """
 
 import argparse
+import itertools
+import os
 import resource
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +29,7 @@ import records
 
 from cryoem import (
     Density,
+    evaluation,
     fourier,
     load_density,
     maps,
@@ -37,6 +48,21 @@ CELLS = [
 SEEN = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
 #: Width of the ball's edge, px.
 EDGE = 4
+#: Cells of the refinement: particle, its symmetry, images, SNR, box; and what the map begins with.
+REFINED = [("1i10", "D2", 300, 1 / 16, 64), ("4jsv", "C1", 300, 1 / 16, 64)]
+KNOWN, DIAMETER = 40.0, 150.0
+#: RELION's auto-refine as its tutorial has it, for a reference that is not on the images' scale.
+AUTO_REFINE = f"""
+    mpirun --oversubscribe -n 3 relion_refine_mpi --auto_refine --split_random_halves
+    --i seen.star --ref known.mrc --o relion/run --firstiter_cc --ini_high {KNOWN:g} --ctf
+    --particle_diameter {DIAMETER:g} --flatten_solvent --zero_mask --oversampling 1
+    --healpix_order 2 --auto_local_healpix_order 4 --offset_range 5 --offset_step 2
+    --low_resol_join_halves 40 --norm --scale --pad 2 --dont_combine_weights_via_disc
+    --preread_images --pool 30 --j 1 --random_seed 1
+""".split()
+#: Runs of it that have ended: it goes on where it was interrupted.
+KEPT = Path("results/bench-peers")
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 def cpu_seconds():
@@ -59,6 +85,33 @@ def relion(star, output, symmetry):
     code = ["relion_reconstruct", "--i", star.name, "--o", output.name, "--ctf", "--sym", symmetry]
     subprocess.run(code, check=True, capture_output=True, cwd=star.parent)
     return read_density(output)
+
+
+def normalised(images, radius_px):
+    """Lay the background of a stack at 0, with a standard deviation of 1, as RELION wants it."""
+    code = ["relion_preprocess", "--operate_on", images.name, "--operate_out", "normalised.mrcs"]
+    code += ["--norm", "--bg_radius", f"{radius_px:.0f}"]
+    subprocess.run(code, check=True, capture_output=True, cwd=images.parent)
+    images.with_name("normalised.mrcs").replace(images)
+
+
+def auto_refined(folder, symmetry):
+    """RELION's poses and half-maps, from what stands in a folder."""
+    (folder / "relion").mkdir()
+    code = [*AUTO_REFINE, "--sym", symmetry]
+    subprocess.run(code, check=True, capture_output=True, cwd=folder, env={**os.environ, **AS_ROOT})
+    halves = [folder / "relion" / f"run_half{h}_class001_unfil.mrc" for h in (1, 2)]
+    return folder / "relion" / "run_data.star", halves
+
+
+def solved(folder, symmetry):
+    """The same by ``cryoem solve``."""
+    program = Path(sys.executable).with_name("cryoem")
+    code = [program, "solve", "seen.star", "-o", "ours", "--symmetry", symmetry, "-q"]
+    code += ["--reference", "known.mrc"]
+    subprocess.run(code, check=True, capture_output=True, cwd=folder)
+    halves = [folder / "ours" / f"refined_half{h}.mrc" for h in (1, 2)]
+    return folder / "ours" / "refined.star", halves
 
 
 def judged(found: Density, density: Density):
@@ -106,6 +159,74 @@ def run(cell, seed, folder):
     return found
 
 
+def refinement(cell, seed, folder):
+    """A record a program, of a refinement from a coarse map; kept."""
+    particle, symmetry, n, snr, box = cell
+    density = load_density(particle).in_box(box)
+    truth = simulate(density, n, seed, snr=snr, **SEEN)
+    write_particles(folder / "seen.star", truth.without_poses().replace(noise=None))
+    normalised(folder / "seen.mrcs", DIAMETER / 2 / density.voxel_size_angstrom)
+    write_density(folder / "known.mrc", density.low_passed(KNOWN))
+    limit = records.limit(density, truth)
+
+    def run_by(method, program):
+        wall, cpu = time.monotonic(), cpu_seconds()
+        star, halves = program(folder, symmetry)
+        wall, cpu = time.monotonic() - wall, cpu_seconds() - cpu
+        stack, pair = read_particles(star), maps.HalfMaps(*map(read_density, halves), True)
+        q = np.empty((n, 4))  # RELION sorts the rows
+        q[[int(name.partition("@")[0]) - 1 for name in stack.columns["rlnImageName"]]] = (
+            stack.oriented()
+        )
+        errors = evaluation.orientation_errors(q, truth.quaternions, symmetry=symmetry)
+        agree = maps.half_map_fsc(pair, maps.soft_mask(pair.mean), seed=seed)
+        laid = maps.register(pair.mean, density, allow_mirror=False).density
+        return {
+            "job": "refinement",
+            "method": method,
+            "particle": particle,
+            "symmetry": symmetry,
+            "n": n,
+            "snr": snr,
+            "box_px": box,
+            "seed": seed,
+            "commit": records.commit(),
+            "error_rad": errors.mean_rad,
+            "median_rad": errors.median_rad,
+            "far_fraction": errors.far_fraction,
+            "bound_mean_rad": limit,
+            "half_map_resolution_angstrom": agree.corrected.resolution(0.143).angstrom,
+            "cpu_seconds": cpu,
+            "wall_seconds": wall,
+            **judged(laid, density),
+        }
+
+    name = f"{particle}-{n}-{seed}"
+    programs = {"ours": ("cryoem", solved), "relion": ("RELION 3.1.3", auto_refined)}
+    return [
+        records.kept(KEPT / f"{name}-{who}.json", lambda told=told: run_by(*told))
+        for who, told in programs.items()
+    ]
+
+
+def refinement_table(found):
+    """A row a run."""
+    return [
+        [
+            f"{r['particle']}, {r['symmetry']}",
+            f"{r['n']:,}, SNR 1/{1 / r['snr']:.0f}, {r['box_px']} px",
+            r["method"],
+            f"{r['error_rad']:.3f} ({r['median_rad']:.3f})",
+            f"{r['bound_mean_rad']:.3f}",
+            f"{r['far_fraction']:.1%}",
+            f"{r['half_map_resolution_angstrom']:.1f}",
+            f"{r['mean_fsc_in_mask']:.3f}",
+            f"{r['wall_seconds']:.0f} ({r['cpu_seconds']:.0f})",
+        ]
+        for r in found
+    ]
+
+
 def table(found):
     """A row a cell: medians over seeds, ours and theirs."""
     rows = []
@@ -130,17 +251,26 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    jobs = ["reconstruction", "refinement"]
+    parser.add_argument("--jobs", nargs="*", default=jobs, choices=jobs)
     arguments = parser.parse_args()
     header = [
         "particle", "images", "noise", "mean FSC, cryoem / RELION", "within a ball",
         "within a mask", "CPU s",
     ]  # fmt: skip
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for cell in CELLS:
-            for seed in range(arguments.seeds):
-                found += run(cell, seed, Path(folder))
-            records.write("peers", found, header, table(found), "make bench-peers")
+    refined = [
+        "particle", "images", "program", "mean (median) error, rad", "limit, rad",
+        "off by > 0.3 rad", "half-maps agree to, A", "mean FSC within a mask", "time, s (CPU s)",
+    ]  # fmt: skip
+    for job, cells, one, head, rows, name in (
+        ("reconstruction", CELLS, run, header, table, "peers"),
+        ("refinement", REFINED, refinement, refined, refinement_table, "peers_refinement"),
+    ):
+        found, seeds = [], range(arguments.seeds if job in arguments.jobs else 0)
+        for seed, cell in itertools.product(seeds, cells):
+            with tempfile.TemporaryDirectory() as folder:
+                found += one(cell, seed, Path(folder))
+            records.write(name, found, head, rows(found), "make bench-peers")
 
 
 if __name__ == "__main__":

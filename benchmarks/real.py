@@ -26,7 +26,6 @@ from cryoem import (
     refine_halves,
     report,
 )
-from cryoem.io import files
 
 KEPT = Path("results/bench-real")
 HALVES = "half_map_resolution_angstrom"
@@ -127,18 +126,6 @@ def like_the_model(density, folder: Path) -> dict:
 CASES = {"posed": posed, "all, 128 px": everything, "class averages": averages}
 
 
-def kept(case: str, folder: Path, seed: int) -> dict:
-    """A record, made now or in an interrupted run."""
-    path = KEPT / f"{case.replace(' ', '-').replace(',', '')}-{seed}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    made = {"case": case, "commit": records.commit(), **CASES[case](folder, seed)}
-    print(made, flush=True)
-    with files.atomic(path) as temporary:
-        temporary.write_text(json.dumps(made))
-    return made
-
-
 def told(values, digits: int = 3) -> str:
     """Median, and from which to which."""
     values = [v for v in values if v is not None]
@@ -190,7 +177,12 @@ def main():
     ]  # fmt: skip
     for seed in range(arguments.seeds):
         for case in arguments.cases:
-            kept(case, arguments.folder, seed)
+            records.kept(
+                KEPT / f"{case.replace(' ', '-').replace(',', '')}-{seed}.json",
+                lambda c=case, s=seed: {
+                    "case": c, "commit": records.commit(), **CASES[c](arguments.folder, s)
+                },
+            )  # fmt: skip
             found = [json.loads(p.read_text()) for p in sorted(KEPT.glob("*.json"))]
             order = list(CASES)
             found.sort(key=lambda r: (order.index(r["case"]), r["seed"]))

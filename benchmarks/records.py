@@ -33,6 +33,16 @@ def limit(density, stack):
     return float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
 
 
+def kept(path, make):
+    """What ``make()`` gave, now or in an interrupted run: a record, or a list of them."""
+    if not path.exists():
+        made = make()
+        print(made, flush=True)
+        with files.atomic(path) as temporary:
+            temporary.write_text(json.dumps(made))
+    return json.loads(path.read_text())
+
+
 def commit():
     """The version of the code, for records of many runs; + where files differ from it."""
     code = ["git", "-C", str(TABLES.parent), "describe", "--always", "--dirty=+"]

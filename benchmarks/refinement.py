@@ -7,7 +7,6 @@ size, down-sampled; the fit sees it at the full one.
 """
 
 import argparse
-import json
 import math
 import time
 import warnings
@@ -267,19 +266,6 @@ def table(found):
     return rows
 
 
-def kept(name, make):
-    """What a row gave, now or in an interrupted run."""
-    path = KEPT / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    found = list(make())
-    with files.atomic(path) as temporary:
-        temporary.write_text(json.dumps(found))
-    for record in found:
-        print(record, flush=True)
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--map", action="append", default=[], metavar="NAME=PATH")
@@ -304,7 +290,8 @@ def main():
     found = []
     for name, make in rows.items():
         for particle in particles:
-            found += kept(f"{particle.name}-{name}", lambda m=make, p=particle: m(p))
+            path = KEPT / f"{particle.name}-{name}.json"
+            found += records.kept(path, lambda m=make, p=particle: list(m(p)))
             records.write("refinement", found, header, table(found), "make bench-refinement")
 
 

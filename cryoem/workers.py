@@ -1,4 +1,4 @@
-"""Chunks of particles, worked on in this process or by the workers of a Dask scheduler."""
+"""Parts of a job, worked on in this process or by the workers of a Dask scheduler."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Job", "reached", "worked"]
 
-Part = tuple[int, ParticleStack]
+#: Its number, and particles or whatever else a job works on.
+Part = tuple[int, Any]
 
 
 class Job(Protocol):
-    """What is done to every chunk; workers are sent it once."""
+    """What is done to every part; workers are sent it once."""
 
-    def place(self, start: int, stack: ParticleStack) -> tuple[int, Any]:
-        """Work on the chunk that begins at a particle: that number, and what was found."""
+    def place(self, number: int, part: Any, /) -> tuple[int, Any]:
+        """Work on a part: its number, and what was found."""
 
 
 def worked(
@@ -35,13 +36,14 @@ def worked(
     *,
     here: Callable[[Callable[[Part], Any], Iterable[Part]], Iterable[Any]] = map,
 ) -> Generator[tuple[int, Any]]:
-    """Yield (start, what was found) of every part.
+    """Yield (number, what was found) of every part.
 
     Parameters
     ----------
     job : Job
-    parts : iterable of (int, ParticleStack)
-        Where each begins, and its particles; taken as they are needed.
+    parts : iterable of (int, object)
+        The number of each, and what is worked on, such as a chunk of particles and where it begins;
+        taken as they are needed.
     scheduler : str or distributed.Client, optional
         The address of a Dask scheduler, or a client of one. Its workers are asked, and what they
         found comes as they finish; a part that is lost with a worker is given to another.
@@ -104,8 +106,8 @@ def _by_workers(job: Job, parts: Iterator[Part], client: Client) -> Generator[tu
             while True:
                 # Two a thread: one in work, one waiting. Workers may join at any time.
                 ahead = max(4, 2 * sum(client.nthreads().values())) - running.count()
-                for start, part in islice(parts, max(ahead, 0)):
-                    running.add(client.submit(_work, sent, start, _bare(part), pure=False))
+                for number, part in islice(parts, max(ahead, 0)):
+                    running.add(client.submit(_work, sent, number, _bare(part), pure=False))
                 if running.is_empty():
                     break
                 try:
@@ -121,9 +123,11 @@ def _by_workers(job: Job, parts: Iterator[Part], client: Client) -> Generator[tu
             client.cancel(list(running.futures))
 
 
-def _bare(part: ParticleStack) -> ParticleStack:
+def _bare(part: Any) -> Any:
     """What a worker needs of a chunk."""
-    return part.replace(columns={}, origin=None)
+    if isinstance(part, ParticleStack):
+        return part.replace(columns={}, origin=None)
+    return part
 
 
 _opening = threading.Lock()
@@ -135,8 +139,8 @@ def _job(sent: bytes) -> Job:
     return job
 
 
-def _work(sent: bytes, start: int, part: ParticleStack) -> tuple[int, Any]:
-    """A worker's part: one chunk."""
+def _work(sent: bytes, number: int, part: Any) -> tuple[int, Any]:
+    """A worker's part."""
     with _opening:  # threads of one worker share the job
         job = _job(sent)
-    return job.place(start, part)
+    return job.place(number, part)

@@ -693,10 +693,10 @@ def test_paths_may_hold_blanks_and_stacks_may_be_links(folder, trained, tmp_path
         assert json.loads(run("info", found, "--json").stdout)["particles"] == 60
 
 
-@pytest.mark.parametrize("command", ["reconstruct", "refine", "solve"])
+@pytest.mark.parametrize("command", ["abinitio", "reconstruct", "refine", "solve"])
 def test_a_scheduler_that_does_not_answer_is_named(folder, tmp_path, command):
     assert distributed.config  # its defaults lie below what is set here
-    out = tmp_path / {"reconstruct": "map.mrc", "refine": "out.star", "solve": "out"}[command]
+    out = tmp_path / {"reconstruct": "map.mrc", "solve": "out"}.get(command, "out.star")
     with dask.config.set({"distributed.comm.timeouts.connect": "500ms"}):
         refused = run(command, folder / "off.star", "-o", out, "-q",
                       "--scheduler", "tcp://127.0.0.1:1", code=1)  # fmt: skip

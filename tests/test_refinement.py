@@ -17,6 +17,7 @@ from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.refinement import (
     Search,
     cross_check,
+    elsewhere,
     expected_error,
     halves,
     in_frame_of,
@@ -555,7 +556,8 @@ class Asked(list):
 @pytest.fixture
 def asked(monkeypatch):
     calls = Asked()
-    monkeypatch.setattr(halves, "refine", calls.refine)
+    for module in (halves, elsewhere):
+        monkeypatch.setattr(module, "refine", calls.refine)
     monkeypatch.setattr("cryoem.matching.candidates", calls.candidates)
     return calls
 
@@ -605,14 +607,19 @@ def test_particles_are_judged_and_found_again_by_the_map_that_they_are_not_in(st
         assert (rotations.distance(exchanged.quaternions, stack.quaternions) > 1e-6).all()
 
 
+def found_again(stack, given, **options):
+    """By the density itself, in either half."""
+    options = {"search": Search(starts=1), "symmetry": "C1", "scheduler": None, **options}
+    everywhere = np.ones(DENSITY.values.shape)
+    return elsewhere.found_again(stack, given, [DENSITY] * 2, everywhere, 15.0, **options)
+
+
 def test_what_matches_second_best_may_be_the_place(monkeypatch):
     """Matching is coarse: of a particle much the same from behind it may prefer the wrong side."""
     images, _ = noisy(1.0)
     half_set = np.arange(N) % 2 + 1
     wrong = rotations.multiply(TRUE, rotations.about("y", np.pi))
     now = particles(images=images, at=wrong, shifts_px=SHIFTS, half_set=half_set)
-    pair = maps.HalfMaps(DENSITY, DENSITY, independent=True)
-    last = halves._Round(pair, None, np.ones(DENSITY.values.shape), None, None, [DENSITY] * 2)
 
     def candidates(stack, *_, count, **__):
         """The wrong place first, then the right one, then one that is not worth a try."""
@@ -622,22 +629,20 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
         return places[:, :count], np.tile([0.5, 0.49, 0.1], (len(stack), 1))
 
     tried = Asked()
-    monkeypatch.setattr(halves, "refine", tried.refine)
+    monkeypatch.setattr("cryoem.refinement.elsewhere.refine", tried.refine)
     monkeypatch.setattr("cryoem.matching.candidates", candidates)
-    found = halves._found_again(now, now, last, 15.0, Search(starts=1), "C1", None)
+    found, moved = found_again(now, now)
     assert rotations.distance(found.oriented(), TRUE).mean() < 0.2
-    assert [len(stack) for stack, *_ in tried] == [N // 2] * 4
+    # Coarsely where they match, then there and where they are.
+    assert [(len(stack), resolution) for stack, _, resolution in tried] == [
+        (N // 2, resolution) for resolution in (30.0, 15.0, 15.0)
+    ] * 2
+    assert moved > 0.9
     # What is there already stays.
-    kept = halves._found_again(
-        particles(images=images, shifts_px=SHIFTS, half_set=half_set),
-        now,
-        last,
-        15.0,
-        Search(starts=1),
-        "C1",
-        None,
-    )
+    right = particles(images=images, shifts_px=SHIFTS, half_set=half_set)
+    kept, moved = found_again(right, now)
     np.testing.assert_allclose(kept.oriented(), TRUE, atol=1e-14)
+    assert moved == 0
 
 
 def test_a_place_beyond_the_reach_of_the_search_is_tried_however_near(monkeypatch):
@@ -646,15 +651,13 @@ def test_a_place_beyond_the_reach_of_the_search_is_tried_however_near(monkeypatc
     half_set = np.arange(N) % 2 + 1
     off = rotations.perturb(TRUE, np.tile([0.0, 0.45, 0.0], (N, 1)))
     now = particles(images=images, at=off, shifts_px=SHIFTS, half_set=half_set)
-    pair = maps.HalfMaps(DENSITY, DENSITY, independent=True)
-    last = halves._Round(pair, None, np.ones(DENSITY.values.shape), None, None, [DENSITY] * 2)
 
     def candidates(stack, *_, **__):
         return TRUE[stack.half_set[0] == half_set][:, None], np.ones((len(stack), 1))
 
     monkeypatch.setattr("cryoem.matching.candidates", candidates)
     search = Search(starts=1, spread_rad=0.3, steps=0)
-    found = halves._found_again(now, now, last, 15.0, search, "C1", None)
+    found, _ = found_again(now, now, search=search)
     np.testing.assert_allclose(found.oriented(), TRUE, atol=1e-14)
 
 
@@ -709,6 +712,46 @@ def test_rounds_go_on_while_orientations_move(asked, monkeypatch, restless, roun
     images, _ = noisy(1 / 2)
     found = refine_halves(particles(images=images), search=JUDGE, seed=9)
     assert len(found.resolutions_angstrom) == len(turns) == rounds
+
+
+@pytest.mark.parametrize(("shares", "rounds"), [([0.3, 0.005], 6), ([0.3] * 3, 8)])
+def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rounds):
+    """Sought by the map of their own half, for the halves to stay independent; here to eight."""
+    monkeypatch.setattr(halves, "MOST", 8)
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
+    made, reconstructed, sought = [], halves._round, []
+
+    def one_round(*args):
+        made.append(reconstructed(*args))
+        return made[-1]
+
+    def found_again(stack, given, references, *_, **__):
+        own = [a is b for a, b in zip(references, made[-1].references, strict=True)]
+        sought.append((len(made), all(own), not any(own), stack))
+        q = rotations.multiply(rotations.about("z", 0.01), stack.oriented())
+        share = shares[len(sought) - 1] if len(sought) <= len(shares) else 0.3
+        return stack.with_poses(q, stack.shifts_px), share
+
+    monkeypatch.setattr(halves, "_round", one_round)
+    monkeypatch.setattr(halves, "found_again", found_again)
+    found = refine_halves(particles(half_set=np.arange(N) % 2 + 1), search=JUDGE, seed=9)
+    assert len(found.resolutions_angstrom) == rounds
+    *between, end = sought
+    assert [number for number, *_ in sought] == [*range(5, 5 + len(shares)), rounds + 1]
+    assert all(own for _, own, *_ in between) and end[2]
+    # The rounds go on from where particles were found, and end with what is settled.
+    taken = sum(share > 0.01 for share in shares)
+    turned = [np.mean(rotations.distance(stack.oriented(), TRUE)) for *_, stack in sought]
+    np.testing.assert_allclose(turned, 0.01 * np.minimum(range(len(sought)), taken), atol=1e-6)
+
+
+def test_told_rounds_are_that_many(asked, monkeypatch):
+    """Wherever particles lie, they are sought at the end only."""
+    monkeypatch.setattr(halves, "FEWEST", 1)
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    found = refine_halves(particles(), rounds=2, search=JUDGE, seed=9)
+    assert len(found.resolutions_angstrom) == 2 and len(asked.matched) == 2
 
 
 def test_noise_builds_no_structure():

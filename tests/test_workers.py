@@ -1,13 +1,17 @@
-"""Refinement and reconstruction by the workers of a Dask scheduler."""
+"""Ab initio, refinement and reconstruction by the workers of a Dask scheduler."""
 
+import dataclasses
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cryoem import (
     Search,
+    ab_initio,
+    classify,
     evaluation,
     read_particles,
     reconstruct,
@@ -16,6 +20,9 @@ from cryoem import (
     simulate,
     workers,
 )
+from cryoem.abinitio import Schedule
+from cryoem.abinitio.coarse import coarsened
+from cryoem.abinitio.starts import cut_out, race
 from cryoem.errors import InputError
 from cryoem.io.particles import write_particles
 from cryoem.io.stacks import ImageStack, open_array
@@ -70,10 +77,10 @@ def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
         workers, "_by_workers", lambda job, *rest: (asked.append(job), ask(job, *rest))[1]
     )
     there = refine_halves(truth, scheduler=cluster.scheduler_address, **options)
-    # Two maps before the round and after it; each half refined, held out twice, and tried where it
-    # is and elsewhere on the sphere; all refined.
+    # Two maps before the round and after it; each half refined, held out twice, and tried elsewhere
+    # on the sphere, coarsely and to the end, and where it is; all refined.
     kinds = [type(job).__name__ for job in asked]
-    assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 11
+    assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 13
     errors = evaluation.orientation_errors(
         there.particles.quaternions, here.particles.quaternions, over="none"
     )
@@ -120,6 +127,66 @@ def test_a_worker_that_dies_costs_time_only(cluster, truth, density, tmp_path):
     np.testing.assert_allclose(there.values, here.values, atol=1e-4 * here.values.max())
     wanted = refine(stack, density, resolution_angstrom=20.0)
     np.testing.assert_allclose(refined.shifts_px, wanted.shifts_px, atol=1e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlySchedule(Schedule):
+    """A schedule that kills the first other process that asks for it."""
+
+    marker: Path = Path()
+    home: int = 0
+
+    @property
+    def rising(self):
+        if os.getpid() != self.home and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().rising
+
+
+#: Too few rounds for a map, for which no test here asks.
+FEW = {"rounds": 5, "images": (60, 60), "orientations": (200, 500), "finest_angstrom": 20.0}
+
+
+def test_workers_run_starts_to_the_same_maps(cluster, truth, tmp_path):
+    """One dies on the way, which costs time only."""
+    unknown, options = truth.without_poses(), {"scheduler": cluster.scheduler_address}
+    deadly = DeadlySchedule(**FEW, marker=tmp_path / "died", home=os.getpid())
+    cut = cut_out(unknown, 150.0, 0.0, deadly, 0)
+    halves = [coarsened(cut.stack.select(np.arange(h, N, 2)), cut.finest_angstrom) for h in (0, 1)]
+    tasks = [(1, 0), (2, 1), (3, 0), (4, 0)]
+    here = race(halves, cut, tasks, Schedule(**FEW))
+    there = race(halves, cut, tasks, deadly, **options)
+    assert deadly.marker.exists()
+    assert [len(starts) for starts in there] == [3, 1]
+    for one, other in zip(np.concatenate(here), np.concatenate(there), strict=True):
+        assert other.done == one.done and len(other.images) == N // 2
+        np.testing.assert_allclose(other.volumes, one.volumes, atol=1e-3 * one.volumes.max())
+
+
+def test_ab_initio_is_done_by_workers(cluster, truth, density, monkeypatch):
+    options = {"diameter_angstrom": 150.0, "shift_angstrom": 0.0, "reference": density}
+    options |= {"schedule": Schedule(**FEW), "symmetry": "C1", "seed": 4}
+    here, asked, ask = ab_initio(truth.without_poses(), **options), [], workers._by_workers
+    monkeypatch.setattr(
+        workers, "_by_workers", lambda job, *rest: (asked.append(job), ask(job, *rest))[1]
+    )
+    there = ab_initio(truth.without_poses(), scheduler=cluster.scheduler_address, **options)
+    # Starts are begun and ended, those of each half refined, and both back-projected.
+    kinds = [type(job).__name__ for job in asked]
+    assert kinds == ["_Running"] * 2 + ["_Refining"] * 2 + ["_BackProjecting"] * 2
+    assert there.verdict.agreement == pytest.approx(here.verdict.agreement, abs=0.03)
+    errors = evaluation.orientation_errors(
+        there.particles.quaternions, here.particles.quaternions, over="none"
+    )
+    assert errors.median_rad < 1e-2
+
+
+def test_workers_sort_images_alike(cluster, truth):
+    options = {"shift_angstrom": 0.0, "schedule": Schedule(**FEW), "seed": 5, "starts": 2}
+    here = classify(truth.without_poses(), 2, **options)
+    there = classify(truth.without_poses(), 2, scheduler=cluster.scheduler_address, **options)
+    np.testing.assert_allclose(there.evidence, here.evidence, atol=1e-2)
 
 
 def test_a_workers_error_arrives(cluster, truth, density, tmp_path):

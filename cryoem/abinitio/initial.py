@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
-from .. import maps, rotations
+from .. import maps, rotations, workers
 from ..density import Density
 from ..errors import InputError
 from ..maps import Axes, Coverage, HalfMapFsc, HalfMaps
@@ -20,6 +21,9 @@ from .annealing import DEFAULT, KNOWN, Schedule, Start
 from .coarse import coarsened
 from .sorting import second_particle
 from .starts import Cut, cut_out, judges, race, ranked
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["AbInitio", "Verdict", "ab_initio"]
 
@@ -150,20 +154,20 @@ def ab_initio(
     reference: Density | None = None,
     schedule: Schedule = DEFAULT,
     seed: Seed = 0,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> AbInitio:
     """Find orientations, shifts and a map from the images alone: no model, no training.
 
     Each half of the particles is solved by itself, from several random starts, by
     expectation-maximisation over a grid of orientations and shifts, from coarse detail to an eighth
-    of the particle's diameter; the likeliest start is kept, its poses are refined against its map,
-    and the halves are laid onto each other. Only their agreement tells a map from noise.
+    of the particle's diameter. The poses of the likeliest start are refined against its map, and
+    the halves are laid onto each other: only their agreement tells a map from noise.
 
     Parameters
     ----------
     stack : ParticleStack
-        White on black, on a background of zero. Its shifts and half-sets are used; orientations are
-        not. All images are held in memory, cut out and in coarse pixels.
+        White on black, on a background of zero; its shifts and half-sets are used.
     symmetry : str, optional
         Cn or Dn, where it is known. By default the map is asked; ``"C1"``: it is not.
     starts : int
@@ -173,12 +177,14 @@ def ab_initio(
     shift_angstrom : float, optional
         How far particles may lie off the middle; by default a tenth of the frame.
     images : int
-        How many, at random, the starts look at; the others are placed by the map that these give.
+        How many, at random, the starts look at. All are placed, and held in memory: cut out, small.
     reference : Density, optional
-        A map of this particle, or of one like it, to begin with in place of random starts: one
-        start a half. Nothing finer than 30 A of it is used; the result lies in its frame and hand.
+        A map of this particle, or of one like it, to begin with to 30 A in place of random starts:
+        one start a half. The result lies in its frame and hand.
     schedule : Schedule
     seed : int or numpy.random.Generator
+    scheduler : str or distributed.Client, optional
+        Whose workers run the starts, refine and back-project; see :func:`cryoem.orient`.
     progress : bool
         Show a bar.
 
@@ -197,28 +203,39 @@ def ab_initio(
     Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation; Punjani et al., Nat. Methods 14
     (2017), random starts; Scheres and Chen, Nat. Methods 9 (2012), halves.
     """
-    if starts < 2:
-        raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
-    group(symmetry or "C1")  # refused before anything is computed
+    _check(starts, symmetry, scheduler)
+    how: dict[str, Any] = {"scheduler": scheduler, "progress": progress}
     stack = stack.with_half_sets(seed)
     cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
     halves = [cut.stack.select(cut.stack.half(h)) for h in (1, 2)]
     coarse = [coarsened(half, cut.finest_angstrom) for half in halves]
-    rng = rotations.generator(seed, "ab initio")
-    some = [one.select(np.sort(rng.permutation(len(one))[: -(-images // 2)])) for one in coarse]
+    rng, few = rotations.generator(seed, "ab initio"), -(-images // 2)
+    some = [one.select(np.sort(rng.permutation(len(one))[:few])) for one in coarse]
     solved: list[list[Start]] = [[], []]
     batches, each = (BATCHES, starts) if reference is None else (1, 2)
     for _ in range(batches):
         tasks = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=each))]
-        more = race(some, cut, tasks, schedule, first=reference, progress=progress)
+        more = race(some, cut, tasks, schedule, first=reference, **how)
         solved = [old + new for old, new in zip(solved, more, strict=True)]
-        ended = [[start for start in half if start.done >= schedule.rounds] for half in solved]
-        best = [ranked(half)[0].on(one) for half, one in zip(ended, coarse, strict=True)]
-        if (found := _laid(best, halves, symmetry, reference)).agreement > WELL:
+        best = [_likeliest(s, schedule).on(c) for s, c in zip(solved, coarse, strict=True)]
+        if (found := _laid(best, halves, symmetry, reference, scheduler)).agreement > WELL:
             break
     doubtful = ENOUGH <= found.agreement < SURE
-    second = doubtful and second_particle(best, some, cut, schedule, seed, progress=progress)
-    return _judged(stack, cut, solved, found, float(second), seed)
+    second = second_particle(best, some, cut, schedule, seed, **how) if doubtful else 0.0
+    return _judged(stack, cut, solved, found, second, seed, scheduler)
+
+
+def _check(starts: int, symmetry: str | None, scheduler: str | Client | None) -> None:
+    """Refuse before anything is computed."""
+    if starts < 2:
+        raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
+    group(symmetry or "C1")
+    workers.reached(scheduler)
+
+
+def _likeliest(starts: list[Start], schedule: Schedule) -> Start:
+    """Of those that went on to the end."""
+    return ranked([start for start in starts if start.done >= schedule.rounds])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,14 +251,20 @@ class _Laid:
     by_chance: float
 
 
-def _polished(half: ParticleStack, start: Start) -> ParticleStack:
+def _polished(half: ParticleStack, start: Start, scheduler: str | Client | None) -> ParticleStack:
     """Poses of a half off the grid: refined against its own map."""
     grid = start.random_grid()
     found = start.look(np.arange(len(half)), grid)
     placed = half.with_poses(grid[found.reference], start.offsets_px).replace(noise=None)
     density = Density(start.volumes[0] * start.mask(), half.pixel_size_angstrom)
     search = Search(starts=2, spread_rad=0.2, coarse_to_fine=False)
-    return refine(placed, density, resolution_angstrom=start.resolution_angstrom, search=search)
+    return refine(
+        placed,
+        density,
+        resolution_angstrom=start.resolution_angstrom,
+        search=search,
+        scheduler=scheduler,
+    )
 
 
 def _laid(
@@ -249,9 +272,10 @@ def _laid(
     halves: list[ParticleStack],
     symmetry: str | None,
     reference: Density | None,
+    scheduler: str | Client | None,
 ) -> _Laid:
     """Lay the halves onto each other, find the symmetry, and see how many images agree."""
-    polished = [_polished(half, start) for half, start in zip(halves, best, strict=True)]
+    polished = [_polished(half, start, scheduler) for half, start in zip(halves, best, strict=True)]
     pixel = halves[0].pixel_size_angstrom
     own = [Density(start.volumes[0] * start.mask(), pixel) for start in best]
     finest = max(start.resolution_angstrom for start in best)
@@ -282,6 +306,7 @@ def _judged(
     found: _Laid,
     second: float,
     seed: Seed,
+    scheduler: str | Client | None,
 ) -> AbInitio:
     """Bring everything into the standard setting and the particle file's pixels, and judge."""
     axes, pixel = found.axes, cut.stack.pixel_size_angstrom
@@ -292,7 +317,7 @@ def _judged(
         q[rows], error[rows] = at.oriented(), at.expected_error_rad
         shifts[rows] = at.shifts_px * (pixel / stack.pixel_size_angstrom) + stack.shifts_px[rows]
     placed = stack.with_poses(q, shifts).replace(expected_error_rad=error, contrast=None)
-    pair = half_maps(placed, independent=True, symmetry=axes.symmetry)
+    pair = half_maps(placed, independent=True, symmetry=axes.symmetry, scheduler=scheduler)
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
     everyone = [start for half in solved for start in half]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import logsumexp, softmax
 
-from .. import rotations
+from .. import rotations, workers
 from ..density import Density
 from ..errors import InputError
 from ..particles import ParticleStack
@@ -16,6 +17,9 @@ from ..rotations import Seed
 from .annealing import DEFAULT, Schedule, Start
 from .coarse import Coarse, coarsened
 from .starts import Cut, cut_out, race, ranked
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["Classes", "classify", "second_particle"]
 
@@ -61,6 +65,7 @@ def classify(
     images: int = 10_000,
     schedule: Schedule = DEFAULT,
     seed: Seed = 0,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> Classes:
     """Sort images of several particles, or of one and of junk, without a model of any.
@@ -77,7 +82,7 @@ def classify(
         How many maps: one more than there are particles leaves room for junk.
     starts : int
         Random starts; the likeliest is kept.
-    diameter_angstrom, shift_angstrom, images, schedule, seed, progress
+    diameter_angstrom, shift_angstrom, images, schedule, seed, scheduler, progress
         See :func:`cryoem.ab_initio`.
 
     Returns
@@ -90,12 +95,15 @@ def classify(
     """
     if classes < 1 or starts < 1:
         raise InputError(f"wanted at least 1 class and 1 start; got {classes} and {starts}")
+    workers.reached(scheduler)
     cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
     coarse = coarsened(cut.stack, cut.finest_angstrom)
     rng = rotations.generator(seed, "classes")
     some = coarse.select(np.sort(rng.permutation(len(stack))[:images]))
     tasks = [(int(s), 0) for s in rng.integers(2**31, size=starts)]
-    (found,) = race([some], cut, tasks, schedule, classes=classes, progress=progress)
+    (found,) = race(
+        [some], cut, tasks, schedule, classes=classes, scheduler=scheduler, progress=progress
+    )
     best = ranked([start for start in found if start.done >= schedule.rounds])[0].on(coarse)
     pixel, mask = cut.stack.pixel_size_angstrom, best.mask()
     maps = [Density(volume * mask, pixel) for volume in best.volumes]
@@ -112,6 +120,7 @@ def second_particle(
     schedule: Schedule,
     seed: Seed,
     *,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> float:
     """Share of the images that are of another particle, where two maps explain images better.
@@ -131,6 +140,7 @@ def second_particle(
         What these were made of.
     schedule : Schedule
     seed : int or numpy.random.Generator
+    scheduler : str or distributed.Client, optional
     progress : bool
         Show a bar.
 
@@ -147,7 +157,8 @@ def second_particle(
     seeds = rng.integers(2**31, size=2 * SECOND_STARTS)
     tasks = [(int(s), i % 2) for i, s in enumerate(seeds)]
     gains, shares = [], []
-    for h, starts in enumerate(race(worst, cut, tasks, schedule, progress=progress)):
+    raced = race(worst, cut, tasks, schedule, scheduler=scheduler, progress=progress)
+    for h, starts in enumerate(raced):
         second = ranked([start for start in starts if start.done >= schedule.rounds])[0]
         both = best[h].joined(second, images[h])
         for _ in range(TOGETHER):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import threadpoolctl
 from jaxtyping import Int
 
-from .. import rotations, surveying, threads
+from .. import rotations, surveying, threads, workers
 from ..density import Density
 from ..errors import InputError
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .annealing import COARSEST, DETAIL, FIRST, Schedule, Start
 from .coarse import Coarse, small_stack
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["Cut", "cut_out", "judges", "race", "ranked"]
 
@@ -99,6 +104,7 @@ def race(
     *,
     classes: int = 1,
     first: Density | None = None,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> list[list[Start]]:
     """Run starts of several sets of images, of each the likeliest few until they settle.
@@ -114,6 +120,8 @@ def race(
     classes : int
     first : Density, optional
         A map to begin with; see :meth:`Start.begin_with`.
+    scheduler : str or distributed.Client, optional
+        Whose workers run the starts, one in a thread; see :func:`cryoem.orient`.
     progress : bool
 
     Returns
@@ -123,9 +131,9 @@ def race(
     """
     from tqdm.auto import tqdm
 
-    count = [sum(at == i for _, at in tasks) for i in range(len(images))]
-    last = schedule.rounds - schedule.rising
-    total = len(tasks) * schedule.rising + sum(min(FINALISTS, n) for n in count) * last
+    count = np.bincount([at for _, at in tasks])
+    rising, last = schedule.rising, schedule.rounds - schedule.rising
+    total = len(tasks) * rising + int(np.minimum(count, FINALISTS).sum()) * last
     given_up = threading.Event()
     with (
         threadpoolctl.threadpool_limits(1, user_api="blas"),
@@ -133,41 +141,102 @@ def race(
         tqdm(total=total, desc="ab initio", unit="round", disable=not progress) as bar,
     ):
 
-        def run(start: Start, rounds: int) -> Start:
-            while start.done < rounds and not given_up.is_set():
-                start.advance()
-                bar.update()
-            return start
+        def told(done: int, settling: int) -> bool:
+            bar.total += settling
+            bar.update(done)
+            return not given_up.is_set()
 
-        def begin(task: tuple[int, int]) -> Start:
-            seed, at = task
-            start = Start(
-                images[at], cut.diameter_angstrom, cut.shift_angstrom, seed,
-                classes=classes, schedule=schedule,
-            )  # fmt: skip
-            if first is not None:
-                bar.update(start.begin_with(first))
-            return run(start, schedule.rising)
+        # Workers' rounds are heard of when a start comes back.
+        tell = told if scheduler is None else None
+        job = _Running(images, cut, schedule, classes, first, tell)
 
-        def finish(start: Start) -> None:
-            evidence = _evidence(run(start, schedule.rounds))
-            while start.done < LONGEST * schedule.rounds:
-                bar.total += SETTLING
-                before, evidence = evidence, _evidence(run(start, start.done + SETTLING))
-                if evidence < before + GAIN * abs(before):
-                    break
+        def run(parts: Sequence[tuple[int | Start, int]]) -> list[Start]:
+            found: list[Any] = [None] * len(parts)
+            before = [0 if isinstance(given, int) else given.done for given, _ in parts]
+            worked = workers.worked(job, enumerate(parts), scheduler, here=pool.map)
+            with contextlib.closing(worked):
+                for number, start in worked:
+                    start.images = images[parts[number][1]]
+                    found[number] = start
+                    if tell is None:
+                        told(start.done - before[number], max(0, start.done - schedule.rounds))
+            return found
 
         try:
-            begun = list(pool.map(begin, tasks))
-            found = [
-                [start for start, (_, at) in zip(begun, tasks, strict=True) if at == i]
-                for i in range(len(images))
-            ]
-            list(pool.map(finish, [s for starts in found for s in ranked(starts)[:FINALISTS]]))
+            begun = run(tasks)
+            sets = _by_set(begun, tasks, len(images))
+            best = [begun.index(s) for some in sets for s in ranked(some)[:FINALISTS]]
+            ended = run([(begun[i], tasks[i][1]) for i in best])
         except BaseException:  # told before the pool waits: Ctrl-C waits for the rounds under way
             given_up.set()
             raise
+        for i, start in zip(best, ended, strict=True):
+            begun[i] = start
+        return _by_set(begun, tasks, len(images))
+
+
+def _by_set(
+    starts: Sequence[Start], tasks: Sequence[tuple[int, int]], sets: int
+) -> list[list[Start]]:
+    found: list[list[Start]] = [[] for _ in range(sets)]
+    for start, (_, at) in zip(starts, tasks, strict=True):
+        found[at].append(start)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """What starts are begun with, and those that go on are ended with.
+
+    ``tell`` takes rounds that are done, and others that will be; False: no more are wanted.
+    """
+
+    images: Sequence[Coarse]
+    cut: Cut
+    schedule: Schedule
+    classes: int
+    first: Density | None
+    tell: Callable[[int, int], bool] | None
+
+    def place(self, number: int, part: tuple[int | Start, int]) -> tuple[int, Start]:
+        """Begin a start of a seed, or end one; it comes without its images, which are large."""
+        given, at = part
+        if isinstance(given, Start):
+            start = given
+            start.images = self.images[at]
+            self._end(start)
+        else:
+            start = self._begin(given, self.images[at])
+        del start.images
+        return number, start
+
+    def _begin(self, seed: int, images: Coarse) -> Start:
+        start = Start(
+            images, self.cut.diameter_angstrom, self.cut.shift_angstrom, seed,
+            classes=self.classes, schedule=self.schedule,
+        )  # fmt: skip
+        if self.first is not None:
+            self._told(start.begin_with(self.first), 0)
+        self._run(start, self.schedule.rising)
+        return start
+
+    def _end(self, start: Start) -> None:
+        rounds = self.schedule.rounds
+        self._run(start, rounds)
+        evidence = _evidence(start)
+        while start.done < LONGEST * rounds and self._told(0, SETTLING):
+            self._run(start, start.done + SETTLING)
+            before, evidence = evidence, _evidence(start)
+            if evidence < before + GAIN * abs(before):
+                break
+
+    def _run(self, start: Start, rounds: int) -> None:
+        while start.done < rounds and self._told(0, 0):
+            start.advance()
+            self._told(1, 0)
+
+    def _told(self, done: int, settling: int) -> bool:
+        return self.tell is None or self.tell(done, settling)
 
 
 def ranked(starts: list[Start]) -> list[Start]:

@@ -17,6 +17,7 @@ from .options import (
     Particles,
     PixelSize,
     Quiet,
+    Scheduler,
     Seed,
     StarOut,
     app,
@@ -85,6 +86,7 @@ def find_map(
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
+    scheduler: Scheduler = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -104,7 +106,7 @@ def find_map(
     stack = open_particles(particles_file, quiet, pixel_size)
     check_outputs({"--output": told.files(output, stack)}, [particles_file, reference], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-    if not find_maps(stack, output, particles_file.name, told, quiet):
+    if not find_maps(stack, output, particles_file.name, told, scheduler, quiet):
         raise typer.Exit(NO_MAP)
 
 
@@ -172,7 +174,12 @@ class Found(NamedTuple):
 
 
 def find_maps(
-    stack: ParticleStack, output: Path, name: str, told: Told, quiet: bool
+    stack: ParticleStack,
+    output: Path,
+    name: str,
+    told: Told,
+    scheduler: str | None,
+    quiet: bool,
 ) -> list[Found]:
     """Find a map, or sort the images and find one of each class; those that have one."""
     from ..abinitio import classify
@@ -180,11 +187,12 @@ def find_maps(
     from ..io.particles import write_particles
 
     if told.classes == 1:
-        found = _one(stack, output, f"{len(stack):,} particles of {name}", told, quiet)
+        found = _one(stack, output, f"{len(stack):,} particles of {name}", told, scheduler, quiet)
         return [found] if found else []
     classes = classify(
         stack, told.classes, diameter_angstrom=told.diameter, shift_angstrom=told.shift,
-        starts=max(1, told.starts // 2), images=told.images, seed=told.seed, progress=not quiet,
+        starts=max(1, told.starts // 2), images=told.images, seed=told.seed,
+        scheduler=scheduler, progress=not quiet,
     )  # fmt: skip
     number = classes.number
     rows = np.arange(len(stack))
@@ -202,7 +210,7 @@ def find_maps(
         )
         found = None
         if i and len(part) >= FEWEST:
-            found = _one(part, out, title, told, quiet)
+            found = _one(part, out, title, told, scheduler, quiet)
         elif len(part):
             typer.echo(f"{out}: {title}" + (": too few for a map" if i else ""))
         elif i:
@@ -214,7 +222,14 @@ def find_maps(
     return with_map
 
 
-def _one(stack: ParticleStack, output: Path, title: str, told: Told, quiet: bool) -> Found | None:
+def _one(
+    stack: ParticleStack,
+    output: Path,
+    title: str,
+    told: Told,
+    scheduler: str | None,
+    quiet: bool,
+) -> Found | None:
     """Find a map, write it where there is one, and a report in any case."""
     from .. import report
     from ..abinitio import ab_initio
@@ -230,6 +245,7 @@ def _one(stack: ParticleStack, output: Path, title: str, told: Told, quiet: bool
         images=told.images,
         reference=told.known(stack),
         seed=told.seed,
+        scheduler=scheduler,
         progress=not quiet,
     )
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")

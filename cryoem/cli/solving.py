@@ -101,7 +101,7 @@ def solve_particles(
     projections of that map (network.npz) and places all the others (oriented.star).
 
     Interrupted and called again, it goes on after what is done. Where the images do not agree on a
-    map, the exit code is 3. With --scheduler its workers do what follows the first map.
+    map, the exit code is 3. With --scheduler its workers do every step but the network's learning.
     """
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
@@ -140,7 +140,7 @@ def solve_particles(
             f"{len(stack) - len(rows):,}",
         )
     if known is None:
-        found = find_maps(stack.select(rows), initial, particles_file.name, asked, quiet)
+        found = find_maps(stack.select(rows), initial, particles_file.name, asked, scheduler, quiet)
         if not found:
             raise typer.Exit(NO_MAP)
         known = found[0]
@@ -181,7 +181,7 @@ class _Plan:
     quiet: bool
 
     def __post_init__(self) -> None:
-        workers.reached(self.scheduler)  # not after the hours that the first map takes
+        workers.reached(self.scheduler)  # before the survey of a large file
 
     def at(self, name: str) -> Path:
         """A file in the folder."""

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
-from .. import maps, matching, reconstruction, rotations
+from .. import maps, reconstruction, rotations
 from ..density import Density
 from ..errors import InputError
 from ..noise import Noise
 from ..particles import ParticleStack
-from ..preprocessing import Preprocessing
 from ..rotations import Seed
-from ..symmetry import group
+from .elsewhere import found_again
 from .fit import DEFAULT, RefinedStack, refine
 from .search import Search
 
@@ -34,9 +34,8 @@ SNUG = 12.0, 0.0, 8.0
 #: Rounds, where none are told, and the share of the expected error by which orientations that have
 #: settled still move.
 FEWEST, MOST, SETTLED = 5, 15, 0.1
-#: Of how many places on the sphere, at most, a particle is tried at, at the end, and how much less
-#: likely than the best by matching, in logarithm, one may be.
-PLACES, WORTH = 5, 8.0
+#: Share of the particles, found elsewhere, of which the maps are made anew before the end.
+ASTRAY = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +110,9 @@ def refine_halves(
     mask that leaves out what noise hides, every shell weighted by the FSC of the two (the Wiener
     filter of a half-map), and only to where the FSC, corrected for its own mask, falls below 0.143.
     What is coarser than ``joined_angstrom`` the references share, so that their frames stay
-    together. At the end the few particles that match the other half's map better elsewhere are
-    brought there, and all are refined once more, against the map of all.
+    together. Where orientations have settled, particles that are likelier elsewhere on the sphere
+    are brought there, by the map of their own half; if more than one in a hundred, the rounds go
+    on. At the end it is by the other half's map, and all are refined against the map of all.
 
     Parameters
     ----------
@@ -121,10 +121,9 @@ def refine_halves(
         (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
     rounds : int, optional
         By default five, and up to fifteen until half of the orientations move by less than a tenth
-        of their expected error: few directions of view, and maps follow orientations slowly.
-    resolution_angstrom : float
-        Of the first round; later rounds go as far as the FSC.
-    joined_angstrom : float
+        of their expected error, and hardly a particle is found elsewhere.
+    resolution_angstrom, joined_angstrom : float
+        The former of the first round; later rounds go as far as the FSC.
     search : Search
         Of the first round and the end. The others start where the last ended.
     symmetry : str
@@ -148,8 +147,9 @@ def refine_halves(
 
     _check(stack, rounds)
     near = replace(search, starts=1, coarse_to_fine=False)
-    given = stack.with_half_sets(seed).replace(contrast=None)
-    now, used = given, [resolution_angstrom]
+    again = partial(found_again, search=search, symmetry=symmetry, scheduler=scheduler)
+    now = given = stack.with_half_sets(seed).replace(contrast=None)
+    used = [resolution_angstrom]
     for turn in tqdm(range(rounds or MOST), desc="rounds", disable=not progress):
         maps_now = _round(now, joined_angstrom, symmetry, seed, scheduler)
         limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
@@ -162,16 +162,15 @@ def refine_halves(
             scheduler=scheduler,
         )
         before, now = now, _rescaled(separate)
-        if rounds is None and turn + 1 >= FEWEST and _settled(before, separate):
-            break
+        if rounds is None and FEWEST <= turn + 1 < MOST and _settled(before, separate):
+            found, astray = again(now, given, maps_now.references, maps_now.snug, used[-1])
+            if astray < ASTRAY:
+                break
+            now = found
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
-    found = _found_again(now, given, last, used[-1], search, symmetry, scheduler)
-    # The halves have said how far the map can be believed; so far, all may now use all of it.
-    whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
-    everyone = refine(
-        found, whole, resolution_angstrom=used[-1], search=search, scheduler=scheduler
-    )
+    found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
+    everyone = _against_all(found, last, used[-1], search, scheduler)
     return _ended(everyone, separate, last, held_out, tuple(used[1:]), joined_angstrom)
 
 
@@ -190,6 +189,20 @@ def _settled(before: ParticleStack, after: RefinedStack) -> bool:
     """Whether half of the orientations have moved by little of what they may be off."""
     moved = rotations.distance(after.oriented(), before.oriented())
     return bool(np.median(moved) < SETTLED * np.median(after.expected_error_rad))
+
+
+def _against_all(
+    stack: ParticleStack,
+    last: _Round,
+    resolution_angstrom: float,
+    search: Search,
+    scheduler: str | Client | None,
+) -> RefinedStack:
+    """Refine all against the map of all: so far as the halves say that it can be believed."""
+    whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
+    return refine(
+        stack, whole, resolution_angstrom=resolution_angstrom, search=search, scheduler=scheduler
+    )
 
 
 def _ended(
@@ -363,65 +376,3 @@ def _held_out(
         for at in (stack, exchanged)
     )
     return float(held_out.correlation.mean()), float(chance.correlation.mean())
-
-
-def _found_again(
-    stack: ParticleStack,
-    given: ParticleStack,
-    last: _Round,
-    resolution_angstrom: float,
-    search: Search,
-    symmetry: str,
-    scheduler: str | Client | None,
-) -> ParticleStack:
-    """Bring back particles that are likelier elsewhere on the sphere, with their given shifts.
-
-    Tried is where they match best, and about as well: of a particle that looks much the same from
-    behind, coarse detail does not say which. Judged by the map of the half that a particle is not
-    in: to that of its own it has contributed, where it wrongly is; and there its shift has been led
-    astray too.
-    """
-    given = given.replace(noise=stack.noise)
-    q, shifts, others = stack.oriented().copy(), stack.shifts_px.copy(), last.references[::-1]
-    box, voxel = others[0].box_px, others[0].voxel_size_angstrom
-    small = min(box, max(16, 2 * int(np.ceil(box * voxel / 15.0))))  # detail of 15 A is enough
-    # Beyond the mask hardly anything of a reference is to be compared.
-    reach = np.abs(np.argwhere(last.snug) - box // 2).max()
-    crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
-    for half, other in zip((1, 2), others, strict=True):
-        mine = stack.half(half)
-        elsewhere, scores = matching.candidates(
-            given.select(mine),
-            other,
-            Preprocessing(box, small, crop, voxel),
-            count=PLACES,
-            apart_rad=2 * search.spread_rad,
-            symmetry=symmetry,
-        )
-        # Of normalised images in noise, the logarithm of the likelihood.
-        likely = crop**2 / 2 * np.maximum(scores, 0) ** 2
-        worth = np.isfinite(scores) & (likely > likely[:, :1] - WORTH)
-        known = np.broadcast_to(q[mine][:, None], elsewhere.shape)
-        apart = group(symmetry).distance(elsewhere.reshape(-1, 4), known.reshape(-1, 4))
-        image, place = np.nonzero(worth & (apart.reshape(worth.shape) > search.spread_rad))
-        if not len(image):
-            continue
-        rows, (tried, of) = mine[image], np.unique(image, return_inverse=True)
-        here, there = (
-            refine(
-                start,
-                other,
-                resolution_angstrom=resolution_angstrom,
-                search=search,
-                noise_variance=1.0,  # of no effect on where they end
-                scheduler=scheduler,
-            )
-            for start in (
-                stack.select(mine[tried]),
-                given.select(rows).with_poses(elsewhere[image, place], given.shifts_px[rows]),
-            )
-        )
-        order = np.argsort(there.gain)  # of a particle's places the best is written last
-        order = order[there.gain[order] > here.gain[of[order]]]
-        q[rows[order]], shifts[rows[order]] = there.oriented()[order], there.shifts_px[order]
-    return stack.with_poses(q, shifts)

@@ -1,0 +1,136 @@
+"""Particles that are likelier elsewhere on the sphere than where refinement has left them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from .. import matching
+from ..density import Density
+from ..particles import ParticleStack
+from ..preprocessing import Preprocessing
+from ..symmetry import group
+from .fit import refine
+from .search import Search
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["found_again"]
+
+#: Detail that is matched, angstrom.
+COARSE = 15.0
+#: Of how many places on the sphere, at most, a particle is tried at, and how much less likely than
+#: the best of them, in logarithm, one may be.
+PLACES, WORTH = 5, 8.0
+
+
+def found_again(
+    stack: ParticleStack,
+    given: ParticleStack,
+    references: Sequence[Density],
+    mask: Float[np.ndarray, "m m m"],
+    resolution_angstrom: float,
+    *,
+    search: Search,
+    symmetry: str,
+    scheduler: str | Client | None,
+) -> tuple[ParticleStack, float]:
+    """Bring particles to where they are likelier on the sphere, with the shifts that were given.
+
+    Tried is where they match best, and about as well: of a particle that looks much the same from
+    behind, coarse detail does not say which. Of those, what is about as likely after a refinement
+    against detail of twice the resolution is refined to the end.
+
+    Parameters
+    ----------
+    stack : ParticleStack
+        With half-sets, where refinement has left them.
+    given : ParticleStack
+        The same with the shifts of the beginning: where a particle wrongly lies, its shift has been
+        led astray too.
+    references : two of Density
+        That half-set 1 and half-set 2 are judged by.
+    mask : (m, m, m) array
+        Of the references.
+    resolution_angstrom : float
+        The finest detail of them that is used.
+    search : Search
+        How places are refined; nearer than its spread there is nothing to be tried.
+    symmetry : str
+    scheduler : str or distributed.Client, optional
+
+    Returns
+    -------
+    stack : ParticleStack
+    moved : float
+        Share of the particles that were brought elsewhere.
+    """
+    given = given.replace(noise=stack.noise)
+    q, shifts, points = stack.oriented().copy(), stack.shifts_px.copy(), group(symmetry)
+    # Where a particle is, it has been refined; elsewhere it will have been, by coarse detail.
+    coarse = replace(search, starts=1)
+    near = replace(coarse, coarse_to_fine=False)
+    for half, reference in zip((1, 2), references, strict=True):
+        refined = partial(refine, density=reference, scheduler=scheduler)
+        mine = stack.half(half)
+        places, likely = _places(given.select(mine), reference, mask, search, symmetry)
+        known = np.broadcast_to(q[mine][:, None], places.shape)
+        apart = points.distance(places.reshape(-1, 4), known.reshape(-1, 4))
+        other = apart.reshape(likely.shape) > search.spread_rad
+        image, place = np.nonzero((likely > likely[:, :1] - WORTH) & other)
+        if not len(image):
+            continue
+        tried = given.select(mine[image])
+        tried = tried.with_poses(places[image, place], tried.shifts_px)
+        coarsely = refined(tried, resolution_angstrom=2 * resolution_angstrom, search=coarse)
+        best = np.full(len(mine), -np.inf)
+        np.maximum.at(best, image, coarsely.gain)
+        worth = np.flatnonzero(coarsely.gain > best[image] - 2 * WORTH)
+        tried = tried.with_poses(coarsely.oriented(), coarsely.shifts_px).select(worth)
+        rows, (others, of) = mine[image[worth]], np.unique(image[worth], return_inverse=True)
+        here, there = (
+            refined(
+                start,
+                resolution_angstrom=resolution_angstrom,
+                search=near,
+                noise_variance=1.0,  # of no effect on where they end
+            )
+            for start in (stack.select(mine[others]), tried)
+        )
+        order = np.argsort(there.gain)  # of a particle's places the best is written last
+        order = order[there.gain[order] > here.gain[of[order]]]
+        q[rows[order]], shifts[rows[order]] = there.oriented()[order], there.shifts_px[order]
+    moved = points.distance(q, stack.oriented()) > search.spread_rad
+    return stack.with_poses(q, shifts), float(moved.mean())
+
+
+def _places(
+    stack: ParticleStack,
+    reference: Density,
+    mask: Float[np.ndarray, "m m m"],
+    search: Search,
+    symmetry: str,
+) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c"]]:
+    """Where particles match best, and the logarithm of the likelihood there; -inf: no place."""
+    box, voxel = reference.box_px, reference.voxel_size_angstrom
+    small = min(box, max(16, 2 * int(np.ceil(box * voxel / COARSE))))
+    # Beyond the mask hardly anything of a reference is to be compared.
+    reach = np.abs(np.argwhere(mask) - box // 2).max()
+    crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
+    places, scores = matching.candidates(
+        stack,
+        reference,
+        Preprocessing(box, small, crop, voxel),
+        count=PLACES,
+        apart_rad=2 * search.spread_rad,
+        symmetry=symmetry,
+    )
+    # Of normalised images in noise.
+    likely = crop**2 / 2 * np.maximum(scores, 0) ** 2
+    return places, np.where(np.isfinite(scores), likely, -np.inf)
