@@ -645,6 +645,14 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
     assert moved == 0
 
 
+def test_of_many_places_the_likeliest_few_are_refined():
+    image = np.array([4, 1, 4, 4, 1, 4, 4, 7])
+    likely = np.array([9.0, 3.0, 11.0, 10.5, 30.0, 8.0, 1.0, -5.0])
+    few = elsewhere._likeliest(image, likely)
+    # Of image 4 the best three, of image 1 what is not far below its best, of image 7 the one.
+    np.testing.assert_array_equal(few, [0, 2, 3, 4, 7])
+
+
 def test_a_place_beyond_the_reach_of_the_search_is_tried_however_near(monkeypatch):
     """What lies between one and two times as far as refinement looks was left astray."""
     images, _ = noisy(1.0)

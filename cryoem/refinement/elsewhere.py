@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .. import matching
 from ..density import Density
@@ -25,9 +25,9 @@ __all__ = ["found_again"]
 
 #: Detail that is matched, angstrom.
 COARSE = 15.0
-#: Of how many places on the sphere, at most, a particle is tried at, and how much less likely than
-#: the best of them, in logarithm, one may be.
-PLACES, WORTH = 5, 8.0
+#: At how many places on the sphere, at most, a particle is tried, how much less likely than the
+#: best of them, in logarithm, one may be, and how many are refined to the end.
+PLACES, WORTH, REFINED = 10, 8.0, 3
 
 
 def found_again(
@@ -44,8 +44,8 @@ def found_again(
     """Bring particles to where they are likelier on the sphere, with the shifts that were given.
 
     Tried is where they match best, and about as well: of a particle that looks much the same from
-    behind, coarse detail does not say which. Of those, what is about as likely after a refinement
-    against detail of twice the resolution is refined to the end.
+    behind, coarse detail does not say which. Of those, the few that are likeliest once refined
+    against detail of twice the resolution are refined to the end.
 
     Parameters
     ----------
@@ -89,9 +89,7 @@ def found_again(
         tried = given.select(mine[image])
         tried = tried.with_poses(places[image, place], tried.shifts_px)
         coarsely = refined(tried, resolution_angstrom=2 * resolution_angstrom, search=coarse)
-        best = np.full(len(mine), -np.inf)
-        np.maximum.at(best, image, coarsely.gain)
-        worth = np.flatnonzero(coarsely.gain > best[image] - 2 * WORTH)
+        worth = _likeliest(image, coarsely.gain / 2)
         tried = tried.with_poses(coarsely.oriented(), coarsely.shifts_px).select(worth)
         rows, (others, of) = mine[image[worth]], np.unique(image[worth], return_inverse=True)
         here, there = (
@@ -108,6 +106,17 @@ def found_again(
         q[rows[order]], shifts[rows[order]] = there.oriented()[order], there.shifts_px[order]
     moved = points.distance(q, stack.oriented()) > search.spread_rad
     return stack.with_poses(q, shifts), float(moved.mean())
+
+
+def _likeliest(
+    image: Int[np.ndarray, " t"], likely: Float[np.ndarray, " t"]
+) -> Int[np.ndarray, " w"]:
+    """Which tries are the best few of their image, and about as likely as the best."""
+    order = np.lexsort((-likely, image))
+    _, first, of = np.unique(image[order], return_index=True, return_inverse=True)
+    rank = np.arange(len(order)) - first[of]
+    worth = (rank < REFINED) & (likely[order] > likely[order[first]][of] - WORTH)
+    return np.sort(order[worth])
 
 
 def _places(
