@@ -607,11 +607,13 @@ def test_particles_are_judged_and_found_again_by_the_map_that_they_are_not_in(st
         assert (rotations.distance(exchanged.quaternions, stack.quaternions) > 1e-6).all()
 
 
-def found_again(stack, given, **options):
+def found_again(stack, given, resolution_angstrom=15.0, **options):
     """By the density itself, in either half."""
     options = {"search": Search(starts=1), "symmetry": "C1", "scheduler": None, **options}
     everywhere = np.ones(DENSITY.values.shape)
-    return elsewhere.found_again(stack, given, [DENSITY] * 2, everywhere, 15.0, **options)
+    return elsewhere.found_again(
+        stack, given, [DENSITY] * 2, everywhere, resolution_angstrom, **options
+    )
 
 
 def test_what_matches_second_best_may_be_the_place(monkeypatch):
@@ -638,6 +640,14 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
         (N // 2, resolution) for resolution in (30.0, 15.0, 15.0)
     ] * 2
     assert moved > 0.9
+    # A few at a time, and against detail of which a box has hardly any: from its own coarsest.
+    tried.clear()
+    monkeypatch.setattr(elsewhere, "AT_ONCE", 40)
+    again, moved = found_again(now, now, resolution_angstrom=60.0)
+    assert moved > 0.5 and rotations.distance(again.oriented(), TRUE).mean() < 0.8
+    assert [(len(stack), resolution) for stack, _, resolution in tried] == [
+        (size, 60.0) for size in (40, 40, 20) for _ in range(3)
+    ] * 2
     # What is there already stays.
     right = particles(images=images, shifts_px=SHIFTS, half_set=half_set)
     kept, moved = found_again(right, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from ..density import Density
 from ..particles import ParticleStack
 from ..preprocessing import Preprocessing
 from ..symmetry import group
-from .fit import refine
+from .fit import RefinedStack, refine
 from .search import Search
 
 if TYPE_CHECKING:
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["found_again"]
 
-#: Detail that is matched, angstrom.
-COARSE = 15.0
+#: Detail that is matched, angstrom; and the coarsest that anything is refined against, in periods
+#: of the box.
+COARSE, COARSEST = 15.0, 4
 #: At how many places on the sphere, at most, a particle is tried, how much less likely than the
 #: best of them, in logarithm, one may be, and how many are refined to the end.
 PLACES, WORTH, REFINED = 10, 8.0, 3
+#: Particles that are tried together: of images in memory, each place takes a copy.
+AT_ONCE = 500
 
 
 def found_again(
@@ -73,39 +76,57 @@ def found_again(
     """
     given = given.replace(noise=stack.noise)
     q, shifts, points = stack.oriented().copy(), stack.shifts_px.copy(), group(symmetry)
-    # Where a particle is, it has been refined; elsewhere it will have been, by coarse detail.
-    coarse = replace(search, starts=1)
-    near = replace(coarse, coarse_to_fine=False)
     for half, reference in zip((1, 2), references, strict=True):
-        refined = partial(refine, density=reference, scheduler=scheduler)
         mine = stack.half(half)
         places, likely = _places(given.select(mine), reference, mask, search, symmetry)
         known = np.broadcast_to(q[mine][:, None], places.shape)
         apart = points.distance(places.reshape(-1, 4), known.reshape(-1, 4))
-        other = apart.reshape(likely.shape) > search.spread_rad
-        image, place = np.nonzero((likely > likely[:, :1] - WORTH) & other)
-        if not len(image):
-            continue
-        tried = given.select(mine[image])
-        tried = tried.with_poses(places[image, place], tried.shifts_px)
-        coarsely = refined(tried, resolution_angstrom=2 * resolution_angstrom, search=coarse)
-        worth = _likeliest(image, coarsely.gain / 2)
-        tried = tried.with_poses(coarsely.oriented(), coarsely.shifts_px).select(worth)
-        rows, (others, of) = mine[image[worth]], np.unique(image[worth], return_inverse=True)
-        here, there = (
-            refined(
-                start,
-                resolution_angstrom=resolution_angstrom,
-                search=near,
-                noise_variance=1.0,  # of no effect on where they end
-            )
-            for start in (stack.select(mine[others]), tried)
-        )
-        order = np.argsort(there.gain)  # of a particle's places the best is written last
-        order = order[there.gain[order] > here.gain[of[order]]]
-        q[rows[order]], shifts[rows[order]] = there.oriented()[order], there.shifts_px[order]
+        worth = (likely > likely[:, :1] - WORTH) & (apart.reshape(likely.shape) > search.spread_rad)
+        some = np.flatnonzero(worth.any(axis=1))
+        refined = partial(refine, density=reference, scheduler=scheduler)
+        for part in np.split(some, range(AT_ONCE, len(some), AT_ONCE)):
+            image, place = np.nonzero(worth[part])
+            if not len(image):
+                continue
+            at = given.select(mine[part][image])
+            at = at.with_poses(places[part][image, place], at.shifts_px)
+            here = stack.select(mine[part])
+            found = _better(here, at, image, refined, resolution_angstrom, search)
+            rows = mine[part][found[0]]
+            q[rows], shifts[rows] = found[1:]
     moved = points.distance(q, stack.oriented()) > search.spread_rad
     return stack.with_poses(q, shifts), float(moved.mean())
+
+
+def _better(
+    stack: ParticleStack,
+    tried: ParticleStack,
+    image: Int[np.ndarray, " t"],
+    refined: Callable[..., RefinedStack],
+    resolution_angstrom: float,
+    search: Search,
+) -> tuple[Int[np.ndarray, " f"], Float[np.ndarray, "f 4"], Float[np.ndarray, "f 2"]]:
+    """Which particles are likelier elsewhere, and where: the last of several is the likeliest."""
+    # Where a particle is, it has been refined; elsewhere it will have been, by coarse detail.
+    near = replace(search, starts=1, coarse_to_fine=False)
+    extent = stack.box_px * stack.pixel_size_angstrom
+    coarse = max(resolution_angstrom, min(2 * resolution_angstrom, extent / COARSEST))
+    first = refined(tried, resolution_angstrom=coarse, search=replace(search, starts=1))
+    worth = _likeliest(image, first.gain / 2)
+    tried = tried.with_poses(first.oriented(), first.shifts_px).select(worth)
+    others, of = np.unique(image[worth], return_inverse=True)
+    here, there = (
+        refined(
+            start,
+            resolution_angstrom=resolution_angstrom,
+            search=near,
+            noise_variance=1.0,  # of no effect on where they end
+        )
+        for start in (stack.select(others), tried)
+    )
+    order = np.argsort(there.gain)
+    order = order[there.gain[order] > here.gain[of[order]]]
+    return others[of[order]], there.quaternions[order], there.shifts_px[order]
 
 
 def _likeliest(
