@@ -221,7 +221,7 @@ def refinement_table(found):
             f"{r['far_fraction']:.1%}",
             f"{r['half_map_resolution_angstrom']:.1f}",
             f"{r['mean_fsc_in_mask']:.3f}",
-            f"{r['wall_seconds']:.0f} ({r['cpu_seconds']:.0f})",
+            f"{r['cpu_seconds']:.0f}",
         ]
         for r in found
     ]
@@ -260,7 +260,7 @@ def main():
     ]  # fmt: skip
     refined = [
         "particle", "images", "program", "mean (median) error, rad", "limit, rad",
-        "off by > 0.3 rad", "half-maps agree to, A", "mean FSC within a mask", "time, s (CPU s)",
+        "off by > 0.3 rad", "half-maps agree to, A", "mean FSC within a mask", "CPU s",
     ]  # fmt: skip
     for job, cells, one, head, rows, name in (
         ("reconstruction", CELLS, run, header, table, "peers"),
