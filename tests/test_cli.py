@@ -31,6 +31,7 @@ from cryoem import (
 )
 from cryoem.cli import initial, options, orienting, solving
 from cryoem.density import Phantom
+from cryoem.refinement import halves
 
 COMMANDS = (
     "density",
@@ -392,6 +393,30 @@ def test_refinement_goes_without_a_reference(folder, tmp_path):
     report = (tmp_path / "refined.html").read_text()
     assert "Power of the images&#x27; noise" in report or "Power of the images' noise" in report
     assert "hand is open" in report and "hardly beyond 40 A" in report  # one round, to 30 A
+
+
+def test_an_interrupted_refinement_goes_on(folder, tmp_path, monkeypatch):
+    out, work = tmp_path / "refined.star", tmp_path / "refined.work"
+    command = ("refine", folder / "off.star", "--rounds", 2, "-o", out, "-q")
+    each, calls = halves.refine_each_half, []
+
+    def refined(*args, **options):
+        calls.append(options["resolution_angstrom"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return each(*args, **options)
+
+    monkeypatch.setattr(halves, "refine_each_half", refined)
+    run(*command, code=130)
+    assert [path.name for path in tmp_path.rglob("*")] == ["refined.work", "rounds.npz"]
+    run(*command)
+    assert not work.exists() and len(calls) == 2 + 3  # the second round, and two that judge
+    assert calls[2] == calls[1] < calls[0]
+    # A file of another's in the folder stays, as what is asked anew does.
+    work.mkdir()
+    (work / "notes.txt").touch()
+    run(*command)
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("command", ["refine", "reconstruct"])

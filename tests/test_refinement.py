@@ -764,6 +764,83 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
     np.testing.assert_allclose(turned, 0.01 * np.minimum(range(len(sought)), taken), atol=1e-6)
 
 
+class Stopped(Exception):
+    """A process ends."""
+
+
+def refined_in_pieces(given, folder, monkeypatch, stops, **options):
+    """Stopped in the middle of several of its steps, and called again."""
+    apart, begun = halves.refine_each_half, []
+
+    def refined(*args, **more):
+        begun.append(args)
+        if len(begun) in stops:
+            raise Stopped
+        return apart(*args, **more)
+
+    monkeypatch.setattr(halves, "refine_each_half", refined)
+    for _ in stops:
+        with pytest.raises(Stopped):
+            refine_halves(given, work=folder, **options)
+    found = refine_halves(given, work=folder, **options)
+    monkeypatch.setattr(halves, "refine_each_half", apart)
+    return found, len(begun)
+
+
+def test_interrupted_and_called_again_it_goes_on(tmp_path, monkeypatch):
+    images, start = noisy(1 / 2)[0], rotations.perturb(TRUE, np.tile([0.1, 0.0, 0.0], (N, 1)))
+    given = particles(images=images, at=start, shifts_px=SHIFTS)
+    options = {"rounds": 3, "search": Search(starts=1), "seed": 4}
+    whole = refine_halves(given, **options)
+    # In the second round, in the third, and when the maps are judged.
+    found, calls = refined_in_pieces(given, tmp_path, monkeypatch, (2, 4, 6), **options)
+    assert calls == 3 + 2 + 3
+    for name in ("quaternions", "shifts_px", "expected_error_rad"):
+        for one, other in ((found.particles, whole.particles), (found.separate, whole.separate)):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-6)
+    np.testing.assert_allclose(found.density.values, whole.density.values, atol=1e-6)
+    assert found.resolutions_angstrom == whole.resolutions_angstrom
+    assert [path.name for path in tmp_path.iterdir()] == ["rounds.npz"]
+    for differing in (
+        {"rounds": 2}, {"seed": 5}, {"search": Search(starts=2)}, {"symmetry": "C2"},
+        {"resolution_angstrom": 25.0}, {"joined_angstrom": 50.0},
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"run with {next(iter(differing))} .* asked for"):
+            refine_halves(given, work=tmp_path, **{**options, **differing})
+    other = given.with_images(2 * given.images[:])
+    with pytest.raises(InputError, match="run with images_sha256"):
+        refine_halves(other, work=tmp_path, **options)
+    (tmp_path / "rounds.npz").write_bytes(b"not an archive")
+    with pytest.raises(InputError, match=r"rounds\.npz: not rounds of a refinement"):
+        refine_halves(given, work=tmp_path, **options)
+    with pytest.raises(InputError, match="a whole number as its seed"):
+        refine_halves(given, work=tmp_path, **{**options, "seed": np.random.default_rng(1)})
+
+
+def test_what_was_brought_elsewhere_is_kept(asked, tmp_path, monkeypatch):
+    """Of rounds until orientations settle."""
+    monkeypatch.setattr(halves, "FEWEST", 1)
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
+    turn, sought = rotations.about("z", 0.1), []
+
+    def found_again(stack, *_, **__):
+        sought.append(stack)
+        q = rotations.multiply(turn, stack.oriented())
+        return stack.with_poses(q, stack.shifts_px + 0.5), 0.5 if len(sought) < 3 else 0.0
+
+    monkeypatch.setattr(halves, "found_again", found_again)
+    options = {"search": JUDGE, "seed": 4}
+    found, calls = refined_in_pieces(particles(), tmp_path, monkeypatch, (2, 4), **options)
+    assert calls == 3 + 2 and len(sought) == 4
+    moved = [rotations.distance(stack.oriented(), TRUE).mean() for stack in sought]
+    np.testing.assert_allclose(moved, [0.0, 0.1, 0.2, 0.2], atol=1e-6)
+    assert len(found.resolutions_angstrom) == 3
+    # Settled: called again, it only ends.
+    again, calls = refined_in_pieces(particles(), tmp_path, monkeypatch, (), **options)
+    assert calls == 0 and again.resolutions_angstrom == found.resolutions_angstrom
+
+
 def test_told_rounds_are_that_many(asked, monkeypatch):
     """Wherever particles lie, they are sought at the end only."""
     monkeypatch.setattr(halves, "FEWEST", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,6 +113,10 @@ def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
     return curves
 
 
+#: The rounds of a refinement that has not ended.
+ROUNDS = "rounds.npz"
+
+
 @app.command("refine")
 def refine_particles(
     particles_file: Particles,
@@ -143,34 +148,33 @@ def refine_particles(
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
     (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
     where the images do not agree beyond it, there is a warning and no map.
+
+    Without a reference, interrupted and called again, it goes on after the rounds that are done:
+    they are kept in OUTPUT with .work until the end.
     """
     from .. import report
     from ..density import write_density
     from ..io.particles import write_particles
-    from ..refinement import in_frame_of, refine_against, refine_halves
+    from ..refinement import refine_halves
 
     if map_file is not None and symmetry.upper() != "C1":
         raise InputError("--symmetry: a particle is refined in it without --map only")
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
-    check_outputs({"--output": map_files(output, stack)}, [particles_file, map_file], stack)
+    work = output.with_suffix(".work")
+    written = {"--output": [*map_files(output, stack), work / ROUNDS]}
+    check_outputs(written, [particles_file, map_file], stack)
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
     if map_file is None:
         found = refine_halves(
-            stack, rounds=rounds, symmetry=symmetry, seed=seed, scheduler=scheduler,
+            stack, rounds=rounds, symmetry=symmetry, seed=seed, work=work, scheduler=scheduler,
             progress=not quiet,
         )  # fmt: skip
         notes = [_held_out(found)]
     else:
-        reference = open_map(map_file, voxel_size, stack)
-        reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
-        stack = in_frame_of(stack, reference, seed=seed)
-        found = refine_against(
-            stack, reference, resolution_angstrom=resolution, seed=seed, scheduler=scheduler,
-            progress=not quiet,
-        )  # fmt: skip
+        found = _against(map_file, voxel_size, stack, resolution, seed, scheduler, quiet)
         test = found.test
     write_particles(output, refined := found.particles)
     if found.density is not None:
@@ -193,6 +197,34 @@ def refine_particles(
         f"{summary['resolution_fsc0143_angstrom']:.1f} A at FSC 0.143, {summary['half_maps']}; "
         + (f"{map_path}" if found.density is not None else "no map: see the note")
     )
+    _over(work)
+
+
+def _against(
+    map_file: Path,
+    voxel_size: float | None,
+    stack: ParticleStack,
+    resolution: float,
+    seed: int,
+    scheduler: str | None,
+    quiet: bool,
+) -> ReferenceRefinement:
+    """Refine against a reference, in its frame."""
+    from ..refinement import in_frame_of, refine_against
+
+    reference = open_map(map_file, voxel_size, stack)
+    reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
+    return refine_against(
+        in_frame_of(stack, reference, seed=seed), reference, resolution_angstrom=resolution,
+        seed=seed, scheduler=scheduler, progress=not quiet,
+    )  # fmt: skip
+
+
+def _over(work: Path) -> None:
+    """Remove what an interrupted run would have gone on from."""
+    (work / ROUNDS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or it holds something else
+        work.rmdir()
 
 
 def _held_out(found: HalvesRefinement) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError, StorageError
 
-__all__ = ["atomic", "check_writable", "existing", "read_npz", "sha256"]
+__all__ = ["atomic", "check_writable", "existing", "read_npz", "sha256", "sha256_of"]
 
 #: What a path may be given as.
 PathLike = str | os.PathLike[str]
@@ -118,4 +118,12 @@ def sha256(path: PathLike) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of(*arrays: np.ndarray) -> str:
+    """Hexadecimal SHA-256 of what arrays hold."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -10,7 +10,6 @@ in memory or in a work folder, and the outcome depends on none of these.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from .. import rotations, surveying, workers
 from ..density import Density
 from ..errors import InputError
-from ..io.files import PathLike
+from ..io.files import PathLike, sha256_of
 from ..particles import PER_PARTICLE, ParticleStack
 from ..version import __version__
 from .chunks import InMemory, Job, JsonValue, WorkFolder
@@ -183,10 +182,10 @@ def _settings(
     return {
         "version": __version__,
         "particles": [len(stack), *images.shape[1:]],
-        "particles_sha256": _sha256(images),
-        "parameters_sha256": _sha256(*_parameters(stack, job.centred)),
+        "particles_sha256": sha256_of(images),
+        "parameters_sha256": sha256_of(*_parameters(stack, job.centred)),
         "estimator": job.estimator.fingerprint,
-        "reference_sha256": None if reference is None else _sha256(reference.values),
+        "reference_sha256": None if reference is None else sha256_of(reference.values),
         "landmarks": len(images),
     }
 
@@ -260,10 +259,3 @@ def _parameters(stack: ParticleStack, centred: bool) -> Iterator[np.ndarray]:
     if stack.noise is not None and not stack.noise.is_white:
         yield stack.noise.power
         yield stack.optics_group
-
-
-def _sha256(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -6,8 +6,8 @@ as the two maps agree: noise then builds no structure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,13 @@ from jaxtyping import Float
 from .. import maps, reconstruction, rotations
 from ..density import Density
 from ..errors import InputError
+from ..io.files import PathLike
 from ..noise import Noise
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .elsewhere import found_again
 from .fit import DEFAULT, RefinedStack, refine
+from .kept import Kept, Rounds, rescaled
 from .search import Search
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class _Round:
     fsc: maps.HalfMapFsc
     weight: np.ndarray
     references: list[Density]
+    finest_angstrom: float
 
 
 def refine_halves(
@@ -101,6 +104,7 @@ def refine_halves(
     search: Search = DEFAULT,
     symmetry: str = "C1",
     seed: Seed = 0,
+    work: PathLike | None = None,
     scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> HalvesRefinement:
@@ -130,6 +134,8 @@ def refine_halves(
         The particle's point group, in whose standard setting the orientations are.
     seed : int or numpy.random.Generator
         Of the split, and of the random phases.
+    work : path, optional
+        A folder in which the rounds are kept: interrupted and called again, it goes on.
     scheduler : str or distributed.Client, optional
         Whose workers refine and back-project; see :func:`cryoem.orient`.
     progress : bool
@@ -145,28 +151,24 @@ def refine_halves(
     """
     from tqdm.auto import tqdm
 
-    _check(stack, rounds)
-    near = replace(search, starts=1, coarse_to_fine=False)
+    _check(stack, rounds, work, seed)
+    given = stack.with_half_sets(seed).replace(contrast=None)
+    told: dict[str, object] = {"rounds": rounds, "symmetry": symmetry, "seed": seed}
+    told |= {"resolution_angstrom": resolution_angstrom, "joined_angstrom": joined_angstrom}
+    told |= {"search": asdict(search)}
+    kept = Kept(work, given, told)
+    so_far = kept.read() or Rounds(None, given, (resolution_angstrom,))
     again = partial(found_again, search=search, symmetry=symmetry, scheduler=scheduler)
-    now = given = stack.with_half_sets(seed).replace(contrast=None)
-    used = [resolution_angstrom]
-    for turn in tqdm(range(rounds or MOST), desc="rounds", disable=not progress):
-        maps_now = _round(now, joined_angstrom, symmetry, seed, scheduler)
-        limit = min(maps_now.fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
-        used.append(limit if turn else max(limit, resolution_angstrom))
-        separate = refine_each_half(
-            now.replace(noise=stack.noise),  # estimated in every round, or given
-            maps_now.references,
-            resolution_angstrom=used[-1],
-            search=near if turn else search,
-            scheduler=scheduler,
-        )
-        before, now = now, _rescaled(separate)
-        if rounds is None and FEWEST <= turn + 1 < MOST and _settled(before, separate):
-            found, astray = again(now, given, maps_now.references, maps_now.snug, used[-1])
-            if astray < ASTRAY:
-                break
-            now = found
+    most = rounds or MOST
+    with tqdm(total=most, initial=so_far.count, desc="rounds", disable=not progress) as bar:
+        while so_far.count < most and not so_far.ended:
+            maps_now = _round(so_far.now, joined_angstrom, symmetry, seed, scheduler)
+            so_far = _refined(so_far, given, maps_now, search, again, rounds, scheduler)
+            kept.write(so_far)
+            bar.update()
+    separate, used = so_far.separate, so_far.used
+    assert separate is not None  # there was at least one round
+    now = rescaled(separate)
     last = _round(now, joined_angstrom, symmetry, seed, scheduler)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
@@ -174,15 +176,40 @@ def refine_halves(
     return _ended(everyone, separate, last, held_out, tuple(used[1:]), joined_angstrom)
 
 
-def _check(stack: ParticleStack, rounds: int | None) -> None:
+def _check(stack: ParticleStack, rounds: int | None, work: PathLike | None, seed: Seed) -> None:
     if rounds is not None and rounds < 1:
         raise InputError(f"rounds must be positive, got {rounds}")
+    if work is not None and not isinstance(seed, int):
+        raise InputError("a run that is kept wants a whole number as its seed, not a generator")
     stack.oriented()
 
 
-def _rescaled(stack: RefinedStack) -> RefinedStack:
-    """Contrasts about 1: the scale of contrast and density together is free."""
-    return stack.replace(contrast=stack.contrast / np.median(stack.contrast))
+def _refined(
+    so_far: Rounds,
+    given: ParticleStack,
+    maps_now: _Round,
+    search: Search,
+    again: Callable[..., tuple[ParticleStack, float]],
+    rounds: int | None,
+    scheduler: str | Client | None,
+) -> Rounds:
+    """One more round: each half is refined against its map."""
+    begins, limit = so_far.count == 0, maps_now.finest_angstrom
+    used = (*so_far.used, max(limit, so_far.used[0]) if begins else limit)
+    separate = refine_each_half(
+        so_far.now.replace(noise=given.noise),  # estimated in every round, or given
+        maps_now.references,
+        resolution_angstrom=used[-1],
+        search=search if begins else replace(search, starts=1, coarse_to_fine=False),
+        scheduler=scheduler,
+    )
+    done = Rounds(separate, rescaled(separate), used)
+    if rounds is None and FEWEST <= done.count < MOST and _settled(so_far.now, separate):
+        found, astray = again(done.now, given, maps_now.references, maps_now.snug, used[-1])
+        if astray < ASTRAY:
+            return replace(done, ended=True)
+        return replace(done, now=found, moved=True)
+    return done
 
 
 def _settled(before: ParticleStack, after: RefinedStack) -> bool:
@@ -254,7 +281,8 @@ def _round(
     one, two = (masked(snug, maps.filtered(d, weight)) for d in (pair.first, pair.second))
     # Within the mask already: it would spread what is shared over finer shells.
     shared = _share_low_resolution(maps.HalfMaps(one, two, independent=True), joined_angstrom)
-    return _Round(pair, mask, snug, fsc, weight, [shared.first, shared.second])
+    limit = min(fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
+    return _Round(pair, mask, snug, fsc, weight, [shared.first, shared.second], limit)
 
 
 def masked(mask: np.ndarray, density: Density) -> Density:

@@ -1,0 +1,169 @@
+"""Rounds of a refinement, kept in a folder: a process may end at any moment, the next goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..io import files
+from ..noise import Noise
+from ..particles import ParticleStack
+from ..version import __version__
+from .fit import RefinedStack
+
+__all__ = ["FILE", "Kept", "Rounds"]
+
+#: What stands in the folder.
+FILE = "rounds.npz"
+#: Of every particle, as its half was refined.
+_ROWS = (
+    "quaternions", "shifts_px", "contrast", "expected_error_rad", "covariances",
+    "shift_covariances", "chi2", "gain", "correlation",
+)  # fmt: skip
+_NUMBERS = ("noise_variance", "resolution_angstrom")
+#: Images that are looked at, to tell one stack from another.
+LOOKED_AT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """What the rounds have come to.
+
+    Attributes
+    ----------
+    separate : RefinedStack or None
+        As the last round has refined each half; None: there was none.
+    now : ParticleStack
+        What the next one starts from.
+    used : tuple of float
+        Resolutions, angstrom: that of the beginning, and of every round.
+    moved : bool
+        After the last round, particles were brought elsewhere.
+    ended : bool
+        Orientations have settled.
+    """
+
+    separate: RefinedStack | None
+    now: ParticleStack
+    used: tuple[float, ...]
+    moved: bool = False
+    ended: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many rounds there were."""
+        return len(self.used) - 1
+
+
+class Kept:
+    """The folder.
+
+    Parameters
+    ----------
+    folder : path, optional
+        None: nothing is kept.
+    given : ParticleStack
+        What the refinement starts from, with half-sets.
+    settings : dict
+        All else that its rounds depend on.
+    """
+
+    def __init__(
+        self, folder: files.PathLike | None, given: ParticleStack, settings: Mapping[str, object]
+    ) -> None:
+        self.path = None if folder is None else Path(folder) / FILE
+        self.given, self.settings = given, dict(settings)
+        if self.path is not None:
+            files.check_writable(self.path)
+            self.settings |= _told(given)
+
+    def read(self) -> Rounds | None:
+        """What an earlier run has come to; None: there was none.
+
+        Raises
+        ------
+        InputError
+            It was another run, or the file is not one of these.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        arrays = files.read_npz(
+            self.path, "rounds of a refinement", needed=("state", "power", "next", *_ROWS)
+        )
+        try:
+            state = json.loads(str(arrays["state"]))
+            before = dict(state["settings"])
+            rows = {name: arrays[name] for name in _ROWS}
+            if any(len(values) != len(self.given) for values in rows.values()):
+                raise ValueError("arrays of another number of particles")
+            separate = self.given.extended(
+                RefinedStack,
+                **rows,
+                **{name: float(state[name]) for name in _NUMBERS},
+                noise=Noise(arrays["power"]),
+            )
+            used = tuple(map(float, state["used"]))
+            moved, ended = bool(state["moved"]), bool(state["ended"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: not rounds of a refinement ({error})") from error
+        for name, value in self.settings.items():
+            if before.get(name) != value:
+                raise InputError(
+                    f"{self.path.parent}: the folder of a run with {name} {before.get(name)}, "
+                    f"asked for {value}; name another folder or remove this one"
+                )
+        now: ParticleStack = rescaled(separate)
+        if moved:
+            now = now.with_poses(arrays["next"][:, :4], arrays["next"][:, 4:])
+        return Rounds(separate, now, used, moved, ended)
+
+    def write(self, rounds: Rounds) -> None:
+        """Keep what the rounds have come to."""
+        separate = rounds.separate
+        if self.path is None or separate is None or separate.noise is None:
+            return
+        state = {
+            "settings": self.settings,
+            "used": rounds.used,
+            "ended": rounds.ended,
+            "moved": rounds.moved,
+            **{name: getattr(separate, name) for name in _NUMBERS},
+        }
+        with files.atomic(self.path) as temporary, open(temporary, "wb") as file:
+            np.savez(
+                file,
+                state=np.array(json.dumps(state)),
+                power=separate.noise.power,
+                next=np.hstack([rounds.now.oriented(), rounds.now.shifts_px]),
+                **{name: getattr(separate, name) for name in _ROWS},
+            )
+
+
+def rescaled(stack: RefinedStack) -> RefinedStack:
+    """Contrasts about 1: the scale of contrast and density together is free."""
+    return stack.replace(contrast=stack.contrast / np.median(stack.contrast))
+
+
+def _told(stack: ParticleStack) -> dict[str, object]:
+    """What tells one particle stack from another."""
+    n = len(stack)
+    some = np.unique(np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int))
+    ctf = stack.ctf_parameters
+    known = [] if ctf is None else [np.asarray(getattr(ctf, f.name)) for f in fields(ctf)]
+    if stack.noise is not None:
+        known.append(stack.noise.power)
+    poses = [stack.oriented(), stack.shifts_px, stack.optics_group]
+    if stack.half_set is not None:
+        poses.append(stack.half_set)
+    return {
+        "version": __version__,
+        "particles": [n, stack.box_px, stack.pixel_size_angstrom],
+        "images_sha256": files.sha256_of(stack.select(some).images[:]),
+        "poses_sha256": files.sha256_of(*poses),
+        "microscope_sha256": files.sha256_of(*known),
+    }
