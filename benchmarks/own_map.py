@@ -103,10 +103,7 @@ def main():
     for source in arguments.particles:
         particle = Path(source).name.partition(".")[0]
         path = KEPT / f"{particle}-{arguments.images}-{arguments.seed}.json"
-        if not path.exists():
-            made = run(source, arguments.images, arguments.seed)
-            with files.atomic(path) as temporary:
-                temporary.write_text(json.dumps(made))
+        records.kept(path, lambda s=source: run(s, arguments.images, arguments.seed))
         kept = sorted(KEPT.glob("*.json"))
         found = [record for p in kept for record in json.loads(p.read_text())]
         header = [

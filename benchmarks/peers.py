@@ -11,7 +11,7 @@ refinement
     From a map at 40 A, nothing else known: RELION's auto-refine as its tutorial runs it
     (``relion_refine_mpi --auto_refine``, a leader and two followers on two cores), and ``cryoem
     solve --reference``. Of the particles' poses at the end, of the half-maps and of the time. The
-    images are few and small, for RELION to end within an hour or two.
+    images are few and small, for RELION to end.
 """
 
 import argparse

@@ -167,15 +167,19 @@ def test_workers_run_starts_to_the_same_maps(cluster, truth, tmp_path):
 def test_ab_initio_is_done_by_workers(cluster, truth, density, monkeypatch):
     options = {"diameter_angstrom": 150.0, "shift_angstrom": 0.0, "reference": density}
     options |= {"schedule": Schedule(**FEW), "symmetry": "C1", "seed": 4}
-    asked, ask = [], workers._by_workers
+    here, asked, ask = ab_initio(truth.without_poses(), **options), [], workers._by_workers
     monkeypatch.setattr(
         workers, "_by_workers", lambda job, *rest: (asked.append(job), ask(job, *rest))[1]
     )
-    found = ab_initio(truth.without_poses(), scheduler=cluster.scheduler_address, **options)
+    there = ab_initio(truth.without_poses(), scheduler=cluster.scheduler_address, **options)
     # Starts are begun and ended, those of each half refined, and both back-projected.
     kinds = [type(job).__name__ for job in asked]
     assert kinds == ["_Running"] * 2 + ["_Refining"] * 2 + ["_BackProjecting"] * 2
-    assert found.verdict.starts == 2 and len(found.particles) == N
+    assert there.verdict.agreement == pytest.approx(here.verdict.agreement, abs=0.03)
+    errors = evaluation.orientation_errors(
+        there.particles.quaternions, here.particles.quaternions, over="none"
+    )
+    assert errors.median_rad < 1e-2
 
 
 def test_workers_sort_images_alike(cluster, truth):

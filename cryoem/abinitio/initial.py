@@ -20,7 +20,7 @@ from ..symmetry import group
 from .annealing import DEFAULT, KNOWN, Schedule, Start
 from .coarse import coarsened
 from .sorting import second_particle
-from .starts import Cut, cut_out, judges, race, ranked
+from .starts import Cut, cut_out, judges, likeliest, race
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -217,7 +217,7 @@ def ab_initio(
         tasks = [(int(s), i % 2) for i, s in enumerate(rng.integers(2**31, size=each))]
         more = race(some, cut, tasks, schedule, first=reference, **how)
         solved = [old + new for old, new in zip(solved, more, strict=True)]
-        best = [_likeliest(s, schedule).on(c) for s, c in zip(solved, coarse, strict=True)]
+        best = [likeliest(s).on(c) for s, c in zip(solved, coarse, strict=True)]
         if (found := _laid(best, halves, symmetry, reference, scheduler)).agreement > WELL:
             break
     doubtful = ENOUGH <= found.agreement < SURE
@@ -231,11 +231,6 @@ def _check(starts: int, symmetry: str | None, scheduler: str | Client | None) ->
         raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
     group(symmetry or "C1")
     workers.reached(scheduler)
-
-
-def _likeliest(starts: list[Start], schedule: Schedule) -> Start:
-    """Of those that went on to the end."""
-    return ranked([start for start in starts if start.done >= schedule.rounds])[0]
 
 
 @dataclass(frozen=True, eq=False)

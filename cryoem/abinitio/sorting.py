@@ -16,7 +16,7 @@ from ..particles import ParticleStack
 from ..rotations import Seed
 from .annealing import DEFAULT, Schedule, Start
 from .coarse import Coarse, coarsened
-from .starts import Cut, cut_out, race, ranked
+from .starts import Cut, cut_out, likeliest, race
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -104,7 +104,7 @@ def classify(
     (found,) = race(
         [some], cut, tasks, schedule, classes=classes, scheduler=scheduler, progress=progress
     )
-    best = ranked([start for start in found if start.done >= schedule.rounds])[0].on(coarse)
+    best = likeliest(found).on(coarse)
     pixel, mask = cut.stack.pixel_size_angstrom, best.mask()
     maps = [Density(volume * mask, pixel) for volume in best.volumes]
     evidence = _evidence_of(best, coarse, best.resolution_angstrom)
@@ -159,7 +159,7 @@ def second_particle(
     gains, shares = [], []
     raced = race(worst, cut, tasks, schedule, scheduler=scheduler, progress=progress)
     for h, starts in enumerate(raced):
-        second = ranked([start for start in starts if start.done >= schedule.rounds])[0]
+        second = likeliest(starts)
         both = best[h].joined(second, images[h])
         for _ in range(TOGETHER):
             both.advance()

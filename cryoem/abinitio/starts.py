@@ -24,7 +24,7 @@ from .coarse import Coarse, small_stack
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Cut", "cut_out", "judges", "race", "ranked"]
+__all__ = ["Cut", "cut_out", "judges", "likeliest", "race", "ranked"]
 
 #: Edge of what is cut out of the images: so many diameters, and some room for shifts, angstrom.
 ROOM, MORE = 1.1, 30.0
@@ -246,6 +246,11 @@ def ranked(starts: list[Start]) -> list[Start]:
     coarsest = max(start.resolution_angstrom for start in starts)
     evidence = [_evidence(start, coarsest) for start in starts]
     return [starts[i] for i in np.argsort(evidence)[::-1]]
+
+
+def likeliest(starts: list[Start]) -> Start:
+    """The likeliest of the starts that went on to the end."""
+    return ranked([start for start in starts if start.done >= start.schedule.rounds])[0]
 
 
 def _evidence(start: Start, resolution_angstrom: float | None = None) -> float:

@@ -5,14 +5,14 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError, StorageError
 
-__all__ = ["atomic", "check_writable", "existing", "read_npz", "sha256", "sha256_of"]
+__all__ = ["atomic", "check_writable", "existing", "read_npz", "same_run", "sha256", "sha256_of"]
 
 #: What a path may be given as.
 PathLike = str | os.PathLike[str]
@@ -110,6 +110,18 @@ def read_npz(path: PathLike, what: str, *, needed: Sequence[str] = ()) -> dict[s
     if missing := [name for name in needed if name not in arrays]:
         raise InputError(f"{path}: not {what} (it has no {', '.join(missing)})")
     return arrays
+
+
+def same_run(
+    folder: PathLike, before: Mapping[str, object], settings: Mapping[str, object]
+) -> None:
+    """Raise ``InputError`` where a folder holds what a run of other settings has done."""
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{folder}: the folder of a run with {name} {before.get(name)}, asked for {value}; "
+                "name another folder or remove this one"
+            )
 
 
 def sha256(path: PathLike) -> str:

@@ -141,7 +141,7 @@ class WorkFolder:
         )
         try:
             state = json.loads(str(arrays["state"]))
-            self._check_settings(dict(state["settings"]))
+            files.same_run(self.path, dict(state["settings"]), self.settings)
             fixed = state["frame"] and {
                 name: np.array(value) if name in ("left", "right") else value
                 for name, value in state["frame"].items()
@@ -166,15 +166,6 @@ class WorkFolder:
             )
         self.done = self._kept(marks.features.shape[1])
         return FramedLandmarks(marks, frame, (slope, start))
-
-    def _check_settings(self, before: dict[str, JsonValue]) -> None:
-        """Refuse the folder of another run."""
-        for name, value in self.settings.items():
-            if before.get(name) != value:
-                raise InputError(
-                    f"{self.path}: the folder of a run with {name} {before.get(name)}, asked "
-                    f"for {value}; name another folder or remove this one"
-                )
 
     def _kept(self, feature_dim: int) -> list[tuple[int, int]]:
         """Which particles an earlier run has written."""

@@ -84,10 +84,9 @@ def found_again(
         worth = (likely > likely[:, :1] - WORTH) & (apart.reshape(likely.shape) > search.spread_rad)
         some = np.flatnonzero(worth.any(axis=1))
         refined = partial(refine, density=reference, scheduler=scheduler)
-        for part in np.split(some, range(AT_ONCE, len(some), AT_ONCE)):
+        for i in range(0, len(some), AT_ONCE):
+            part = some[i : i + AT_ONCE]
             image, place = np.nonzero(worth[part])
-            if not len(image):
-                continue
             at = given.select(mine[part][image])
             at = at.with_poses(places[part][image, place], at.shifts_px)
             here = stack.select(mine[part])

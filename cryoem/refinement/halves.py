@@ -173,7 +173,7 @@ def refine_halves(
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
     everyone = _against_all(found, last, used[-1], search, scheduler)
-    return _ended(everyone, separate, last, held_out, tuple(used[1:]), joined_angstrom)
+    return _ended(everyone, separate, last, held_out, used[1:], joined_angstrom)
 
 
 def _check(stack: ParticleStack, rounds: int | None, work: PathLike | None, seed: Seed) -> None:
@@ -208,7 +208,7 @@ def _refined(
         found, astray = again(done.now, given, maps_now.references, maps_now.snug, used[-1])
         if astray < ASTRAY:
             return replace(done, ended=True)
-        return replace(done, now=found, moved=True)
+        return replace(done, now=found)
     return done
 
 

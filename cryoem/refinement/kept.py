@@ -42,8 +42,6 @@ class Rounds:
         What the next one starts from.
     used : tuple of float
         Resolutions, angstrom: that of the beginning, and of every round.
-    moved : bool
-        After the last round, particles were brought elsewhere.
     ended : bool
         Orientations have settled.
     """
@@ -51,7 +49,6 @@ class Rounds:
     separate: RefinedStack | None
     now: ParticleStack
     used: tuple[float, ...]
-    moved: bool = False
     ended: bool = False
 
     @property
@@ -108,30 +105,23 @@ class Kept:
                 noise=Noise(arrays["power"]),
             )
             used = tuple(map(float, state["used"]))
-            moved, ended = bool(state["moved"]), bool(state["ended"])
+            ended = bool(state["ended"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.path}: not rounds of a refinement ({error})") from error
-        for name, value in self.settings.items():
-            if before.get(name) != value:
-                raise InputError(
-                    f"{self.path.parent}: the folder of a run with {name} {before.get(name)}, "
-                    f"asked for {value}; name another folder or remove this one"
-                )
-        now: ParticleStack = rescaled(separate)
-        if moved:
-            now = now.with_poses(arrays["next"][:, :4], arrays["next"][:, 4:])
-        return Rounds(separate, now, used, moved, ended)
+        files.same_run(self.path.parent, before, self.settings)
+        now = rescaled(separate).with_poses(arrays["next"][:, :4], arrays["next"][:, 4:])
+        return Rounds(separate, now, used, ended)
 
     def write(self, rounds: Rounds) -> None:
         """Keep what the rounds have come to."""
-        separate = rounds.separate
-        if self.path is None or separate is None or separate.noise is None:
+        if self.path is None:
             return
+        separate = rounds.separate
+        assert separate is not None and separate.noise is not None
         state = {
             "settings": self.settings,
             "used": rounds.used,
             "ended": rounds.ended,
-            "moved": rounds.moved,
             **{name: getattr(separate, name) for name in _NUMBERS},
         }
         with files.atomic(self.path) as temporary, open(temporary, "wb") as file:
