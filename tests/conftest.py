@@ -15,6 +15,14 @@ from cryoem import density, simulation, structures
 from cryoem.preprocessing import Preprocessing
 
 
+@pytest.fixture(scope="session", autouse=True)
+def coarse_search():
+    """Where particles may lie astray is sought 15 degrees apart: most of a small refinement."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cryoem.refinement.elsewhere.REFERENCES", 4608)
+        yield
+
+
 @pytest.fixture(scope="session")
 def phantom():
     return density.Phantom.random(0)

@@ -12,7 +12,7 @@ from cryoem.density import Density
 from cryoem.projection import Projector, project
 
 #: Few rounds, as many as particles that are seen well need.
-QUICK = Schedule(rounds=32, images=(100, 400), orientations=(500, 2500), finest_angstrom=14.0)
+QUICK = Schedule(rounds=24, images=(100, 400), orientations=(500, 2500), finest_angstrom=14.0)
 
 
 def relative_error(found, wanted):

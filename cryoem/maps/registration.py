@@ -7,7 +7,7 @@ import numpy as np
 import scipy.fft
 from jaxtyping import Complex, Float
 from scipy import ndimage
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 from scipy.spatial.transform import Rotation
 
 from .. import fourier, rotations, threads
@@ -16,6 +16,9 @@ from ..errors import InputError
 from .shells import common_box, of_half_spectrum
 
 __all__ = ["Registration", "mirrored", "register", "turned"]
+
+#: By which slopes are taken, in tenths of a radian.
+TURN = 0.1
 
 
 def mirrored(density: Density) -> Density:
@@ -141,6 +144,7 @@ class _Comparison:
         self, density: Density, reference: Density, hands: Sequence[bool], small: int, seed: int
     ) -> None:
         self.extent = reference.box_px * reference.voxel_size_angstrom
+        self.phase = -2j * np.pi / self.extent  # of a shift by an angstrom, at frequency 1
         self.finest = 2 * reference.voxel_size_angstrom
         self.rng = np.random.default_rng(seed)
         self.target = Spectrum(reference.resampled(small).values)
@@ -172,22 +176,58 @@ class _Comparison:
         return sorted(poses, key=lambda pose: -pose.correlation)[:best]
 
     def fit(self, start: _Pose, cutoff_angstrom: float, count: int) -> _Pose:
-        """The best pose near ``start``."""
+        """The best pose near ``start``, roughly: what is random of the frequencies decides."""
         k, wanted = self.band(cutoff_angstrom, count)
-        source, q = self.sources[start.mirrored], Rotation.from_quat(start.quaternion)
-
-        def rotation(p: np.ndarray) -> Rotation:
-            # Powell's first steps are 1 along each axis: an angstrom, a tenth of a radian.
-            return Rotation.from_rotvec(p[:3] / 10) * q
 
         def loss(p: np.ndarray) -> float:
-            moved = np.exp(-2j * np.pi * k @ p[3:] / self.extent)
-            f = source.at(rotation(p).inv().apply(k)) * moved
-            return -float((f @ wanted.conj()).real / np.linalg.norm(f))
+            return -float((self._laid(start, p, k, quick=True) @ wanted.conj()).real)
 
         p0 = np.r_[0, 0, 0, start.shift_angstrom]
-        best = minimize(loss, p0, method="Powell", options={"xtol": 1e-3})
-        return _Pose(start.mirrored, rotation(best.x).as_quat(), best.x[3:], -best.fun)
+        # Powell's line searches leap over the hollows that noise makes.
+        best = minimize(loss, p0, method="Powell", options={"xtol": 1e-2, "ftol": 1e-3})
+        return self._pose(start, best.x, -best.fun)
+
+    def polish(self, start: _Pose, cutoff_angstrom: float) -> _Pose:
+        """The best pose at ``start``, by all frequencies of the ball."""
+        _, k = _half_ball(self.target.n)
+        k = k[np.linalg.norm(k, axis=1) < self.extent / max(cutoff_angstrom, self.finest)]
+        wanted = self.target.at(k)
+        wanted /= np.linalg.norm(wanted)
+
+        def residuals(p: np.ndarray) -> np.ndarray:
+            return _as_real(self._laid(start, p, k) - wanted)
+
+        def slopes(p: np.ndarray) -> np.ndarray:
+            here = self._laid(start, p, k)
+            ahead = (self._laid(start, p + TURN * axis, k) for axis in np.eye(6)[:3])
+            turns = [(there - here) / TURN for there in ahead]
+            return _as_real(np.stack([*turns, *(here * self.phase * k.T)])).T
+
+        p0 = np.r_[0, 0, 0, start.shift_angstrom]
+        best = least_squares(residuals, p0, jac=slopes, xtol=1e-3, ftol=1e-4, gtol=1e-5)
+        return self._pose(start, best.x, float(1 - best.cost))  # of two of unit norm
+
+    def _laid(
+        self,
+        start: _Pose,
+        p: Float[np.ndarray, "6"],
+        k: Float[np.ndarray, "m 3"],
+        *,
+        quick: bool = False,
+    ) -> Complex[np.ndarray, " m"]:
+        """Transform, of unit norm, of the map as it lies: the turn times 10, and the shift."""
+        turn = Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(start.quaternion)
+        f = self.sources[start.mirrored].at(turn.inv().apply(k), quick=quick)
+        f *= np.exp(self.phase * (k @ p[3:]))
+        return f / np.linalg.norm(f)
+
+    def _pose(self, start: _Pose, p: Float[np.ndarray, "6"], correlation: float) -> _Pose:
+        turn = Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(start.quaternion)
+        return _Pose(start.mirrored, turn.as_quat(), p[3:], correlation)
+
+
+def _as_real(f: Complex[np.ndarray, "*m"]) -> Float[np.ndarray, "*r"]:
+    return np.concatenate([f.real, f.imag], axis=-1)
 
 
 def register(
@@ -200,8 +240,8 @@ def register(
 ) -> Registration:
     """Lay a map onto a reference by rotation, shift and, where allowed, hand.
 
-    A coarse search over all rotations at 30 A or so, then a local fit of the best few at
-    ``resolution_angstrom``.
+    A coarse search over all rotations at 30 A or so, a local fit of the best few, and of the best
+    of those once more to ``resolution_angstrom``.
 
     Parameters
     ----------
@@ -227,7 +267,7 @@ def register(
     candidates = comparison.search(2 * resolution_angstrom, count=600, best=6)
     fits = [comparison.fit(pose, 1.5 * resolution_angstrom, count=800) for pose in candidates]
     nearest = max(fits, key=lambda pose: pose.correlation)
-    pose = comparison.fit(nearest, resolution_angstrom, count=4000)
+    pose = comparison.polish(nearest, resolution_angstrom)
     source = mirrored(density) if pose.mirrored else density
     return Registration(
         turned(source, pose.quaternion, pose.shift_angstrom),

@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["found_again"]
 
-#: Detail that is matched, angstrom; and the coarsest that anything is refined against, in periods
-#: of the box.
-COARSE, COARSEST = 15.0, 4
+#: Detail that is matched: between these, angstrom, in this many periods of the mask's reach. What
+#: tells the sides of a small particle apart is finer. And the coarsest that anything is refined
+#: against, in periods of the box.
+COARSE, PERIODS, COARSEST = (10.0, 15.0), 6, 4
+#: Among how many orientations, spread evenly.
+REFERENCES = 21_600
 #: At how many places on the sphere, at most, a particle is tried, how much less likely than the
 #: best of them, in logarithm, one may be, and how many are refined to the end.
 PLACES, WORTH, REFINED = 10, 8.0, 3
@@ -78,7 +81,9 @@ def found_again(
     q, shifts, points = stack.oriented().copy(), stack.shifts_px.copy(), group(symmetry)
     for half, reference in zip((1, 2), references, strict=True):
         mine = stack.half(half)
-        places, likely = _places(given.select(mine), reference, mask, search, symmetry)
+        places, likely = _places(
+            given.select(mine), reference, mask, search, symmetry, resolution_angstrom
+        )
         known = np.broadcast_to(q[mine][:, None], places.shape)
         apart = points.distance(places.reshape(-1, 4), known.reshape(-1, 4))
         worth = (likely > likely[:, :1] - WORTH) & (apart.reshape(likely.shape) > search.spread_rad)
@@ -145,12 +150,14 @@ def _places(
     mask: Float[np.ndarray, "m m m"],
     search: Search,
     symmetry: str,
+    resolution_angstrom: float,
 ) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c"]]:
     """Where particles match best, and the logarithm of the likelihood there; -inf: no place."""
     box, voxel = reference.box_px, reference.voxel_size_angstrom
-    small = min(box, max(16, 2 * int(np.ceil(box * voxel / COARSE))))
     # Beyond the mask hardly anything of a reference is to be compared.
     reach = np.abs(np.argwhere(mask) - box // 2).max()
+    detail = max(resolution_angstrom, float(np.clip(reach * voxel / PERIODS, *COARSE)))
+    small = min(box, max(16, 2 * int(np.ceil(box * voxel / detail))))
     crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
     places, scores = matching.candidates(
         stack,
@@ -159,6 +166,7 @@ def _places(
         count=PLACES,
         apart_rad=2 * search.spread_rad,
         symmetry=symmetry,
+        references=REFERENCES,
     )
     # Of normalised images in noise.
     likely = crop**2 / 2 * np.maximum(scores, 0) ** 2
