@@ -12,6 +12,10 @@ refinement
     (``relion_refine_mpi --auto_refine``, a leader and two followers on two cores), and ``cryoem
     solve --reference``. Of the particles' poses at the end, of the half-maps and of the time. The
     images are few and small, for RELION to end.
+simulation
+    ``relion_project`` makes the images: projector, CTF, shifts and noise are none of ours. What
+    their likeness with ours is, and where particles end: from near the truth, the density known,
+    and from the images alone.
 """
 
 import argparse
@@ -29,6 +33,8 @@ import records
 
 from cryoem import (
     Density,
+    Noise,
+    ab_initio,
     evaluation,
     fourier,
     load_density,
@@ -36,6 +42,9 @@ from cryoem import (
     read_density,
     read_particles,
     reconstruct,
+    refine,
+    refine_halves,
+    rotations,
     simulate,
     write_density,
 )
@@ -60,7 +69,11 @@ AUTO_REFINE = f"""
     --low_resol_join_halves 40 --norm --scale --pad 2 --dont_combine_weights_via_disc
     --preread_images --pool 30 --j 1 --random_seed 1
 """.split()
-#: Runs of it that have ended: it goes on where it was interrupted.
+#: Cells of the simulation: particle, its symmetry, images, SNR; and how far off, in each component,
+#: those that know the density begin: radians and pixels.
+SIMULATED = [("4jsv", "C1", 1000, 1 / 16), ("1i10", "D2", 1000, 1 / 16)]
+OFF = 0.1, 1.0
+#: Runs that have ended: it goes on where it was interrupted.
 KEPT = Path("results/bench-peers")
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
@@ -227,6 +240,92 @@ def refinement_table(found):
     ]
 
 
+def projected(folder, density, name, noise=0.0):
+    """What ``relion_project`` makes of ``angles.star`` and ``map.mrc``, in so wide a noise."""
+    code = ["relion_project", "--i", "map.mrc", "--ang", "angles.star", "--o", name, "--ctf"]
+    code += ["--angpix", f"{density.voxel_size_angstrom}"]
+    code += ["--add_noise", "--white_noise", f"{noise}"] if noise else []
+    subprocess.run(code, check=True, capture_output=True, cwd=folder)
+    return read_particles(folder / f"{name}.star")
+
+
+def simulation(cell, seed, folder):
+    """A record: RELION's images, and where they end; kept."""
+    particle, symmetry, n, snr = cell
+
+    def made():
+        density = load_density(particle)
+        own = simulate(density, n, seed, snr=float("inf"), **SEEN)
+        write_particles(folder / "angles.star", own)
+        write_density(folder / "map.mrc", density)
+        clean = projected(folder, density, "clean").images[:]
+        theirs = projected(folder, density, "noisy", float(clean.std() / np.sqrt(snr)))
+        both = zip(clean, own.images, strict=True)
+        alike = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in both]
+        noise = float(np.var(theirs.images[:] - clean))
+        truth = own.replace(noise=Noise.white(noise))
+        unknown = theirs.replace(noise=None)
+        rng = np.random.default_rng(seed)
+        near = unknown.with_poses(
+            rotations.perturb(own.quaternions, OFF[0] * rng.standard_normal((n, 3))),
+            own.shifts_px + OFF[1] * rng.standard_normal((n, 2)),
+        )
+        known = refine(near, density)
+        cpu = time.process_time()
+        first = ab_initio(unknown.without_poses(), seed=seed)
+        end = refine_halves(first.particles, symmetry=first.axes.symmetry, seed=seed)
+        cpu = time.process_time() - cpu
+
+        def off(stack, over):
+            return evaluation.orientation_errors(
+                stack.quaternions, own.quaternions, over=over, symmetry=symmetry
+            )
+
+        alone = off(end.particles, "one-sided")
+        return {
+            "job": "simulation",
+            "method": "cryoem",
+            "particle": particle,
+            "symmetry": symmetry,
+            "n": n,
+            "snr": snr,
+            "seed": seed,
+            "commit": records.commit(),
+            "least_image_correlation": min(alike),
+            "contrast": float((clean * own.images).sum() / (own.images[:] ** 2).sum()),
+            "bound_mean_rad": records.limit(density, truth),
+            "known_error_rad": off(known, "none").mean_rad,
+            "known_expected_rad": float(known.expected_error_rad.mean()),
+            "verdict": str(first.verdict),
+            "found_symmetry": first.axes.symmetry,
+            "error_rad": alone.mean_rad,
+            "median_rad": alone.median_rad,
+            "far_fraction": alone.far_fraction,
+            "expected_rad": float(end.particles.expected_error_rad.mean()),
+            "cpu_seconds": cpu,
+        }
+
+    return [records.kept(KEPT / f"simulation-{particle}-{n}-{seed}.json", made)]
+
+
+def simulation_table(found):
+    """A row a run."""
+    return [
+        [
+            f"{r['particle']}, {r['symmetry']}",
+            f"{r['n']:,}, SNR 1/{1 / r['snr']:.0f}",
+            f"{r['least_image_correlation']:.5f}",
+            f"{r['contrast']:.5f}",
+            f"{r['bound_mean_rad']:.4f}",
+            f"{r['known_error_rad']:.4f}, expects {r['known_expected_rad']:.4f}",
+            f"{r['error_rad']:.3f} ({r['median_rad']:.3f}), expects {r['expected_rad']:.3f}",
+            f"{r['far_fraction']:.1%}",
+            f"{r['cpu_seconds']:.0f}",
+        ]
+        for r in found
+    ]
+
+
 def table(found):
     """A row a cell: medians over seeds, ours and theirs."""
     rows = []
@@ -251,7 +350,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    jobs = ["reconstruction", "refinement"]
+    jobs = ["reconstruction", "refinement", "simulation"]
     parser.add_argument("--jobs", nargs="*", default=jobs, choices=jobs)
     arguments = parser.parse_args()
     header = [
@@ -262,9 +361,15 @@ def main():
         "particle", "images", "program", "mean (median) error, rad", "limit, rad",
         "off by > 0.3 rad", "half-maps agree to, A", "mean FSC within a mask", "CPU s",
     ]  # fmt: skip
+    simulated = [
+        "particle", "images", "least correlation with ours", "contrast", "limit, rad",
+        "the density known, mean error, rad", "from the images alone, mean (median), rad",
+        "off by > 0.3 rad", "CPU s",
+    ]  # fmt: skip
     for job, cells, one, head, rows, name in (
         ("reconstruction", CELLS, run, header, table, "peers"),
         ("refinement", REFINED, refinement, refined, refinement_table, "peers_refinement"),
+        ("simulation", SIMULATED, simulation, simulated, simulation_table, "peers_simulation"),
     ):
         found, seeds = [], range(arguments.seeds if job in arguments.jobs else 0)
         for seed, cell in itertools.product(seeds, cells):
