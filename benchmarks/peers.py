@@ -33,7 +33,6 @@ import records
 
 from cryoem import (
     Density,
-    Noise,
     ab_initio,
     evaluation,
     fourier,
@@ -49,6 +48,7 @@ from cryoem import (
     write_density,
 )
 from cryoem.io.particles import write_particles
+from cryoem.noise import Noise
 
 #: Cells: particle, its symmetry, images, SNR.
 CELLS = [
