@@ -363,7 +363,7 @@ def main():
     ]  # fmt: skip
     simulated = [
         "particle", "images", "least correlation with ours", "contrast", "limit, rad",
-        "the density known, mean error, rad", "from the images alone, mean (median), rad",
+        "the density known, to 15 A, rad", "from the images alone, mean (median), rad",
         "off by > 0.3 rad", "CPU s",
     ]  # fmt: skip
     for job, cells, one, head, rows, name in (
