@@ -32,7 +32,7 @@ demo: $(DEMO) ## The whole method on a real protein, into results/demo/
 
 test: $(ALL) ## All tests, the notebooks included
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	CRYOEM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
 check: $(ALL) ## Lint, format and types
 	$(BIN)/ruff check .
