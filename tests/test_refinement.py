@@ -663,6 +663,26 @@ def test_of_many_places_the_likeliest_few_are_refined():
     np.testing.assert_array_equal(few, [0, 2, 3, 4, 7])
 
 
+@pytest.mark.parametrize(
+    ("reach", "resolution", "detail"),
+    [(42, 8.0, 10.0), (72, 8.0, 12.0), (96, 8.0, 15.0), (42, 13.0, 13.0)],
+)
+def test_small_particles_are_matched_by_finer_detail(monkeypatch, reach, resolution, detail):
+    """But never by finer than the maps hold."""
+    asked = []
+
+    def candidates(stack, reference, preprocessing, **_):
+        asked.append(preprocessing.down_px)
+        return np.zeros((1, 1, 4)), np.zeros((1, 1))
+
+    monkeypatch.setattr(elsewhere.matching, "candidates", candidates)
+    box, voxel = 80, 3.0
+    mask = np.zeros((box,) * 3)
+    mask[box // 2 + int(reach / voxel), box // 2, box // 2] = 1
+    elsewhere._places(None, Density(mask, voxel), mask, ONE, "C1", resolution)
+    assert asked == [2 * int(np.ceil(box * voxel / detail))]
+
+
 def test_a_place_beyond_the_reach_of_the_search_is_tried_however_near(monkeypatch):
     """What lies between one and two times as far as refinement looks was left astray."""
     images, _ = noisy(1.0)

@@ -113,10 +113,6 @@ def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
     return curves
 
 
-#: The rounds of a refinement that has not ended.
-ROUNDS = "rounds.npz"
-
-
 @app.command("refine")
 def refine_particles(
     particles_file: Particles,
@@ -155,14 +151,14 @@ def refine_particles(
     from .. import report
     from ..density import write_density
     from ..io.particles import write_particles
-    from ..refinement import refine_halves
+    from ..refinement import kept, refine_halves
 
     if map_file is not None and symmetry.upper() != "C1":
         raise InputError("--symmetry: a particle is refined in it without --map only")
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     work = output.with_suffix(".work")
-    written = {"--output": [*map_files(output, stack), work / ROUNDS]}
+    written = {"--output": [*map_files(output, stack), work / kept.FILE]}
     check_outputs(written, [particles_file, map_file], stack)
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
@@ -222,7 +218,9 @@ def _against(
 
 def _over(work: Path) -> None:
     """Remove what an interrupted run would have gone on from."""
-    (work / ROUNDS).unlink(missing_ok=True)
+    from ..refinement.kept import FILE
+
+    (work / FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or it holds something else
         work.rmdir()
 

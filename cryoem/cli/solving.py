@@ -30,7 +30,7 @@ from .initial import (
     WantedSymmetry,
     find_maps,
 )
-from .mapping import ROUNDS, map_files, refine_particles
+from .mapping import map_files, refine_particles
 from .options import (
     Invert,
     MapVoxelSize,
@@ -189,8 +189,10 @@ class _Plan:
 
     def files(self, stack: ParticleStack) -> list[Path]:
         """All that is written, but for the first step."""
+        from ..refinement.kept import FILE
+
         found = [self.at("solve.json"), *map_files(self.at("refined.star"), stack)]
-        found += [self.at(f"{name}.work") / ROUNDS for name in ("refined", "part")]
+        found += [self.at(f"{name}.work") / FILE for name in ("refined", "part")]
         if self.learned:
             found += [*map_files(self.at("part.star"), stack), self.at("network.npz")]
             found += star_files(self.at("oriented.star"), stack)

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
-
 from ..backend import keras
 from ..errors import InputError
 from ..io import files
@@ -83,8 +81,7 @@ class Record(keras.callbacks.Callback):
             for name, variable in _variables(self.model).items()
         }
         state = {"settings": self.settings, "epochs": epoch + 1, "history": self.history}
-        with files.atomic(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, state=np.array(json.dumps(state)), **arrays)
+        files.write_npz(self.path, state, arrays)
 
 
 def _variables(encoder: keras.Model) -> dict[str, keras.Variable]:

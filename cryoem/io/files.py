@@ -3,16 +3,27 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputError, StorageError
 
-__all__ = ["atomic", "check_writable", "existing", "read_npz", "same_run", "sha256", "sha256_of"]
+__all__ = [
+    "atomic",
+    "check_writable",
+    "existing",
+    "read_npz",
+    "same_run",
+    "sha256",
+    "sha256_of",
+    "write_npz",
+]
 
 #: What a path may be given as.
 PathLike = str | os.PathLike[str]
@@ -110,6 +121,15 @@ def read_npz(path: PathLike, what: str, *, needed: Sequence[str] = ()) -> dict[s
     if missing := [name for name in needed if name not in arrays]:
         raise InputError(f"{path}: not {what} (it has no {', '.join(missing)})")
     return arrays
+
+
+def write_npz(
+    path: PathLike, state: Mapping[str, object], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write arrays by their names, and as ``state`` what JSON can say of them, or nothing."""
+    named: dict[str, Any] = dict(arrays)  # to mypy any of them could be savez's own argument
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, state=np.array(json.dumps(state)), **named)
 
 
 def same_run(

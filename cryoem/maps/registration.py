@@ -216,14 +216,17 @@ class _Comparison:
         quick: bool = False,
     ) -> Complex[np.ndarray, " m"]:
         """Transform, of unit norm, of the map as it lies: the turn times 10, and the shift."""
-        turn = Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(start.quaternion)
+        turn = _turned_by(start, p)
         f = self.sources[start.mirrored].at(turn.inv().apply(k), quick=quick)
         f *= np.exp(self.phase * (k @ p[3:]))
         return f / np.linalg.norm(f)
 
     def _pose(self, start: _Pose, p: Float[np.ndarray, "6"], correlation: float) -> _Pose:
-        turn = Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(start.quaternion)
-        return _Pose(start.mirrored, turn.as_quat(), p[3:], correlation)
+        return _Pose(start.mirrored, _turned_by(start, p).as_quat(), p[3:], correlation)
+
+
+def _turned_by(start: _Pose, p: Float[np.ndarray, "6"]) -> Rotation:
+    return Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(start.quaternion)
 
 
 def _as_real(f: Complex[np.ndarray, "*m"]) -> Float[np.ndarray, "*r"]:

@@ -200,12 +200,8 @@ class WorkFolder:
             "error_scale": known.error_scale,
             "outlier_above_rad": marks.outlier_above_rad,
         }
-        with files.atomic(self._landmarks) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                state=np.array(json.dumps(state)),
-                **{name: getattr(marks, name) for name in _LANDMARK_ARRAYS},
-            )
+        arrays = {name: getattr(marks, name) for name in _LANDMARK_ARRAYS}
+        files.write_npz(self._landmarks, state, arrays)
 
     def missing(self, n: int, chunk: int) -> Iterator[tuple[int, int]]:
         """Chunks (start, stop) of what is not done when the run begins."""

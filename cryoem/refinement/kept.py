@@ -124,14 +124,10 @@ class Kept:
             "ended": rounds.ended,
             **{name: getattr(separate, name) for name in _NUMBERS},
         }
-        with files.atomic(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                state=np.array(json.dumps(state)),
-                power=separate.noise.power,
-                next=np.hstack([rounds.now.oriented(), rounds.now.shifts_px]),
-                **{name: getattr(separate, name) for name in _ROWS},
-            )
+        arrays = {name: getattr(separate, name) for name in _ROWS}
+        arrays["power"] = separate.noise.power
+        arrays["next"] = np.hstack([rounds.now.oriented(), rounds.now.shifts_px])
+        files.write_npz(self.path, state, arrays)
 
 
 def rescaled(stack: RefinedStack) -> RefinedStack:
