@@ -459,6 +459,17 @@ def test_two_particles_give_no_map_of_one():
     assert "too few or too noisy" in str(dataclasses.replace(some, second=0.0, agreement=0.6))
 
 
+def test_clean_images_of_one_particle_are_not_two(monkeypatch):
+    """Two maps are asked at more orientations than one, and one may be better than the first."""
+    truth = simulate(phantom(), 400, 12, snr=200)
+    monkeypatch.setattr("cryoem.abinitio.initial.SURE", 1.1)  # a second one is looked for
+    found = ab_initio(
+        truth.without_poses(), starts=2, diameter_angstrom=155.0, shift_angstrom=0.0,
+        schedule=QUICK, seed=2,
+    )  # fmt: skip
+    assert found.verdict.found and found.verdict.second == 0
+
+
 def test_noise_does_not_become_the_map_that_it_was_begun_with():
     images = np.random.default_rng(18).standard_normal((300, BOX, BOX))
     found = ab_initio(

@@ -127,8 +127,9 @@ def second_particle(
 
     Of each half, the images that its map explains worst are solved by themselves; that map and the
     first one then share out all images of the half, and the other half's are asked, which neither
-    has seen. Where all images are of one particle, two maps from as many images are worse ones of
-    it, and make others less likely; where they are of two, each has its own.
+    has seen. Where all images are of one particle, one of the three maps, asked at as many
+    orientations as two are, explains them better than two from as many images, which are worse ones
+    of it; where they are of two, each has its own.
 
     Parameters
     ----------
@@ -164,10 +165,17 @@ def second_particle(
         for _ in range(TOGETHER):
             both.advance()
         finest = max(best[h].resolution_angstrom, both.resolution_angstrom)
-        one, two = (_evidence_of(start, images[1 - h], finest) for start in (best[h], both))
-        gains.append((logsumexp(two, axis=1) - np.log(2)).mean() - one.mean())
+        two, again = (_evidence_of(both, images[1 - h], finest) for _ in range(2))
+        first = [_evidence_of(best[h], images[1 - h], finest) for _ in range(2)]
+        alone = [np.hstack(first), *np.stack([two, again], axis=1).transpose(2, 0, 1)]
+        gains.append(_mean_of(two) - max(map(_mean_of, alone)))
         shares.append(np.mean(two[:, 0] > two[:, 1]))
     return float(np.mean(np.minimum(shares, 1 - np.array(shares)))) if np.mean(gains) > 0 else 0.0
+
+
+def _mean_of(evidence: Float[np.ndarray, "n c"]) -> float:
+    """Mean evidence of images, by whichever of the maps, or at whichever orientations."""
+    return float(logsumexp(evidence, axis=1).mean())
 
 
 def _evidence_of(
