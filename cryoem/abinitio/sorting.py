@@ -167,7 +167,8 @@ def second_particle(
         finest = max(best[h].resolution_angstrom, both.resolution_angstrom)
         two, again = (_evidence_of(both, images[1 - h], finest) for _ in range(2))
         first = [_evidence_of(best[h], images[1 - h], finest) for _ in range(2)]
-        alone = [np.hstack(first), *np.stack([two, again], axis=1).transpose(2, 0, 1)]
+        # A map in two frames has as many orientations to choose from as two maps in one.
+        alone = [np.hstack(first)] + [np.stack(e, axis=1) for e in zip(two.T, again.T, strict=True)]
         gains.append(_mean_of(two) - max(map(_mean_of, alone)))
         shares.append(np.mean(two[:, 0] > two[:, 1]))
     return float(np.mean(np.minimum(shares, 1 - np.array(shares)))) if np.mean(gains) > 0 else 0.0

@@ -126,7 +126,16 @@ def read_npz(path: PathLike, what: str, *, needed: Sequence[str] = ()) -> dict[s
 def write_npz(
     path: PathLike, state: Mapping[str, object], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Write arrays by their names, and as ``state`` what JSON can say of them, or nothing."""
+    """Write an ``.npz`` file that :func:`read_npz` reads, atomically.
+
+    Parameters
+    ----------
+    path : path
+    state : dict
+        Kept as JSON, under the name ``state``.
+    arrays : dict of arrays
+        By their names.
+    """
     named: dict[str, Any] = dict(arrays)  # to mypy any of them could be savez's own argument
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, state=np.array(json.dumps(state)), **named)
