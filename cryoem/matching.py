@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from . import fourier, imaging, rotations
 from .density import Density
@@ -67,7 +67,9 @@ def match(
     InputError
         Images or a density of another box than the preprocessing's.
     """
-    q, scores = candidates(stack, density, preprocessing, references=references, progress=progress)
+    q, _, scores = candidates(
+        stack, density, preprocessing, references=references, progress=progress
+    )
     return stack.extended(
         MatchedStack,
         quaternions=q[:, 0],
@@ -86,9 +88,10 @@ def candidates(
     count: int = 1,
     apart_rad: float = 0.0,
     symmetry: str = "C1",
+    shifts_px: Float[np.ndarray, "n s 2"] | None = None,
     references: int = 21_600,
     progress: bool = False,
-) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c"]]:
+) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c 2"], Float[np.ndarray, "n c"]]:
     """The orientations of the references that each image correlates with best, and how well.
 
     Parameters
@@ -101,10 +104,14 @@ def candidates(
         How far apart they are at least.
     symmetry : str
         In which this is counted.
+    shifts_px : (n, s, 2) array, optional
+        Of each image, that are tried at every orientation; by default the stack's own.
 
     Returns
     -------
     quaternions : (n, count, 4) array, unit, xyzw
+    shifts_px : (n, count, 2) array
+        Of those that were tried, where the image correlates best.
     scores : (n, count) array
         Correlation coefficients; -inf where there are no more.
     """
@@ -117,7 +124,8 @@ def candidates(
         )
     stack = with_noise(stack)
     known = rotations.grid(references)
-    best = np.zeros((len(stack), count), int)
+    tried = stack.shifts_px[:, None] if shifts_px is None else shifts_px
+    best, step = np.zeros((2, len(stack), count), int)
     scores = np.full((len(stack), count), -np.inf, np.float32)
     points = group(symmetry)
     # One set of references for all optics groups: whitened by their mean. They are projected in the
@@ -137,15 +145,16 @@ def candidates(
         table[i : i + 512] = preprocessing.cut(frames).reshape(-1, table.shape[1])
     done = 0
     for part in stack.chunks(256):
-        frames = imaging.shift(part.images[:], -part.shifts_px)
+        frames = part.images[:]
         frames = frames if gain is None else imaging.apply_ctf(frames, gain)
-        prepared = preprocessing(frames, ctf=part.ctf()).reshape(len(part), -1)
-        correlation = prepared @ table.T / table.shape[1]
+        small = preprocessing.reduce(frames, ctf=part.ctf())
+        at_shifts = tried[done : done + len(part)] * (down / box)
+        correlation, at_step = _over_shifts(small, preprocessing, table, at_shifts)
         for i, row in enumerate(correlation, start=done):
             at = np.argpartition(row, -min(BEST, references))[-BEST:]
             for c in range(count):
                 best[i, c] = at[row[at].argmax()]
-                scores[i, c] = row[best[i, c]]
+                scores[i, c], step[i, c] = row[best[i, c]], at_step[i - done, best[i, c]]
                 if c + 1 == count:
                     break
                 there = np.broadcast_to(known[best[i, c]], (len(at), 4))
@@ -153,4 +162,21 @@ def candidates(
                 if not len(at):
                     break
         done += len(part)
-    return known[best], scores
+    return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
+
+
+def _over_shifts(
+    small: Float[np.ndarray, "n y x"],
+    preprocessing: Preprocessing,
+    table: Float[np.ndarray, "r p"],
+    shifts_px: Float[np.ndarray, "n s 2"],
+) -> tuple[Float[np.ndarray, "n r"], Int[np.ndarray, "n r"]]:
+    """Correlation with each reference at the best of an image's shifts, and which of them it is."""
+    best = np.full((len(small), len(table)), -np.inf, np.float32)
+    step = np.zeros(best.shape, np.int16)
+    for i in range(shifts_px.shape[1]):
+        prepared = preprocessing.cut(small, shifts_px=shifts_px[:, i]).reshape(len(small), -1)
+        correlation = prepared @ table.T / table.shape[1]
+        better = correlation > best
+        best[better], step[better] = correlation[better], i
+    return best, step

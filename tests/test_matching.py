@@ -53,6 +53,17 @@ def test_given_shifts_are_undone(density):
     np.testing.assert_array_equal(found.shifts_px, shifts)
 
 
+def test_each_images_shifts_are_tried_at_every_orientation(density):
+    known = rotations.grid(500)[::50]
+    shifts = imaging.triangular_shifts(10, 1, 4.0)
+    stack = ParticleStack(imaging.shift(project(density, known), shifts), VOXEL)
+    tried = np.stack([shifts + 5, shifts, np.zeros((10, 2))], axis=1)
+    q, at_px, scores = candidates(stack, density, WHOLE, shifts_px=tried, references=500)
+    np.testing.assert_allclose(q[:, 0], known, atol=1e-12)
+    np.testing.assert_array_equal(at_px[:, 0], shifts)
+    np.testing.assert_allclose(scores, 1, atol=1e-4)
+
+
 def test_phases_are_flipped_by_each_images_ctf(phantom, density, tmp_path):
     n = 60
     true = rotations.uniform(n, 5)
@@ -91,17 +102,17 @@ def test_candidates_are_places_of_their_own(density):
     known = rotations.grid(500)[::50]
     stack = ParticleStack(project(density, known), VOXEL)
     options = {"count": 3, "apart_rad": 0.8, "references": 500}
-    q, scores = candidates(stack, density, WHOLE, **options)
+    q, _, scores = candidates(stack, density, WHOLE, **options)
     assert q.shape == (10, 3, 4) and (np.diff(scores, axis=1) < 0).all()
     np.testing.assert_allclose(q[:, 0], known, atol=1e-12)
     np.testing.assert_allclose(q[:, 0], match(stack, density, WHOLE, references=500).quaternions)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (rotations.distance(q[:, a], q[:, b]) > 0.8).all()
     # Those that the symmetry makes one are one; where there are no more, the score says so.
-    q, scores = candidates(stack, density, WHOLE, symmetry="D2", **options)
+    q, _, scores = candidates(stack, density, WHOLE, symmetry="D2", **options)
     more = np.isfinite(scores[:, 1])
     assert more.any() and (group("D2").distance(q[:, 0], q[:, 1])[more] > 0.8).all()
-    _, scores = candidates(stack, density, WHOLE, count=2, apart_rad=4.0, references=500)
+    *_, scores = candidates(stack, density, WHOLE, count=2, apart_rad=4.0, references=500)
     assert (scores[:, 1] == -np.inf).all()
 
 

@@ -550,7 +550,7 @@ class Asked(list):
     def candidates(self, stack, density, *_, **__):
         """Nobody is found elsewhere on the sphere."""
         self.matched.append(density)
-        return stack.oriented()[:, None], np.ones((len(stack), 1))
+        return stack.oriented()[:, None], stack.shifts_px[:, None], np.ones((len(stack), 1))
 
 
 @pytest.fixture
@@ -628,7 +628,8 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
         mine = stack.half_set[0] == half_set
         other = rotations.multiply(TRUE[mine], rotations.about("x", np.pi))
         places = np.stack([wrong[mine], TRUE[mine], other], axis=1)
-        return places[:, :count], np.tile([0.5, 0.49, 0.1], (len(stack), 1))
+        shifts = np.repeat(stack.shifts_px[:, None], 3, axis=1)
+        return places[:, :count], shifts, np.tile([0.5, 0.49, 0.1], (len(stack), 1))
 
     tried = Asked()
     monkeypatch.setattr("cryoem.refinement.elsewhere.refine", tried.refine)
@@ -673,13 +674,14 @@ def test_small_particles_are_matched_by_finer_detail(monkeypatch, reach, resolut
 
     def candidates(stack, reference, preprocessing, **_):
         asked.append(preprocessing.down_px)
-        return np.zeros((1, 1, 4)), np.zeros((1, 1))
+        return np.zeros((1, 1, 4)), np.zeros((1, 1, 2)), np.zeros((1, 1))
 
     monkeypatch.setattr(elsewhere.matching, "candidates", candidates)
     box, voxel = 80, 3.0
+    one = particles(1, shifts_px=np.zeros((1, 2)))
     mask = np.zeros((box,) * 3)
     mask[box // 2 + int(reach / voxel), box // 2, box // 2] = 1
-    elsewhere._places(None, Density(mask, voxel), mask, ONE, "C1", resolution)
+    elsewhere._places(one, Density(mask, voxel), mask, ONE, "C1", resolution, np.zeros((1, 2)))
     assert asked == [2 * int(np.ceil(box * voxel / detail))]
 
 
@@ -691,12 +693,40 @@ def test_a_place_beyond_the_reach_of_the_search_is_tried_however_near(monkeypatc
     now = particles(images=images, at=off, shifts_px=SHIFTS, half_set=half_set)
 
     def candidates(stack, *_, **__):
-        return TRUE[stack.half_set[0] == half_set][:, None], np.ones((len(stack), 1))
+        there = TRUE[stack.half_set[0] == half_set][:, None]
+        return there, stack.shifts_px[:, None], np.ones((len(stack), 1))
 
     monkeypatch.setattr("cryoem.matching.candidates", candidates)
     search = Search(starts=1, spread_rad=0.3, steps=0)
     found, _ = found_again(now, now, search=search)
     np.testing.assert_allclose(found.oriented(), TRUE, atol=1e-14)
+
+
+def test_a_particle_is_sought_wherever_in_the_frame_others_are():
+    """One that began at a wrong shift was never found: only the sphere was searched."""
+    far = np.random.default_rng(7).uniform(-7, 7, (N, 2))
+    images = imaging.shift(SHARP.project(TRUE, BOX, VOXEL).astype(np.float32), far)
+    images, _ = noisy(1.0, images=images)
+    lost = np.arange(N) % 9 == 0
+    at = np.where(lost[:, None], off(TRUE, 2.0), TRUE)
+    shifts = np.where(lost[:, None], -far, far)
+    half_set = np.arange(N) % 2 + 1
+    now = particles(images=images, at=at, shifts_px=shifts, half_set=half_set)
+    found, _ = found_again(now, now)
+    error = rotations.distance(found.oriented(), TRUE)
+    assert np.mean(error[lost] < 0.2) > 0.9
+    assert np.median(np.linalg.norm(found.shifts_px - far, axis=1)[lost]) < 0.5
+    np.testing.assert_allclose(error[~lost], 0, atol=1e-7)  # those stay
+
+
+@pytest.mark.parametrize(("reach", "tried"), [(0.9, 1), (1.9, 9), (4.0, 21), (8.0, 69)])
+def test_shifts_are_tried_as_far_as_particles_lie_off_the_middle(reach, tried):
+    angle = np.linspace(0, 2 * np.pi, 100)
+    shifts = reach * np.column_stack([np.cos(angle), np.sin(angle)])
+    shifts[:4] = 30.0  # however far a few lie
+    positions = elsewhere._positions(np.array([1.0, -2.0]) + shifts, 2.0)
+    assert len(positions) == tried
+    assert (np.linalg.norm(positions - [1, -2], axis=1) < reach + 1.5).all()
 
 
 def test_halves_are_refined_apart_but_share_what_is_coarse(asked):

@@ -272,6 +272,7 @@ class Start:
         *,
         volumes: Float[np.ndarray, "c m m m"] | None = None,
         resolution_angstrom: float | None = None,
+        judged: bool = False,
     ) -> Expected:
         """Find where some images lie, and keep their shifts.
 
@@ -285,8 +286,10 @@ class Start:
         volumes : (c, m, m, m) array, optional
             By default the maps as they are, within their mask.
         resolution_angstrom : float, optional
-            By default that of the last round. Where it is given, maps are to be compared: all that
-            the images have then counts as noise, whatever each map explains of it.
+            By default that of the last round.
+        judged : bool
+            Maps are to be compared: all that the images have counts as noise, whatever each map
+            explains of it.
         """
         finest = resolution_angstrom or self.resolution_angstrom
         part, used = self.images.select(rows), self.images.count(finest)
@@ -294,7 +297,7 @@ class Start:
             volumes = self.volumes * self.mask()
         frequencies = self.images.slices.frequencies[:used]
         references = _slices_of_each(volumes, frequencies, grid)
-        gain = self._gain(used, judged=resolution_angstrom is not None)
+        gain = self._gain(used, judged=judged)
         steps = self._steps(near=False)
         near = self._steps(near=True)
         spread = self.spread_px

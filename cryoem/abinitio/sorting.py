@@ -186,6 +186,8 @@ def _evidence_of(
     rows, grid, found = np.arange(len(images)), start.random_grid(), []
     for volume in start.volumes * start.mask():
         at = start.on(images)  # of which nothing is known
-        seen = at.look(rows, grid, volumes=volume[None], resolution_angstrom=resolution_angstrom)
+        seen = at.look(
+            rows, grid, volumes=volume[None], resolution_angstrom=resolution_angstrom, judged=True
+        )
         found.append(seen.evidence)
     return np.stack(found, axis=1)

@@ -257,7 +257,8 @@ def _evidence(start: Start, resolution_angstrom: float | None = None) -> float:
     """How likely a start's maps make its images."""
     grid = rotations.grid(start.schedule.orientations[1])
     resolution = resolution_angstrom or start.resolution_angstrom
-    return float(start.look(judges(start), grid, resolution_angstrom=resolution).evidence.mean())
+    found = start.look(judges(start), grid, resolution_angstrom=resolution, judged=True)
+    return float(found.evidence.mean())
 
 
 def judges(start: Start) -> Int[np.ndarray, " m"]:

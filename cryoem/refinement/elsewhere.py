@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,9 +29,14 @@ __all__ = ["found_again"]
 COARSE, PERIODS, COARSEST = (10.0, 15.0), 6, 4
 #: Among how many orientations, spread evenly.
 REFERENCES = 21_600
+#: Where in its frame a particle lies, wherever others do, is asked of coarser detail (angstrom), so
+#: far apart in it, among fewer orientations; the likeliest few places are then tried.
+LOCATED, APART, FEW, LIKELY = 20.0, 3 / 8, 4608, 5
 #: At how many places on the sphere, at most, a particle is tried, how much less likely than the
 #: best of them, in logarithm, one may be, and how many are refined to the end.
 PLACES, WORTH, REFINED = 10, 8.0, 3
+#: Percentage of the particles that lie no farther off the middle of their frames.
+MOST = 95
 #: Particles that are tried together: of images in memory, each place takes a copy.
 AT_ONCE = 500
 
@@ -47,11 +52,12 @@ def found_again(
     symmetry: str,
     scheduler: str | Client | None,
 ) -> tuple[ParticleStack, float]:
-    """Bring particles to where they are likelier on the sphere, with the shifts that were given.
+    """Bring particles to where they are likelier, on the sphere and in their frames.
 
     Tried is where they match best, and about as well: of a particle that looks much the same from
     behind, coarse detail does not say which. Of those, the few that are likeliest once refined
-    against detail of twice the resolution are refined to the end.
+    against detail of twice the resolution are refined to the end. Shifts that are tried are the
+    given one, and those that coarse detail finds likely, as far from the middle as particles lie.
 
     Parameters
     ----------
@@ -59,7 +65,7 @@ def found_again(
         With half-sets, where refinement has left them.
     given : ParticleStack
         The same with the shifts of the beginning: where a particle wrongly lies, its shift has been
-        led astray too.
+        led astray too, by then or already there.
     references : two of Density
         That half-set 1 and half-set 2 are judged by.
     mask : (m, m, m) array
@@ -79,10 +85,11 @@ def found_again(
     """
     given = given.replace(noise=stack.noise)
     q, shifts, points = stack.oriented().copy(), stack.shifts_px.copy(), group(symmetry)
+    everywhere = _positions(shifts, LOCATED * APART / stack.pixel_size_angstrom)
     for half, reference in zip((1, 2), references, strict=True):
         mine = stack.half(half)
-        places, likely = _places(
-            given.select(mine), reference, mask, search, symmetry, resolution_angstrom
+        places, moved_px, likely = _places(
+            given.select(mine), reference, mask, search, symmetry, resolution_angstrom, everywhere
         )
         known = np.broadcast_to(q[mine][:, None], places.shape)
         apart = points.distance(places.reshape(-1, 4), known.reshape(-1, 4))
@@ -93,7 +100,7 @@ def found_again(
             part = some[i : i + AT_ONCE]
             image, place = np.nonzero(worth[part])
             at = given.select(mine[part][image])
-            at = at.with_poses(places[part][image, place], at.shifts_px)
+            at = at.with_poses(places[part][image, place], moved_px[part][image, place])
             here = stack.select(mine[part])
             found = _better(here, at, image, refined, resolution_angstrom, search)
             rows = mine[part][found[0]]
@@ -144,6 +151,16 @@ def _likeliest(
     return np.sort(order[worth])
 
 
+def _positions(shifts_px: Float[np.ndarray, "n 2"], step_px: float) -> Float[np.ndarray, "s 2"]:
+    """Where in their frames particles lie, all but a few of them: a grid about the middle."""
+    middle = np.median(shifts_px, axis=0)
+    reach = np.percentile(np.linalg.norm(shifts_px - middle, axis=1), MOST)
+    most = int(reach / step_px + 0.5)
+    steps = np.arange(-most, most + 1) * step_px
+    grid = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+    return middle + grid[np.linalg.norm(grid, axis=1) <= reach + step_px / 2]
+
+
 def _places(
     stack: ParticleStack,
     reference: Density,
@@ -151,23 +168,33 @@ def _places(
     search: Search,
     symmetry: str,
     resolution_angstrom: float,
-) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c"]]:
+    everywhere_px: Float[np.ndarray, "s 2"],
+) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c 2"], Float[np.ndarray, "n c"]]:
     """Where particles match best, and the logarithm of the likelihood there; -inf: no place."""
     box, voxel = reference.box_px, reference.voxel_size_angstrom
     # Beyond the mask hardly anything of a reference is to be compared.
     reach = np.abs(np.argwhere(mask) - box // 2).max()
+
+    def by_detail(angstrom: float) -> Preprocessing:
+        small = min(box, max(16, 2 * int(np.ceil(box * voxel / angstrom))))
+        crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
+        return Preprocessing(box, small, crop, voxel)
+
+    apart: dict[str, Any] = {"apart_rad": 2 * search.spread_rad, "symmetry": symmetry}
+    shifts = stack.shifts_px[:, None]
+    tried = np.broadcast_to(everywhere_px, (len(stack), *everywhere_px.shape))
+    if len(everywhere_px) > LIKELY:
+        coarse = by_detail(max(resolution_angstrom, LOCATED))
+        _, tried, _ = matching.candidates(
+            stack, reference, coarse, count=LIKELY, shifts_px=tried, references=FEW, **apart
+        )
+    if not np.allclose(tried, shifts):
+        shifts = np.concatenate([shifts, tried], axis=1)
     detail = max(resolution_angstrom, float(np.clip(reach * voxel / PERIODS, *COARSE)))
-    small = min(box, max(16, 2 * int(np.ceil(box * voxel / detail))))
-    crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
-    places, scores = matching.candidates(
-        stack,
-        reference,
-        Preprocessing(box, small, crop, voxel),
-        count=PLACES,
-        apart_rad=2 * search.spread_rad,
-        symmetry=symmetry,
-        references=REFERENCES,
+    finer = by_detail(detail)
+    places, shifts, scores = matching.candidates(
+        stack, reference, finer, count=PLACES, shifts_px=shifts, references=REFERENCES, **apart
     )
     # Of normalised images in noise.
-    likely = crop**2 / 2 * np.maximum(scores, 0) ** 2
-    return places, np.where(np.isfinite(scores), likely, -np.inf)
+    likely = finer.crop_px**2 / 2 * np.maximum(scores, 0) ** 2
+    return places, shifts, np.where(np.isfinite(scores), likely, -np.inf)

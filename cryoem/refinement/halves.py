@@ -114,9 +114,10 @@ def refine_halves(
     mask that leaves out what noise hides, every shell weighted by the FSC of the two (the Wiener
     filter of a half-map), and only to where the FSC, corrected for its own mask, falls below 0.143.
     What is coarser than ``joined_angstrom`` the references share, so that their frames stay
-    together. Where orientations have settled, particles that are likelier elsewhere on the sphere
-    are brought there, by the map of their own half; if more than one in a hundred, the rounds go
-    on. At the end it is by the other half's map, and all are refined against the map of all.
+    together. Where orientations have settled, particles that are likelier elsewhere, on the sphere
+    and in their frames, are brought there, by the map of their own half; if more than one in a
+    hundred, the rounds go on. At the end it is by the other half's map, and all are refined against
+    the map of all.
 
     Parameters
     ----------
