@@ -13,7 +13,7 @@ from .particles import PER_PARTICLE, ParticleStack
 from .preprocessing import Preprocessing
 from .projection import project
 from .surveying import with_noise
-from .symmetry import group
+from .symmetry import Group, group
 
 __all__ = ["MatchedStack", "candidates", "match"]
 
@@ -150,19 +150,31 @@ def candidates(
         small = preprocessing.reduce(frames, ctf=part.ctf())
         at_shifts = tried[done : done + len(part)] * (down / box)
         correlation, at_step = _over_shifts(small, preprocessing, table, at_shifts)
-        for i, row in enumerate(correlation, start=done):
-            at = np.argpartition(row, -min(BEST, references))[-BEST:]
-            for c in range(count):
-                best[i, c] = at[row[at].argmax()]
-                scores[i, c], step[i, c] = row[best[i, c]], at_step[i - done, best[i, c]]
-                if c + 1 == count:
-                    break
-                there = np.broadcast_to(known[best[i, c]], (len(at), 4))
-                at = at[points.distance(known[at], there) > apart_rad]
-                if not len(at):
-                    break
+        for i, row in enumerate(correlation):
+            at = _best_apart(row, known, count, apart_rad, points)
+            best[done + i, : len(at)] = at
+            scores[done + i, : len(at)], step[done + i, : len(at)] = row[at], at_step[i, at]
         done += len(part)
     return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
+
+
+def _best_apart(
+    correlation: Float[np.ndarray, " r"],
+    known: Float[np.ndarray, "r 4"],
+    count: int,
+    apart_rad: float,
+    points: Group,
+) -> list[int]:
+    """Which references correlate best, so far apart from each other; the best first."""
+    found: list[int] = []
+    at = np.argpartition(correlation, -min(BEST, len(known)))[-BEST:]
+    while len(at):
+        found.append(int(at[correlation[at].argmax()]))
+        if len(found) == count:
+            break
+        there = np.broadcast_to(known[found[-1]], (len(at), 4))
+        at = at[points.distance(known[at], there) > apart_rad]
+    return found
 
 
 def _over_shifts(
