@@ -184,11 +184,15 @@ def _over_shifts(
     shifts_px: Float[np.ndarray, "n s 2"],
 ) -> tuple[Float[np.ndarray, "n r"], Int[np.ndarray, "n r"]]:
     """Correlation with each reference at the best of an image's shifts, and which of them it is."""
-    best = np.full((len(small), len(table)), -np.inf, np.float32)
+
+    def at(shift_px: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n r"]:
+        prepared = preprocessing.cut(small, shifts_px=shift_px).reshape(len(small), -1)
+        return prepared @ table.T / table.shape[1]
+
+    best = at(shifts_px[:, 0])
     step = np.zeros(best.shape, np.int16)
-    for i in range(shifts_px.shape[1]):
-        prepared = preprocessing.cut(small, shifts_px=shifts_px[:, i]).reshape(len(small), -1)
-        correlation = prepared @ table.T / table.shape[1]
-        better = correlation > best
-        best[better], step[better] = correlation[better], i
+    for i in range(1, shifts_px.shape[1]):
+        correlation = at(shifts_px[:, i])
+        step[correlation > best] = i
+        np.maximum(best, correlation, out=best)
     return best, step

@@ -256,8 +256,7 @@ def likeliest(starts: list[Start]) -> Start:
 def _evidence(start: Start, resolution_angstrom: float | None = None) -> float:
     """How likely a start's maps make its images."""
     grid = rotations.grid(start.schedule.orientations[1])
-    resolution = resolution_angstrom or start.resolution_angstrom
-    found = start.look(judges(start), grid, resolution_angstrom=resolution, judged=True)
+    found = start.look(judges(start), grid, resolution_angstrom=resolution_angstrom, judged=True)
     return float(found.evidence.mean())
 
 

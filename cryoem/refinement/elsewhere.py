@@ -1,4 +1,4 @@
-"""Particles that are likelier elsewhere on the sphere than where refinement has left them."""
+"""Particles that are likelier elsewhere than where refinement has left them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def found_again(
     everywhere = _positions(shifts, LOCATED * APART / stack.pixel_size_angstrom)
     for half, reference in zip((1, 2), references, strict=True):
         mine = stack.half(half)
-        places, moved_px, likely = _places(
+        places, there_px, likely = _places(
             given.select(mine), reference, mask, search, symmetry, resolution_angstrom, everywhere
         )
         known = np.broadcast_to(q[mine][:, None], places.shape)
@@ -100,7 +100,7 @@ def found_again(
             part = some[i : i + AT_ONCE]
             image, place = np.nonzero(worth[part])
             at = given.select(mine[part][image])
-            at = at.with_poses(places[part][image, place], moved_px[part][image, place])
+            at = at.with_poses(places[part][image, place], there_px[part][image, place])
             here = stack.select(mine[part])
             found = _better(here, at, image, refined, resolution_angstrom, search)
             rows = mine[part][found[0]]
