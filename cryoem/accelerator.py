@@ -1,8 +1,9 @@
-"""A GPU for the likelihoods of ab initio, where one is asked for: chosen here alone.
+"""A GPU for ab initio and reconstruction, where one is asked for: chosen here alone.
 
 With the environment variable ``CRYOEM_DEVICE`` at ``gpu`` arrays are CuPy's and NUFFTs cufinufft's,
-else NumPy's and finufft's, by the same calls. Networks go by Keras's own rules: a GPU that its
-backend sees (``KERAS_BACKEND``) is used.
+else NumPy's and finufft's, by the same calls: of likelihoods, of back-projection and the conjugate
+gradients after it, and of the search for how maps lie on each other. Networks go by Keras's own
+rules: a GPU that its backend sees (``KERAS_BACKEND``) is used.
 """
 
 import os
@@ -11,10 +12,23 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import scipy.fft
+from scipy import ndimage
 
 from .errors import InputError, MissingToolError
 
-__all__ = ["VARIABLE", "arrays", "gpu", "host", "nufft3d1", "nufft3d2", "sparse"]
+__all__ = [
+    "VARIABLE",
+    "arrays",
+    "gpu",
+    "host",
+    "irfftn",
+    "map_coordinates",
+    "nufft3d1",
+    "nufft3d2",
+    "rfftn",
+    "sparse",
+]
 
 #: The environment variable that asks for it: cpu, the default, or gpu.
 VARIABLE = "CRYOEM_DEVICE"
@@ -62,13 +76,15 @@ def host(array: Any) -> np.ndarray:
     return import_module("cupy").asnumpy(array) if gpu() else np.asarray(array)
 
 
-def nufft3d1(points: list[Any], values: Any, shape: tuple[int, int, int], **options: Any) -> Any:
-    """Sum points' values into a cube of modes, on one thread or a GPU."""
+def nufft3d1(
+    points: list[Any], values: Any, shape: tuple[int, int, int], *, threads: int = 1, **options: Any
+) -> Any:
+    """Sum points' values into a cube of modes."""
     if gpu():
         return import_module("cufinufft").nufft3d1(*points, values, shape, **options)
     import finufft
 
-    return finufft.nufft3d1(*points, values, shape, nthreads=1, showwarn=0, **options)
+    return finufft.nufft3d1(*points, values, shape, nthreads=threads, showwarn=0, **options)
 
 
 def nufft3d2(points: list[Any], values: Any, **options: Any) -> Any:
@@ -78,3 +94,26 @@ def nufft3d2(points: list[Any], values: Any, **options: Any) -> Any:
     import finufft
 
     return finufft.nufft3d2(*points, values, nthreads=1, showwarn=0, **options)
+
+
+def rfftn(array: Any, *, workers: int) -> Any:
+    """Transform a real array, which may be overwritten."""
+    if gpu():
+        return import_module("cupyx.scipy.fft").rfftn(array)
+    return scipy.fft.rfftn(array, workers=workers, overwrite_x=True)
+
+
+def irfftn(array: Any, shape: tuple[int, ...], *, workers: int) -> Any:
+    """Transform back to a real array of some shape; what is transformed may be overwritten."""
+    if gpu():
+        return import_module("cupyx.scipy.fft").irfftn(array, s=shape)
+    return scipy.fft.irfftn(array, s=shape, workers=workers, overwrite_x=True)
+
+
+def map_coordinates(array: Any, at: np.ndarray, *, order: int) -> np.ndarray:
+    """Interpolate an array's spline, its coefficients given, at points in the computer's memory."""
+    if gpu():
+        theirs = import_module("cupyx.scipy.ndimage")
+        at = arrays().asarray(at)
+        return host(theirs.map_coordinates(array, at, order=order, prefilter=False))
+    return ndimage.map_coordinates(array, at, order=order, prefilter=False)

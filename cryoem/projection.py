@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import fourier, rotations, threads
+from . import accelerator, fourier, rotations, threads
 from .density import Density
 from .errors import InputError, MissingToolError
 from .imaging import check_images
@@ -100,25 +100,21 @@ class Slices:
         -------
         (modes, modes, modes) float32 array
         """
-        import finufft
-
         modes = density_box_px if modes is None else modes
-        z, y, x = self.points(quaternions, density_box_px)
+        points = slice_points(self.frequencies, quaternions, density_box_px, accelerator.arrays())
         strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
         # The finer of finufft's two internal grids would take gigabytes at twice the box.
         upsampling = 1.25 if modes > density_box_px else 2.0
-        return finufft.nufft3d1(
-            z,
-            y,
-            x,
-            strengths,
+        found = accelerator.nufft3d1(
+            points,
+            accelerator.arrays().asarray(strengths),
             (modes,) * 3,
+            threads=threads.count(),
             eps=ACCURACY,
             isign=+1,
             upsampfac=upsampling,
-            nthreads=threads.count(),
-            showwarn=0,
-        ).real
+        )
+        return accelerator.host(found.real)
 
     @property
     def at_once(self) -> int:

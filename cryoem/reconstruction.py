@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.spatial.transform import Rotation
 
-from . import fourier, projection, rotations, surveying, workers
+from . import accelerator, fourier, projection, rotations, surveying, workers
 from .density import Density
 from .errors import InputError
 from .imaging import check_images
@@ -232,14 +232,16 @@ def least_squares(
     else:
         spectrum += np.float32(damping)
     within = np.float32(1) if support is None else support
+    xp = accelerator.arrays()
+    there = xp.asarray(spectrum)
 
     def normal(v: np.ndarray) -> np.ndarray:
-        padded = np.zeros((edge,) * 3, np.float32)
-        padded[:size, :size, :size] = within * v.reshape(right.shape)
-        transformed = scipy.fft.rfftn(padded, workers=workers, overwrite_x=True)
-        transformed *= spectrum
-        back = scipy.fft.irfftn(transformed, s=padded.shape, workers=workers, overwrite_x=True)
-        return (within * back[:size, :size, :size]).ravel()
+        padded = xp.zeros((edge,) * 3, np.float32)
+        padded[:size, :size, :size] = xp.asarray(within * v.reshape(right.shape))
+        transformed = accelerator.rfftn(padded, workers=workers)
+        transformed *= there
+        back = accelerator.irfftn(transformed, padded.shape, workers=workers)
+        return (within * accelerator.host(back[:size, :size, :size])).ravel()
 
     values, _ = cg(
         LinearOperator((right.size,) * 2, matvec=normal, dtype=np.float32),

@@ -10,8 +10,10 @@ import types
 import finufft
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.sparse
 from measures import QUICK
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from cryoem import (
@@ -25,6 +27,7 @@ from cryoem import (
     load_density,
     maps,
     project,
+    reconstruct,
     rotations,
     simulate,
     threads,
@@ -113,13 +116,13 @@ class Cupy:
         return np.asarray(array).view(np.ndarray)
 
 
-def nufft_on_device(function):
-    def called(*arguments, eps, isign, upsampfac=2.0):
+def called_on_device(function, **always):
+    """A function of arrays of the GPU, and of no other."""
+
+    def called(*arguments, **options):
         on_device(*arguments)
         plain = [a.view(np.ndarray) if isinstance(a, OnDevice) else a for a in arguments]
-        return moved_to_device(
-            function(*plain, eps=eps, isign=isign, upsampfac=upsampfac, nthreads=1, showwarn=0)
-        )
+        return moved_to_device(function(*plain, **options, **always))
 
     return called
 
@@ -136,9 +139,16 @@ class OnDeviceCsr(scipy.sparse.csr_matrix):
 def gpu(monkeypatch):
     """NumPy and finufft under the names of CuPy and cufinufft, and with their calls."""
     cufinufft = types.SimpleNamespace(
-        nufft3d1=nufft_on_device(finufft.nufft3d1), nufft3d2=nufft_on_device(finufft.nufft3d2)
+        nufft3d1=called_on_device(finufft.nufft3d1, nthreads=1, showwarn=0),
+        nufft3d2=called_on_device(finufft.nufft3d2, nthreads=1, showwarn=0),
     )
     sparse = types.SimpleNamespace(csr_matrix=OnDeviceCsr)
+    transforms = types.SimpleNamespace(
+        rfftn=called_on_device(scipy.fft.rfftn), irfftn=called_on_device(scipy.fft.irfftn)
+    )
+    splines = types.SimpleNamespace(map_coordinates=called_on_device(ndimage.map_coordinates))
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.fft", transforms)
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.ndimage", splines)
     monkeypatch.setitem(sys.modules, "cupy", Cupy())
     monkeypatch.setitem(sys.modules, "cufinufft", cufinufft)
     monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse", sparse)
@@ -197,6 +207,23 @@ def test_a_gpu_goes_the_same_way(request):
     assert type(there.volumes) is np.ndarray
     assert np.corrcoef(here.volumes.ravel(), there.volumes.ravel())[0, 1] > 0.99
     assert np.median(np.abs(there.offsets_px - here.offsets_px).max(axis=1)) < 1e-6
+
+
+def test_maps_are_made_and_laid_the_same_way_on_a_gpu(request):
+    stack = simulate(phantom(), 60, 0, snr=1.0, max_shift_px=1, defocus_range_angstrom=(8e3, 2e4))
+    turned = maps.turned(phantom(), rotations.uniform(1, 0)[0])
+
+    def made():
+        density = reconstruct(stack)
+        return density.values, maps.register(turned, density, allow_mirror=False)
+
+    here, laid = made()
+    request.getfixturevalue("gpu")
+    there, again = made()
+    assert type(there) is np.ndarray
+    assert np.allclose(there, here, atol=1e-3 * np.abs(here).max())
+    assert rotations.distance(again.quaternion, laid.quaternion) < 1e-2
+    assert again.correlation == pytest.approx(laid.correlation, abs=1e-3)
 
 
 def test_where_a_gpu_is_asked_for_and_not_there(monkeypatch):

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.optimize import least_squares, minimize
 from scipy.spatial.transform import Rotation
 
-from .. import fourier, rotations, threads
+from .. import accelerator, fourier, rotations, threads
 from ..density import Density
 from ..errors import InputError
 from .shells import common_box, of_half_spectrum
@@ -114,15 +114,20 @@ class Spectrum:
         self.n = values.shape[0]
         padded = fourier.crop_or_pad(values, (2 * self.n,) * 3)
         f = scipy.fft.fftshift(scipy.fft.fftn(scipy.fft.ifftshift(padded), workers=fourier.WORKERS))
-        self._linear = [f.real.copy(), f.imag.copy()]
-        self._cubic = [ndimage.spline_filter(part, output=np.float32) for part in self._linear]
+        linear = [f.real.copy(), f.imag.copy()]
+        cubic = [ndimage.spline_filter(part, output=np.float32) for part in linear]
+        # What is interpolated, by the order of the splines.
+        self._parts = {
+            order: [accelerator.arrays().asarray(part) for part in parts]
+            for order, parts in ((1, linear), (3, cubic))
+        }
 
     def at(self, k: Float[np.ndarray, "*m 3"], *, quick: bool = False) -> Complex[np.ndarray, "*m"]:
         """Transform at frequencies xyz, cycles per box."""
         at = np.moveaxis(2 * k[..., ::-1] + self.n, -1, 0)
-        parts, order = (self._linear, 1) if quick else (self._cubic, 3)
+        order = 1 if quick else 3
         real, imaginary = (
-            ndimage.map_coordinates(part, at, order=order, prefilter=False) for part in parts
+            accelerator.map_coordinates(part, at, order=order) for part in self._parts[order]
         )
         return real + 1j * imaginary
 
