@@ -126,7 +126,7 @@ def candidates(
     known = rotations.grid(references)
     tried = stack.shifts_px[:, None] if shifts_px is None else shifts_px
     best, step = np.zeros((2, len(stack), count), int)
-    scores = np.full((len(stack), count), -np.inf, np.float32)
+    scores = np.empty((len(stack), count), np.float32)
     points = group(symmetry)
     # One set of references for all optics groups: whitened by their mean. They are projected in the
     # pixels in which they are compared.
@@ -150,31 +150,40 @@ def candidates(
         small = preprocessing.reduce(frames, ctf=part.ctf())
         at_shifts = tried[done : done + len(part)] * (down / box)
         correlation, at_step = _over_shifts(small, preprocessing, table, at_shifts)
-        for i, row in enumerate(correlation):
-            at = _best_apart(row, known, count, apart_rad, points)
-            best[done + i, : len(at)] = at
-            scores[done + i, : len(at)], step[done + i, : len(at)] = row[at], at_step[i, at]
+        rows = slice(done, done + len(part))
+        best[rows], scores[rows] = _best_apart(correlation, known, count, apart_rad, points)
+        step[rows] = np.take_along_axis(at_step, best[rows], axis=1)
         done += len(part)
     return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
 
 
 def _best_apart(
-    correlation: Float[np.ndarray, " r"],
+    correlation: Float[np.ndarray, "n r"],
     known: Float[np.ndarray, "r 4"],
     count: int,
     apart_rad: float,
     points: Group,
-) -> list[int]:
-    """Which references correlate best, so far apart from each other; the best first."""
-    found: list[int] = []
-    at = np.argpartition(correlation, -min(BEST, len(known)))[-BEST:]
-    while len(at):
-        found.append(int(at[correlation[at].argmax()]))
-        if len(found) == count:
+) -> tuple[Int[np.ndarray, "n c"], Float[np.ndarray, "n c"]]:
+    """Which references each image correlates with best, so far apart from each other, and how well.
+
+    The best first; -inf where there are no more.
+    """
+    most = min(BEST, len(known))
+    at = np.argpartition(correlation, -most, axis=1)[:, -most:]
+    left, q = np.take_along_axis(correlation, at, axis=1), known[at]
+    rows = np.arange(len(at))
+    found = np.empty((len(at), count), int)
+    scores = np.empty((len(at), count), np.float32)
+    for i in range(count):
+        best = left.argmax(axis=1)
+        found[:, i], scores[:, i] = at[rows, best], left[rows, best]
+        if i == count - 1:
             break
-        there = np.broadcast_to(known[found[-1]], (len(at), 4))
-        at = at[points.distance(known[at], there) > apart_rad]
-    return found
+        orbit = rotations.multiply(points.elements, q[rows, best][:, None])
+        cosine = np.abs(q @ orbit.transpose(0, 2, 1)).max(axis=2)  # of half the distance
+        left[cosine > np.cos(apart_rad / 2)] = -np.inf
+        left[rows, best] = -np.inf
+    return found, scores
 
 
 def _over_shifts(

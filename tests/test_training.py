@@ -425,11 +425,16 @@ def test_the_recipe_ends_with_an_encoder_of_centred_images(preprocessing, shifte
     assert kept == [(384, 3, 6e-3, 0.0, 2, False), (256, 4, 2e-3, 1.0, 3, True)]
 
 
-def test_what_is_not_shifted_needs_one_network(preprocessing, source):
+def test_what_is_not_shifted_needs_one_network(preprocessing, source, monkeypatch):
+    step, traced = keras.Model.train_step, []
+    monkeypatch.setattr(
+        keras.Model, "train_step", lambda model, data: traced.append(model) or step(model, data)
+    )
     network = Estimator.create(preprocessing)
     history = estimator.train(network, source, images=256, progress=False)
     assert network.shift_network is None and len(history["loss"]) == 2
     assert len(estimator.train(network, source, images=1, progress=False)["loss"]) == 1
+    assert len(traced) == 6  # three runs and their calibrations, each once: seconds every time
 
 
 def test_the_broad_ranges_are_those_of_what_ships():

@@ -6,6 +6,7 @@ Both sides of a pair share one encoder, so a batch of ``n`` images is embedded o
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -48,6 +49,12 @@ def pair_distances(features: Float[Tensor, "n f"], head: str) -> Float[Tensor, "
     return ops.arccos(ops.clip(2 * product - 1, -1 + 1e-6, 1 - 1e-6))
 
 
+@functools.cache
+def _evening(symmetry: str) -> Float[np.ndarray, " bins"]:
+    """The weights of distances, in bins: a second's work."""
+    return group(symmetry).inverse_density(64).astype(np.float32)
+
+
 class PairLoss(keras.losses.Loss):
     """``L_DE``: weighted mean of ``(d_p - d)^2`` over the pairs of a batch.
 
@@ -79,7 +86,7 @@ class PairLoss(keras.losses.Loss):
         super().__init__(name=name)
         self.head, self.pairs, self.noise_weight = head, pairs, noise_weight
         self.group = group(symmetry)
-        self.table = self.group.inverse_density(64).astype(np.float32)
+        self.table = _evening(symmetry)
 
     def compare(
         self, targets: Float[Tensor, "n t"], features: Float[Tensor, "n f"]

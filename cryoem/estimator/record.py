@@ -43,10 +43,7 @@ class Record(keras.callbacks.Callback):
 
     def restore(self, encoder: keras.Model) -> int:
         """Set weights, optimizer and history where a run is found; return the epochs done."""
-        if self.path is None:
-            return 0
-        encoder.optimizer.build(encoder.trainable_variables)
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return 0
         what = "a whole checkpoint"
         arrays = files.read_npz(self.path, what, needed=["state"])

@@ -235,9 +235,11 @@ def fit(
     encoder.compile(
         optimizer=_optimizer(optimizer, schedule, learning_rate, epochs * steps),
         loss=objective,
-        metrics=[objective.mae_rad],
+        metrics=[keras.metrics.MeanMetricWrapper(objective.mae_rad, name="mae_rad")],
         jit_compile=False,
     )
+    # So all variables are there: Keras would trace a step twice to make them.
+    encoder.optimizer.build(encoder.trainable_variables)
     settings = {
         "images": images, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
         "optimizer": optimizer, "schedule": schedule, "pairs": pairs, "noise_weight": noise_weight,
