@@ -3,11 +3,14 @@
 A cell is a condition of imaging; each particle and seed of it is a record (images and starts depend
 on the seed). Nothing but the images enters; the truth is looked at when all is done. Particles are
 those that ship and whatever models or maps are named: ``python benchmarks/abinitio.py 4jsv
-complex.pdb.gz:C2 map.mrc``. It goes on where it was interrupted.
+complex.pdb.gz:C2 map.mrc``. With ``--aspire`` noiseless images of particles without symmetry are
+also oriented by ASPIRE's common lines (``CLSync3N``, its settings as they come), and refined as ours
+are. It goes on where it was interrupted.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,9 +25,11 @@ from cryoem import (
     classify,
     evaluation,
     load_density,
+    read_particles,
     refine_halves,
     report,
     simulate,
+    write_particles,
 )
 from cryoem.io import files
 
@@ -48,6 +53,8 @@ JUNK = {"two proteins": (0.5, 0.0), "contaminants": (0.15, 0.15)}
 BOX, VOXEL = 116, 3.67
 #: Mean error after refinement, radians, below which a run without noise is right.
 NOISELESS = 0.005
+#: Box that the common lines are sought in: half of the images'.
+BOX_OF_LINES = 58
 KIND = "cryoemKind"
 KEPT = Path("results/bench-abinitio")
 
@@ -97,6 +104,68 @@ def sorted_well(classes, kind):
     }
 
 
+def by_common_lines(source: str, cell: str, seed: int, refined: bool) -> dict:
+    """The record of ASPIRE's synchronised common lines; the refinement after it is ours."""
+    from aspire.abinitio import CLSync3N
+    from aspire.source import OrientedSource, RelionSource
+
+    density = density_of(source)
+    truth = seen(density, source, cell, seed)
+    unknown = truth.without_poses().replace(noise=None)
+    wall, cpu = time.monotonic(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        images, oriented = Path(folder) / "seen.star", Path(folder) / "oriented.star"
+        write_particles(images, unknown)
+        theirs = RelionSource(str(images), data_folder=folder, pixel_size=VOXEL)
+        theirs = theirs.downsample(BOX_OF_LINES).normalize_background().cache()
+        OrientedSource(theirs, CLSync3N(theirs, seed=seed)).save(str(oriented), save_mode="single")
+        q = read_particles(oriented).oriented()
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    record = {
+        **told(source, cell, seed, truth, "common lines (ASPIRE)"), "cpu_seconds": cpu,
+        "wall_seconds": wall, "peak_memory_gb": report.peak_memory_gb(),
+    }  # fmt: skip
+    return judged(record, unknown.with_poses(q), truth, density, "C1", "C1", refined)
+
+
+def told(name, cell, seed, truth, method):
+    """What a record is of."""
+    return {
+        "particle": Path(name).name.partition(".")[0],
+        "n": len(truth),
+        "snr": "inf" if cell == "noiseless" else CELLS[cell][1],
+        "condition": cell,
+        "method": method,
+        "seed": seed,
+    }
+
+
+def judged(record, found, truth, density, symmetry, assumed, refined):
+    """A record, and how far off the orientations are: as they were found, and refined."""
+    own = truth.columns[KIND] == 0 if KIND in truth.columns else slice(None)
+
+    def errors_of(stack):
+        return evaluation.orientation_errors(
+            stack.quaternions[own], truth.quaternions[own], symmetry=symmetry
+        )
+
+    errors = errors_of(found)
+    record |= {"one_sided_error_rad": errors.mean_rad, "median_rad": errors.median_rad}
+    record["far_fraction"] = errors.far_fraction
+    right = NOISELESS
+    if truth.noise is not None:
+        record["bound_mean_rad"] = records.limit(density, truth)
+        right = 2 * record["bound_mean_rad"]
+    if refined:
+        errors = errors_of(refine_halves(found, symmetry=assumed, seed=record["seed"]).particles)
+        record |= {
+            "refined_error_rad": errors.mean_rad,
+            "refined_median_rad": errors.median_rad,
+            "success": bool(record.get("map", True) and errors.mean_rad < right),
+        }
+    return record
+
+
 def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     """One record: ab initio, and where asked for the refinement that follows."""
     name, _, symmetry = source.partition(":")
@@ -114,12 +183,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     found = ab_initio(unknown, seed=seed)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     record = {
-        "particle": Path(name).name.partition(".")[0],
-        "n": len(truth),
-        "snr": "inf" if cell == "noiseless" else CELLS[cell][1],
-        "condition": cell,
-        "method": "ab_initio",
-        "seed": seed,
+        **told(name, cell, seed, truth, "ab_initio"),
         "verdict": str(found.verdict),
         "map": found.verdict.found,
         "agreement": found.verdict.agreement,
@@ -133,41 +197,21 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     }
     if cell in ("noise", "two proteins"):
         return {**record, "success": not found.verdict.found}
-    own = truth.columns[KIND] == 0 if sorting else slice(None)
-    errors = evaluation.orientation_errors(
-        found.particles.quaternions[own], truth.quaternions[own], symmetry=symmetry
-    )
-    record |= {"one_sided_error_rad": errors.mean_rad, "median_rad": errors.median_rad}
-    record["far_fraction"] = errors.far_fraction
-    right = NOISELESS
-    if truth.noise is not None:
-        record["bound_mean_rad"] = records.limit(density, truth)
-        right = 2 * record["bound_mean_rad"]
-    if refined:
-        at_end = refine_halves(found.particles, symmetry=found.axes.symmetry, seed=seed)
-        errors = evaluation.orientation_errors(
-            at_end.particles.quaternions[own], truth.quaternions[own], symmetry=symmetry
-        )
-        record |= {
-            "refined_error_rad": errors.mean_rad,
-            "refined_median_rad": errors.median_rad,
-            "success": bool(found.verdict.found and errors.mean_rad < right),
-        }
-    return record
+    return judged(record, found.particles, truth, density, symmetry, found.axes.symmetry, refined)
 
 
-def kept(source, cell, seed, refined):
+def kept(source, cell, seed, refined, make=run, name=""):
     """The record of a particle, cell and seed, made now or in an interrupted run.
 
     One that was made without refinement is made again where that is asked for.
     """
     particle = Path(source.partition(":")[0]).name.partition(".")[0]
-    path = KEPT / f"{particle}-{cell.replace(' ', '-')}-{seed}.json"
+    path = KEPT / f"{particle}-{cell.replace(' ', '-')}{name}-{seed}.json"
     if path.exists():
         before = json.loads(path.read_text())
         if "success" in before or not refined:
             return before
-    made = {**run(source, cell, seed, refined), "commit": records.commit()}
+    made = {**make(source, cell, seed, refined), "commit": records.commit()}
     print(made, flush=True)
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps(made))
@@ -175,12 +219,13 @@ def kept(source, cell, seed, refined):
 
 
 def table(found):
-    """A row a cell: how many ended right, errors before and after refinement, time."""
+    """A row a cell and method: how many ended right, errors before and after refinement, time."""
     rows = []
-    for cell in dict.fromkeys(r["condition"] for r in found):
-        of_cell = [r for r in found if r["condition"] == cell]
-        maps = sum(r["map"] for r in of_cell)
-        row = [cell, f"{of_cell[0]['n']:,}", f"{len(of_cell)}", f"{maps}"]
+    for cell, method in dict.fromkeys((r["condition"], r["method"]) for r in found):
+        of_cell = [r for r in found if (r["condition"], r["method"]) == (cell, method)]
+        maps = sum(r["map"] for r in of_cell) if "map" in of_cell[0] else "-"
+        title = cell if method == "ab_initio" else f"{cell}, {method}"
+        row = [title, f"{of_cell[0]['n']:,}", f"{len(of_cell)}", f"{maps}"]
         for key in ("one_sided_error_rad", "median_rad", "refined_error_rad", "bound_mean_rad"):
             values = [r[key] for r in of_cell if key in r]
             row.append(f"{np.median(values):.3f}" if values else "-")
@@ -197,6 +242,7 @@ def main():
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--no-refinement", action="store_true")
+    parser.add_argument("--aspire", action="store_true")
     arguments = parser.parse_args()
     header = [
         "cell", "images", "runs", "maps", "mean error, rad", "median error, rad", "refined, rad",
@@ -207,9 +253,14 @@ def main():
             some = arguments.particles[:1] if cell == "noise" else arguments.particles
             for source in some:
                 kept(source, cell, seed, not arguments.no_refinement)
+                if arguments.aspire and cell == "noiseless" and ":" not in source:
+                    refined = not arguments.no_refinement
+                    kept(source, cell, seed, refined, by_common_lines, "-aspire")
                 found = [json.loads(p.read_text()) for p in sorted(KEPT.glob("*.json"))]
                 order = {name: i for i, name in enumerate(CELLS)}
-                found.sort(key=lambda r: (order[r["condition"]], r["particle"], r["seed"]))
+                found.sort(
+                    key=lambda r: (order[r["condition"]], r["method"], r["particle"], r["seed"])
+                )
                 records.write("abinitio", found, header, table(found), "make bench-abinitio")
 
 
