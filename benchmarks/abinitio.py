@@ -4,8 +4,8 @@ A cell is a condition of imaging; each particle and seed of it is a record (imag
 on the seed). Nothing but the images enters; the truth is looked at when all is done. Particles are
 those that ship and whatever models or maps are named: ``python benchmarks/abinitio.py 4jsv
 complex.pdb.gz:C2 map.mrc``. With ``--aspire`` noiseless images of particles without symmetry are
-also oriented by ASPIRE's common lines (``CLSync3N``, its settings as they come), and refined as ours
-are. It goes on where it was interrupted.
+also oriented by ASPIRE's common lines (``CLSync3N``, its settings as they come), then refined as
+ours are. It goes on where it was interrupted.
 """
 
 import argparse

@@ -238,8 +238,7 @@ def fit(
         metrics=[keras.metrics.MeanMetricWrapper(objective.mae_rad, name="mae_rad")],
         jit_compile=False,
     )
-    # So all variables are there: Keras would trace a step twice to make them.
-    encoder.optimizer.build(encoder.trainable_variables)
+    encoder.optimizer.build(encoder.trainable_variables)  # Keras would trace a step twice for them
     settings = {
         "images": images, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
         "optimizer": optimizer, "schedule": schedule, "pairs": pairs, "noise_weight": noise_weight,
