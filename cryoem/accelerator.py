@@ -15,6 +15,7 @@ import numpy as np
 import scipy.fft
 from scipy import ndimage
 
+from . import threads
 from .errors import InputError, MissingToolError
 
 __all__ = [
@@ -77,14 +78,25 @@ def host(array: Any) -> np.ndarray:
 
 
 def nufft3d1(
-    points: list[Any], values: Any, shape: tuple[int, int, int], *, threads: int = 1, **options: Any
+    points: list[Any],
+    values: Any,
+    shape: tuple[int, int, int],
+    *,
+    alone: bool = False,
+    **options: Any,
 ) -> Any:
-    """Sum points' values into a cube of modes."""
+    """Sum points' values into a cube of modes, on one thread, or all, or a GPU.
+
+    ``alone``: nothing else runs beside it.
+    """
     if gpu():
         return import_module("cufinufft").nufft3d1(*points, values, shape, **options)
     import finufft
 
-    return finufft.nufft3d1(*points, values, shape, nthreads=threads, showwarn=0, **options)
+    given = (*points, values, shape)
+    if alone:
+        return finufft.nufft3d1(*given, nthreads=threads.count(), showwarn=0, **options)
+    return finufft.nufft3d1(*given, nthreads=1, showwarn=0, **options)
 
 
 def nufft3d2(points: list[Any], values: Any, **options: Any) -> Any:

@@ -109,7 +109,7 @@ class Slices:
             points,
             accelerator.arrays().asarray(strengths),
             (modes,) * 3,
-            threads=threads.count(),
+            alone=True,
             eps=ACCURACY,
             isign=+1,
             upsampfac=upsampling,
