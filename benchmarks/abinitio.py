@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import records
+from scipy.spatial.transform import Rotation
 from scipy.stats import rankdata
 
 from cryoem import (
@@ -25,7 +26,6 @@ from cryoem import (
     classify,
     evaluation,
     load_density,
-    read_particles,
     refine_halves,
     report,
     simulate,
@@ -114,12 +114,13 @@ def by_common_lines(source: str, cell: str, seed: int, refined: bool) -> dict:
     unknown = truth.without_poses().replace(noise=None)
     wall, cpu = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        images, oriented = Path(folder) / "seen.star", Path(folder) / "oriented.star"
+        images = Path(folder) / "seen.star"
         write_particles(images, unknown)
         theirs = RelionSource(str(images), data_folder=folder, pixel_size=VOXEL)
         theirs = theirs.downsample(BOX_OF_LINES).normalize_background().cache()
-        OrientedSource(theirs, CLSync3N(theirs, seed=seed)).save(str(oriented), save_mode="single")
-        q = read_particles(oriented).oriented()
+        # The STAR file that it writes has the box of the images before they were binned.
+        matrices = OrientedSource(theirs, CLSync3N(theirs, seed=seed)).rotations
+    q = Rotation.from_matrix(matrices).as_quat()
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     record = {
         **told(source, cell, seed, truth, "common lines (ASPIRE)"), "cpu_seconds": cpu,
