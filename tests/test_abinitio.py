@@ -127,6 +127,14 @@ def called_on_device(function, **always):
     return called
 
 
+def nufft_on_device(function):
+    """With the options alone that both libraries have."""
+    called = called_on_device(function, nthreads=1, showwarn=0)
+    return lambda *arguments, eps, isign, upsampfac=2.0: called(
+        *arguments, eps=eps, isign=isign, upsampfac=upsampfac
+    )
+
+
 class OnDeviceCsr(scipy.sparse.csr_matrix):
     """A sparse matrix of theirs."""
 
@@ -139,8 +147,7 @@ class OnDeviceCsr(scipy.sparse.csr_matrix):
 def gpu(monkeypatch):
     """NumPy and finufft under the names of CuPy and cufinufft, and with their calls."""
     cufinufft = types.SimpleNamespace(
-        nufft3d1=called_on_device(finufft.nufft3d1, nthreads=1, showwarn=0),
-        nufft3d2=called_on_device(finufft.nufft3d2, nthreads=1, showwarn=0),
+        nufft3d1=nufft_on_device(finufft.nufft3d1), nufft3d2=nufft_on_device(finufft.nufft3d2)
     )
     sparse = types.SimpleNamespace(csr_matrix=OnDeviceCsr)
     transforms = types.SimpleNamespace(
