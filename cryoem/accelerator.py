@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-from scipy import ndimage
 
 from . import threads
 from .errors import InputError, MissingToolError
@@ -128,4 +127,6 @@ def map_coordinates(array: Any, at: np.ndarray, *, order: int) -> np.ndarray:
         theirs = import_module("cupyx.scipy.ndimage")
         at = arrays().asarray(at)
         return host(theirs.map_coordinates(array, at, order=order, prefilter=False))
+    from scipy import ndimage  # not by all that imports this module
+
     return ndimage.map_coordinates(array, at, order=order, prefilter=False)

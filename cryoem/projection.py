@@ -58,9 +58,9 @@ class Slices:
         self.frequencies = np.stack([kx, ky], axis=1)
         self.weights = np.where(kx > 0, 2.0, 1.0).astype(np.float32)
 
-    def points(self, quaternions: ArrayLike, density_box_px: int) -> list[np.ndarray]:
+    def points(self, quaternions: ArrayLike, density_box_px: int, xp: ModuleType = np) -> list[Any]:
         """Where slices lie in the density's transform: float32 arrays z, y, x in radians."""
-        return slice_points(self.frequencies, quaternions, density_box_px)
+        return slice_points(self.frequencies, quaternions, density_box_px, xp)
 
     def to_images(self, coefficients: np.ndarray) -> Float[np.ndarray, "n y x"]:
         """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
@@ -101,13 +101,13 @@ class Slices:
         (modes, modes, modes) float32 array
         """
         modes = density_box_px if modes is None else modes
-        points = slice_points(self.frequencies, quaternions, density_box_px, accelerator.arrays())
+        xp = accelerator.arrays()
         strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
         # The finer of finufft's two internal grids would take gigabytes at twice the box.
         upsampling = 1.25 if modes > density_box_px else 2.0
         found = accelerator.nufft3d1(
-            points,
-            accelerator.arrays().asarray(strengths),
+            self.points(quaternions, density_box_px, xp),
+            xp.asarray(strengths),
             (modes,) * 3,
             alone=True,
             eps=ACCURACY,

@@ -116,10 +116,11 @@ class Cupy:
         return np.asarray(array).view(np.ndarray)
 
 
-def called_on_device(function, **always):
-    """A function of arrays of the GPU, and of no other."""
+def called_on_device(function, used, **always):
+    """A function of arrays of the GPU, and of no other; ``used`` has its name once it is called."""
 
     def called(*arguments, **options):
+        used.add(function.__name__)
         on_device(*arguments)
         plain = [a.view(np.ndarray) if isinstance(a, OnDevice) else a for a in arguments]
         return moved_to_device(function(*plain, **options, **always))
@@ -127,9 +128,9 @@ def called_on_device(function, **always):
     return called
 
 
-def nufft_on_device(function):
+def nufft_on_device(function, used):
     """With the options alone that both libraries have."""
-    called = called_on_device(function, nthreads=1, showwarn=0)
+    called = called_on_device(function, used, nthreads=1, showwarn=0)
     return lambda *arguments, eps, isign, upsampfac=2.0: called(
         *arguments, eps=eps, isign=isign, upsampfac=upsampfac
     )
@@ -145,21 +146,25 @@ class OnDeviceCsr(scipy.sparse.csr_matrix):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """NumPy and finufft under the names of CuPy and cufinufft, and with their calls."""
+    """NumPy and finufft under the names of CuPy and cufinufft, and with their calls: those used."""
+    used = set()
     cufinufft = types.SimpleNamespace(
-        nufft3d1=nufft_on_device(finufft.nufft3d1), nufft3d2=nufft_on_device(finufft.nufft3d2)
+        nufft3d1=nufft_on_device(finufft.nufft3d1, used),
+        nufft3d2=nufft_on_device(finufft.nufft3d2, used),
     )
     sparse = types.SimpleNamespace(csr_matrix=OnDeviceCsr)
     transforms = types.SimpleNamespace(
-        rfftn=called_on_device(scipy.fft.rfftn), irfftn=called_on_device(scipy.fft.irfftn)
+        rfftn=called_on_device(scipy.fft.rfftn, used),
+        irfftn=called_on_device(scipy.fft.irfftn, used),
     )
-    splines = types.SimpleNamespace(map_coordinates=called_on_device(ndimage.map_coordinates))
+    splines = types.SimpleNamespace(map_coordinates=called_on_device(ndimage.map_coordinates, used))
     monkeypatch.setitem(sys.modules, "cupyx.scipy.fft", transforms)
     monkeypatch.setitem(sys.modules, "cupyx.scipy.ndimage", splines)
     monkeypatch.setitem(sys.modules, "cupy", Cupy())
     monkeypatch.setitem(sys.modules, "cufinufft", cufinufft)
     monkeypatch.setitem(sys.modules, "cupyx.scipy.sparse", sparse)
     monkeypatch.setattr(accelerator, "gpu", lambda: True)
+    return used
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -225,8 +230,9 @@ def test_maps_are_made_and_laid_the_same_way_on_a_gpu(request):
         return density.values, maps.register(turned, density, allow_mirror=False)
 
     here, laid = made()
-    request.getfixturevalue("gpu")
+    used = request.getfixturevalue("gpu")
     there, again = made()
+    assert used == {"nufft3d1", "rfftn", "irfftn", "map_coordinates"}
     assert type(there) is np.ndarray
     assert np.allclose(there, here, atol=1e-3 * np.abs(here).max())
     assert rotations.distance(again.quaternion, laid.quaternion) < 1e-2

@@ -54,7 +54,7 @@ def calibrate(
     inputs = keras.Input(level.shape[1:])
     variance = keras.Model(inputs, last(hidden(inputs)))  # the encoder's own last layers
     variance.compile(optimizer=keras.optimizers.Adam(3e-3), loss=_unlikeliness)
-    variance.optimizer.build(variance.trainable_variables)  # a step is traced once, not twice
+    variance.optimizer.build(variance.trainable_variables)  # else each step is traced twice
     variance.fit(level, square[:, None], batch_size=256, epochs=6, shuffle=False, verbose=0)
 
 

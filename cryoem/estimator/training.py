@@ -238,7 +238,7 @@ def fit(
         metrics=[keras.metrics.MeanMetricWrapper(objective.mae_rad, name="mae_rad")],
         jit_compile=False,
     )
-    encoder.optimizer.build(encoder.trainable_variables)  # Keras would trace a step twice for them
+    encoder.optimizer.build(encoder.trainable_variables)  # else each step is traced twice
     settings = {
         "images": images, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
         "optimizer": optimizer, "schedule": schedule, "pairs": pairs, "noise_weight": noise_weight,
