@@ -16,6 +16,10 @@ simulation
     ``relion_project`` makes the images: projector, CTF, shifts and noise are none of ours. What
     their likeness with ours is, and where particles end: from near the truth, the density known,
     and from the images alone.
+aberrations
+    ``relion_project`` makes the images, which then are given aberrations, and noise; reconstructed
+    by both, with and without the columns that tell of them. (``relion_project`` gives its images
+    those of the CTF alone, whatever its file tells.)
 """
 
 import argparse
@@ -28,6 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import records
 
@@ -49,6 +54,7 @@ from cryoem import (
 )
 from cryoem.io.particles import write_particles
 from cryoem.noise import Noise
+from cryoem.particles import ParticleFile
 
 #: Cells: particle, its symmetry, images, SNR.
 CELLS = [
@@ -73,6 +79,16 @@ AUTO_REFINE = f"""
 #: those that know the density begin: radians and pixels.
 SIMULATED = [("4jsv", "C1", 1000, 1 / 16), ("1i10", "D2", 1000, 1 / 16)]
 OFF = 0.1, 1.0
+#: Aberrations, as columns: about two radians at the finest detail, or a pixel at the frame's edge.
+ABERRATED = {
+    "beam tilt": {"rlnBeamTiltX": 12.0, "rlnBeamTiltY": -6.0},
+    "trefoil": {"rlnOddZernike": "[0,0,700,0,0,-400]"},
+    "symmetric": {"rlnEvenZernike": "[0,0,0,0,5000,0,0,0,-4000]"},
+    "magnification": {
+        "rlnMagMat00": 1.02, "rlnMagMat01": 0.01, "rlnMagMat10": -0.008, "rlnMagMat11": 0.985,
+    },
+}  # fmt: skip
+ABERRATED["all of them"] = {k: v for columns in ABERRATED.values() for k, v in columns.items()}
 #: Runs that have ended: it goes on where it was interrupted.
 KEPT = Path("results/bench-peers")
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -326,6 +342,71 @@ def simulation_table(found):
     ]
 
 
+def with_columns(path, stack, columns):
+    """Write particles whose images stay where they are, with columns for their optics group."""
+    optics = stack.origin.optics | {k: np.array([v], object) for k, v in columns.items()}
+    write_particles(path, stack.replace(origin=ParticleFile(stack.origin.path, optics)))
+
+
+def aberrated(kind, seed, folder, n=1000, snr=1 / 4):
+    """Records: RELION's images of 4JSV with an aberration, by both, told of it and not."""
+    density = load_density("4jsv")
+    write_particles(folder / "seen.star", simulate(density, n, seed, snr=float("inf"), **SEEN))
+    stack, columns = read_particles(folder / "seen.star"), ABERRATED[kind]
+    of_ctf = {name: value for name, value in columns.items() if name == "rlnEvenZernike"}
+    with_columns(folder / "angles.star", stack, of_ctf)
+    write_density(folder / "map.mrc", density)
+    images = projected(folder, density, "clean").images[:]
+    with_columns(folder / "told.star", stack, columns)
+    for aberration in read_particles(folder / "told.star").images.aberrations:
+        images = aberration.apply(images)
+        stack = stack.replace(shifts_px=stack.shifts_px @ aberration.matrix)
+    noise = np.random.default_rng([seed, 1]).standard_normal(images.shape, np.float32)
+    images += noise * images.std() / np.sqrt(snr)
+    with mrcfile.open(folder / "seen.mrcs", "r+") as mrc:
+        mrc.set_data(images)
+    found = []
+    for what, told in (("told", columns), ("not told", {})):
+        with_columns(folder / "told.star", stack, told)
+        for method, program in (("cryoem", ours), ("RELION 3.1.3", relion)):
+            volume = program(folder / "told.star", folder / "map.mrc", "C1")
+            found.append(
+                {
+                    "job": "aberrations",
+                    "method": method,
+                    "particle": "4jsv",
+                    "n": n,
+                    "snr": snr,
+                    "aberration": kind,
+                    "file": what,
+                    "seed": seed,
+                    "commit": records.commit(),
+                    **judged(volume, density),
+                }
+            )
+    print(*found, sep="\n", flush=True)
+    return found
+
+
+def aberrations_table(found):
+    """A row an aberration: medians over seeds, ours and theirs."""
+    rows = []
+    for kind in dict.fromkeys(r["aberration"] for r in found):
+        row = [kind]
+        for key, what in itertools.product(("mean_fsc", "mean_fsc_in_mask"), ("told", "not told")):
+            of_both = [
+                np.median([
+                    r[key]
+                    for r in found
+                    if (r["aberration"], r["file"], r["method"]) == (kind, what, method)
+                ])
+                for method in ("cryoem", "RELION 3.1.3")
+            ]  # fmt: skip
+            row.append(" / ".join(f"{value:.3f}" for value in of_both))
+        rows.append(row)
+    return rows
+
+
 def table(found):
     """A row a cell: medians over seeds, ours and theirs."""
     rows = []
@@ -350,7 +431,7 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    jobs = ["reconstruction", "refinement", "simulation"]
+    jobs = ["reconstruction", "refinement", "simulation", "aberrations"]
     parser.add_argument("--jobs", nargs="*", default=jobs, choices=jobs)
     arguments = parser.parse_args()
     header = [
@@ -366,10 +447,15 @@ def main():
         "the density known, to 15 A, rad", "from the images alone, mean (median), rad",
         "off by > 0.3 rad", "CPU s",
     ]  # fmt: skip
+    told = [
+        "aberration", "mean FSC, cryoem / RELION", "the file silent", "within a mask",
+        "the file silent",
+    ]  # fmt: skip
     for job, cells, one, head, rows, name in (
         ("reconstruction", CELLS, run, header, table, "peers"),
         ("refinement", REFINED, refinement, refined, refinement_table, "peers_refinement"),
         ("simulation", SIMULATED, simulation, simulated, simulation_table, "peers_simulation"),
+        ("aberrations", ABERRATED, aberrated, told, aberrations_table, "peers_aberrations"),
     ):
         found, seeds = [], range(arguments.seeds if job in arguments.jobs else 0)
         for seed, cell in itertools.product(seeds, cells):

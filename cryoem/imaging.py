@@ -12,7 +12,7 @@ import scipy.fft
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from . import fourier
+from . import aberrations, fourier
 from .errors import InputError
 from .rotations import Seed
 
@@ -216,6 +216,7 @@ def ctf(
     amplitude_contrast: ArrayLike = 0.1,
     phase_shift_degrees: ArrayLike = 0.0,
     b_factor_angstrom2: ArrayLike = 0.0,
+    even_zernike: ArrayLike = (),
 ) -> Float[np.ndarray, "n y half"]:
     """Contrast transfer function with RELION's signs, on the half grid of ``rfft2``.
 
@@ -230,6 +231,8 @@ def ctf(
     amplitude_contrast, phase_shift_degrees : float or (n,) array
     b_factor_angstrom2 : float or (n,) array
         Envelope ``exp(-B k^2 / 4)``.
+    even_zernike : (c,) or (n, c) array, radians
+        Of symmetric aberrations beyond these; see :func:`cryoem.aberrations.zernike`.
 
     Returns
     -------
@@ -255,7 +258,8 @@ def ctf(
         raise InputError(f"amplitude_contrast must lie in [0, 1), got {amplitude_contrast!r}")
     ky = fourier.frequencies(box_px)[:, None]
     kx = np.arange(box_px // 2 + 1)[None, :]
-    k2 = (kx**2 + ky**2) / (box_px * pixel_size_angstrom) ** 2
+    extent = box_px * pixel_size_angstrom
+    k2 = (kx**2 + ky**2) / extent**2
     theta = np.arctan2(ky, kx)
     z = -((du + dv) / 2 + (du - dv) / 2 * np.cos(2 * (theta - np.deg2rad(angle))))
     phase = (
@@ -264,6 +268,8 @@ def ctf(
         - np.deg2rad(per_image(phase_shift_degrees))
         - np.arctan(w / np.sqrt(1 - w**2))
     )
+    if np.any(even_zernike):
+        phase = phase + aberrations.zernike("even", even_zernike, kx / extent, ky / extent)
     return (-np.sin(phase) * np.exp(-per_image(b_factor_angstrom2) * k2 / 4)).astype(np.float32)
 
 
@@ -290,6 +296,9 @@ class CtfParameters:
         Envelope ``exp(-B k^2 / 4)``.
     scale : (n,) array
         Factor of the whole function.
+    even_zernike : (n, c) array, radians
+        Coefficients of symmetric aberrations beyond these, by default none; see
+        :func:`cryoem.aberrations.zernike`.
     images : (n,) array of {'as seen', 'phase flipped', 'premultiplied'}
         What was done to the images already. What they show of the density is then the CTF, its
         absolute value, or its square. The noise of premultiplied images is coloured by the absolute
@@ -305,6 +314,7 @@ class CtfParameters:
     phase_shift_degrees: Float[np.ndarray, " n"] | float = 0.0
     b_factor_angstrom2: Float[np.ndarray, " n"] | float = 0.0
     scale: Float[np.ndarray, " n"] | float = 1.0
+    even_zernike: Float[np.ndarray, "n c"] | tuple[float, ...] = ()
     images: np.ndarray | str = "as seen"
 
     def __post_init__(self) -> None:
@@ -313,7 +323,15 @@ class CtfParameters:
             object.__setattr__(self, "defocus_v_angstrom", u)
         for f in fields(self):
             values = np.asarray(getattr(self, f.name), None if f.name == "images" else np.float64)
-            if f.name == "images":
+            shape = u.shape
+            if f.name == "even_zernike":
+                shape = (*u.shape, values.shape[-1] if values.ndim else 0)
+                if values.shape not in (shape, shape[-1:]) or not np.isfinite(values).all():
+                    raise InputError(
+                        f"even_zernike must be finite: (c,) coefficients, or ({len(u)}, c); got "
+                        f"shape {values.shape}"
+                    )
+            elif f.name == "images":
                 if values.shape not in ((), u.shape) or not np.isin(values, DONE).all():
                     raise InputError(
                         f"images must be {', '.join(map(repr, DONE))}: one of them, or one for "
@@ -324,7 +342,7 @@ class CtfParameters:
                     f"{f.name} must be finite: one number, or one for each of {len(u)} particles; "
                     f"got shape {values.shape}"
                 )
-            object.__setattr__(self, f.name, np.broadcast_to(values, u.shape))
+            object.__setattr__(self, f.name, np.broadcast_to(values, shape))
 
     def __len__(self) -> int:
         return len(self.defocus_u_angstrom)

@@ -1103,16 +1103,15 @@ def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
 @pytest.mark.parametrize(
     ("block", "columns", "noted"),
     [
-        ("optics", {"rlnBeamTiltX": 0.3, "rlnBeamTiltY": 0.0}, ["rlnBeamTiltX (0.3)"]),
-        ("particles", {"rlnBeamTiltY": -2}, ["rlnBeamTiltY (-2)"]),
-        ("optics", {"rlnOddZernike": "[0,0,-3.5,0]", "rlnEvenZernike": "[0,0]"},
-         ["rlnOddZernike (-3.5)"]),
-        ("optics", {"rlnMagMat00": 1.007, "rlnMagMat11": 1.0, "rlnMagMat01": 0.0},
-         ["rlnMagMat00 (1.007)"]),
         ("particles", {"rlnOriginZAngst": 4.0}, ["rlnOriginZAngst (4)"]),
+        ("particles", {"rlnOriginZ": -2, "rlnOriginZAngst": 0}, ["rlnOriginZ (-2)"]),
+        ("optics", {"ctf/trefoil_A": "0,-3.5", "ctf/tilt_A": "0,0"}, ["ctf/trefoil_A (-3.5)"]),
+        ("optics", {"rlnBeamTiltX": 0.3, "rlnOddZernike": "[0,0,-3.5,0]", "rlnMagMat00": 1.007,
+                    "rlnEvenZernike": "[0,1]"}, []),
         ("particles", {"otherIsPhaseFlipped": "True"}, ["otherIsPhaseFlipped (1)"]),
         ("particles", {"rlnAnglePsiFlipRatio": 0.5, "rlnNormCorrection": 0.7}, []),
-        ("optics", {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnMagMat11": 1}, []),
+        ("optics", {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnMagMat11": 1,
+                    "rlnMagMat00": "None"}, []),
     ],
 )  # fmt: skip
 def test_what_is_not_used_is_said_once(written, block, columns, noted):
@@ -1130,8 +1129,8 @@ def test_what_is_not_used_is_said_once(written, block, columns, noted):
 def test_factors_of_images_that_are_not_used_are_said(written):
     rewritten(written, put("particles", "rlnNormCorrection", 0.7))
     rewritten(written, put("particles", "rlnNormCorrection", 0.9, row=3))
-    rewritten(written, put("optics", "rlnBeamTiltX", 1.5))
-    says = r"particles\.star: .*rlnBeamTiltX \(1.5\), rlnNormCorrection \(0.7 to 0.9\)"
+    rewritten(written, put("optics", "ctf/scale", 1.5))
+    says = r"particles\.star: .*ctf/scale \(1.5\), rlnNormCorrection \(0.7 to 0.9\)"
     with pytest.warns(UserWarning, match=says) as said:
         read_particles(written)
     assert len(said) == 1

@@ -36,6 +36,7 @@ LAYERS = [
     accelerator
     io.files
     fourier rotations symmetry distances
+    aberrations
     imaging half_sets
     noise
     particles

@@ -178,8 +178,10 @@ def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, 
 
 def _told_of(stack: ParticleStack) -> dict[str, object]:
     """What a particle file says, without its images."""
+    from ..io.optics import told_aberrations
     from ..surveying import told
 
+    optics = {} if stack.origin is None else stack.origin.optics
     names = {str(name).rpartition("@")[2] for name in stack.columns.get("rlnImageName", ["@"])}
     return {
         "kind": "particles" if stack.origin else "images alone",
@@ -190,6 +192,7 @@ def _told_of(stack: ParticleStack) -> dict[str, object]:
         "optics_groups": stack.optics_groups,
         "angles": stack.quaternions is not None,
         "half_sets": stack.half_set is not None,
+        "aberrations": told_aberrations(optics, stack.columns),
         "columns": ", ".join(stack.columns),
         **told(stack),
     }

@@ -1,9 +1,10 @@
-"""What a particle file says of its optics: pixels, the CTF, and what is not used here."""
+"""What a particle file says of its optics: pixels, the CTF, aberrations, what is not used here."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..errors import InputError
 from ..imaging import CtfParameters
 from ..particles import ParticleStack
+from .aberrations import EVEN, UNDONE, even_zernike
 from .stacks import ImageStack
 from .star import ORIGINS, Table, length, numbers
 
@@ -26,6 +28,7 @@ __all__ = [
     "refuse_tomograms",
     "same",
     "tell_done",
+    "told_aberrations",
     "with_origins",
 ]
 
@@ -53,14 +56,6 @@ DONE = {
 
 #: Columns that are not used, and what they say where that changes nothing.
 UNUSED = {
-    "rlnBeamTiltX": 0.0,
-    "rlnBeamTiltY": 0.0,
-    "rlnOddZernike": 0.0,
-    "rlnEvenZernike": 0.0,
-    "rlnMagMat00": 1.0,
-    "rlnMagMat01": 0.0,
-    "rlnMagMat10": 0.0,
-    "rlnMagMat11": 1.0,
     "rlnOriginZ": 0.0,
     "rlnOriginZAngst": 0.0,
     "ctf/scale": 1.0,
@@ -210,7 +205,8 @@ def ctf_parameters(
             f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
             "(1 micrometre is 10000), or no defocus columns for images without CTF"
         )
-    return CtfParameters(**parameters, images=_done(path, optics, table, group))
+    even, done = even_zernike(path, optics, table, group), _done(path, optics, table, group)
+    return CtfParameters(**parameters, even_zernike=even, images=done)
 
 
 def _done(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray:
@@ -261,11 +257,24 @@ def note_unused(path: Path, optics: Table, table: Table) -> None:
                 if np.ptp(values) > 0.01 * np.abs(values).max():
                     found.append(f"{name} ({values.min():g} to {values.max():g})")
             elif usual is not None:
-                off = _all_numbers(column) - usual
-                if np.abs(off).max() > 1e-4:
-                    found.append(f"{name} ({usual + off[np.abs(off).argmax()]:g})")
+                found += _unusual({name: column}, {name: usual})
     if found:
         warnings.warn(f"{path}: columns that are not used: {', '.join(found)}", stacklevel=3)
+
+
+def told_aberrations(optics: Mapping[str, np.ndarray], table: Mapping[str, np.ndarray]) -> str:
+    """Name the aberrations that a file tells, by columns, each with its largest value."""
+    return ", ".join(_unusual(optics, {**UNDONE, EVEN: 0.0}) + _unusual(table, UNDONE)) or "none"
+
+
+def _unusual(told: Mapping[str, np.ndarray], usual: Mapping[str, float]) -> list[str]:
+    """Columns that say something else than usual, with the value that is farthest from it."""
+    found = []
+    for name, column in told.items():
+        off = _all_numbers(column) - usual[name] if name in usual else np.zeros(1)
+        if np.abs(off).max() > 1e-4:
+            found.append(f"{name} ({usual[name] + off[np.abs(off).argmax()]:g})")
+    return found
 
 
 def _all_numbers(column: np.ndarray) -> np.ndarray:

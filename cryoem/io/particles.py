@@ -13,6 +13,14 @@ from ..errors import InputError
 from ..particles import CtfParameters, ParticleFile, ParticleStack
 from ..rotations import RELION_ANGLES
 from . import files, stacks
+from .aberrations import (
+    EVEN,
+    aberration_columns,
+    aberrations,
+    coefficient_column,
+    forget_aberrations,
+    magnified,
+)
 from .cryosparc import read_cryosparc
 from .files import PathLike
 from .names import find_stack, folders_of, names_from, open_images, without_format
@@ -68,7 +76,8 @@ def read_particles(
         where there is one. Image names are relative to the file's folder, to any folder above it
         (RELION's and cryoSPARC's project), or to the working directory. An ``.mrcs`` file
         holds images alone, without a CTF (class averages, say), and so does an ``.npy`` file, an
-        (n, size, size) array, by default of pixels of 1 A.
+        (n, size, size) array, by default of pixels of 1 A. Beam tilt, odd Zernike phases and the
+        magnification matrix are undone on the images as they are read, and on their shifts.
     pixel_size_angstrom : float, optional
         Of a file that does not say it.
     images : bool
@@ -113,19 +122,19 @@ def read_particles(
     if all(name in table for name in RELION_ANGLES):
         quaternions = rotations.from_relion(*(numbers(path, table, n) for n in RELION_ANGLES))
     if any(name in table for name in ORIGINS):
-        origins = [
-            numbers(path, table, name) if name in table else np.zeros(len(group))
-            for name in ORIGINS
-        ]
+        zeros = np.zeros(len(group))
+        origins = [numbers(path, table, n) if n in table else zeros for n in ORIGINS]
         shifts = -np.stack(origins, axis=1) / pixel_size
     note_unused(path, optics, table)
+    found, which = aberrations(path, optics, table, group, pixel_size)
     if isinstance(opened, ImageStack):
+        opened = opened.without_aberrations(found, which)
         note_header_pixels(path, opened, pixel_size)
     return ParticleStack(
         opened,
         pixel_size,
         quaternions=quaternions,
-        shifts_px=shifts,
+        shifts_px=magnified(shifts, found, which, undo=True),
         ctf_parameters=ctf_parameters(path, optics, table, group),
         half_set=_half_set(path, table),
         optics_group=group,
@@ -201,7 +210,8 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     Images that lie in files stay where they are: every row, column and other block of the particle
     file is kept, in order, but for what the stack knows otherwise or no longer knows, and image
     names stay as they are where they can be found from the new file. Images in memory, or in an
-    ``.npy`` file, are written beside it, to a stack of the same name (``.mrcs``).
+    ``.npy`` file, are written beside it, to a stack of the same name (``.mrcs``), without the
+    aberrations that were undone as they were read.
 
     Parameters
     ----------
@@ -236,6 +246,8 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
         write_star(path, blocks, others)
         return None
     import mrcfile
+
+    forget_aberrations(optics, table)
 
     beside = path.with_suffix(".mrcs")
     _refuse_to_overwrite(beside, stack)
@@ -311,7 +323,7 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
     told = stack.quaternions is not None and stack.origin is None
     if told or stack.shifts_px.any() or any(name in stack.columns for name in ORIGINS):
         # What is added to centre each particle, in angstrom; without negative zeros.
-        origins = -stack.shifts_px * stack.pixel_size_angstrom + 0.0
+        origins = -_shifts_as_seen(stack) * stack.pixel_size_angstrom + 0.0
         new.update(zip(ORIGINS, origins.T, strict=True))
     pixel = stack.columns.get("rlnImagePixelSize")
     if pixel is not None and not np.allclose(
@@ -332,6 +344,14 @@ def _known_columns(stack: ParticleStack, optics: Table) -> Table:
         name: before[name] if name in before and same(before[name], values) else values
         for name, values in new.items()
     }
+
+
+def _shifts_as_seen(stack: ParticleStack) -> np.ndarray:
+    """Shifts in the images as they are written: those in files with their aberrations."""
+    images = stack.images
+    if not isinstance(images, ImageStack) or images.is_array:
+        return stack.shifts_px
+    return magnified(stack.shifts_px, images.aberrations, images.aberration)
 
 
 def _same_angles(stack: ParticleStack) -> bool:
@@ -369,6 +389,8 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
             )
         if name not in table or not same(table[name][group], values):
             table[name] = values[first]
+    if stack.origin is None:
+        table.update(_new_aberrations(path, stack, first))
     pixel = stack.pixel_size_angstrom
     sizes = np.asarray(table.get("rlnImagePixelSize", np.zeros(groups)), float)
     # Groups may differ in the fourth digit, and stay as they are.
@@ -378,3 +400,20 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
         if name not in table or not same(table[name][group], np.full(len(stack), size)):
             table[name] = np.full(groups, size)
     return table
+
+
+def _new_aberrations(path: Path, stack: ParticleStack, first: np.ndarray) -> Table:
+    """Aberrations of a new table of optics groups, whose first particles these are."""
+    group, images, parameters = stack.optics_group, stack.images, stack.ctf_parameters
+    columns: Table = {}
+    if parameters is not None and np.any(parameters.even_zernike):
+        columns[EVEN] = coefficient_column(np.asarray(parameters.even_zernike))
+    if isinstance(images, ImageStack) and not images.is_array and images.aberrations:
+        columns |= aberration_columns(images.aberrations, images.aberration)
+    for name, values in columns.items():
+        if (bad := values != values[first[group]]).any():
+            raise InputError(
+                f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]}, and "
+                f"{values[first[group]][bad][0]} for others of its optics group"
+            )
+    return {name: values[first] for name, values in columns.items()}

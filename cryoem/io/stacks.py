@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import imaging
+from ..aberrations import Aberration
 from ..errors import InputError
 from . import files
 from .files import PathLike
@@ -180,6 +181,10 @@ class ImageStack:
         What each image is multiplied by as it is read; by default nothing.
     flat : bool
         Whether each image's background is then brought to zero (:func:`cryoem.imaging.flatten`).
+    aberrations : sequence of Aberration
+        That some images have, and that are then undone.
+    aberration : (n,) int array, optional
+        Which of them each image has, -1: none.
 
     Raises
     ------
@@ -200,6 +205,8 @@ class ImageStack:
         row: ArrayLike | None = None,
         sign: ArrayLike | None = None,
         flat: bool = False,
+        aberrations: Sequence[Aberration] = (),
+        aberration: ArrayLike | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self.file, self.section = np.asarray(file, np.int32), np.asarray(section, np.int32)
@@ -207,6 +214,10 @@ class ImageStack:
         self.row = np.arange(len(self.file), dtype=np.int32) if row is None else np.asarray(row)
         self.sign = None if sign is None else np.asarray(sign, np.int8)
         self.flat = flat
+        self.aberrations = tuple(aberrations)
+        self.aberration = np.full(len(self.file), -1, np.int32)
+        if aberration is not None:
+            self.aberration[:] = aberration
         #: (n, size, size)
         self.shape = (len(self.file), *self.layouts[0].shape[1:])
 
@@ -228,6 +239,7 @@ class ImageStack:
         some = copy.copy(self)
         some.file, some.section, some.row = self.file[rows], self.section[rows], self.row[rows]
         some.sign = None if self.sign is None else self.sign[rows]
+        some.aberration = self.aberration[rows]
         some.shape = (len(some.file), *self.shape[1:])
         return some
 
@@ -235,6 +247,15 @@ class ImageStack:
         """The same images, each multiplied by its sign, 1 or -1, as it is read."""
         other = copy.copy(self)
         other.sign = None if sign is None else np.asarray(sign, np.int8)
+        return other
+
+    def without_aberrations(
+        self, aberrations: Sequence[Aberration], aberration: ArrayLike
+    ) -> ImageStack:
+        """The same images, each one's aberration undone as it is read; see :class:`ImageStack`."""
+        other = copy.copy(self)
+        other.aberrations = tuple(aberrations)
+        other.aberration = np.asarray(aberration, np.int32)
         return other
 
     def flattened(self) -> ImageStack:
@@ -251,7 +272,8 @@ class ImageStack:
         # Workers are sent the files of these images, not of all.
         used, file = np.unique(self.file, return_inverse=True)
         arguments = [self.layouts[i] for i in used] or self.layouts[:1], file, self.section
-        return _rebuilt, (*arguments, self.source, self.row, self.sign, self.flat)
+        options = ("source", "row", "sign", "flat", "aberrations", "aberration")
+        return _rebuilt, (arguments, {name: getattr(self, name) for name in options})
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -273,7 +295,12 @@ class ImageStack:
             rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
         )
         self._refuse(rows, low == high, "is constant")
-        return imaging.flatten(images) if self.flat else images
+        images = imaging.flatten(images) if self.flat else images
+        for which in np.unique(self.aberration[rows]):
+            if which >= 0:
+                here = self.aberration[rows] == which
+                images[here] = self.aberrations[which].undo(images[here])
+        return images
 
     def _refuse(self, rows: np.ndarray, bad: np.ndarray, what: str) -> None:
         if bad.any():
@@ -285,13 +312,5 @@ class ImageStack:
             )
 
 
-def _rebuilt(
-    layouts: Sequence[Layout],
-    file: np.ndarray,
-    section: np.ndarray,
-    source: PathLike | None,
-    row: np.ndarray,
-    sign: np.ndarray | None,
-    flat: bool,
-) -> ImageStack:
-    return ImageStack(layouts, file, section, source=source, row=row, sign=sign, flat=flat)
+def _rebuilt(arguments: tuple[Any, ...], options: dict[str, Any]) -> ImageStack:
+    return ImageStack(*arguments, **options)
