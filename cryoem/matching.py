@@ -15,10 +15,14 @@ from .projection import project
 from .surveying import with_noise
 from .symmetry import Group, group
 
-__all__ = ["MatchedStack", "candidates", "match"]
+__all__ = ["MatchedStack", "candidates", "match", "orientations"]
 
 #: References, the best of each image's, among which its candidates are.
 BEST = 500
+#: A quarter turn of the image, and its mirror image: of one projection eight are known.
+QUARTER, MIRROR = rotations.about("z", np.pi / 2), rotations.about("y", np.pi)
+#: Orientations nearer to this one than all that show as much are projected; of no symmetry itself.
+CENTRE = np.array([0.2, 0.31, 0.13, 1.0])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,7 +58,7 @@ def match(
     preprocessing : Preprocessing
         Images and references are compared after it.
     references : int
-        Spread evenly over SO(3); 21,600 are about 9 degrees apart.
+        About so many, spread evenly over SO(3); 21,600 are about 9 degrees apart.
     progress : bool
         Show a bar.
 
@@ -103,7 +107,7 @@ def candidates(
     apart_rad : float
         How far apart they are at least.
     symmetry : str
-        In which this is counted.
+        In which this is counted; of the orientations of an orbit one is a reference.
     shifts_px : (n, s, 2) array, optional
         Of each image, that are tried at every orientation; by default the stack's own.
 
@@ -123,7 +127,7 @@ def candidates(
             f"got {density.box_px}"
         )
     stack = with_noise(stack)
-    known = rotations.grid(references)
+    known = orientations(references, symmetry)
     tried = stack.shifts_px[:, None] if shifts_px is None else shifts_px
     best, step = np.zeros((2, len(stack), count), int)
     scores = np.empty((len(stack), count), np.float32)
@@ -137,12 +141,16 @@ def candidates(
         gain = mean.whitening(box)[0]
         gain_down = mean.gain(fourier.radius((down, down), half=True) / box)[0]
     coarse = density.resampled(down)
-    table = np.empty((references, preprocessing.crop_px**2), np.float32)
-    starts = range(0, references, 512)
+    projected = len(known) // 8
+    pixels = preprocessing.crop_px**2
+    table = np.empty((len(known), pixels), np.float32)
+    by_turn = table.reshape(8, projected, pixels)
+    starts = range(0, projected, 512)
     for i in tqdm(starts, desc="references", unit="batch", disable=not progress):
-        frames = project(coarse, known[i : i + 512])
+        frames = project(coarse, known[:projected][i : i + 512])
         frames = frames if gain_down is None else imaging.apply_ctf(frames, gain_down)
-        table[i : i + 512] = preprocessing.cut(frames).reshape(-1, table.shape[1])
+        for turned, images in zip(by_turn, _turned(preprocessing.cut(frames)), strict=True):
+            turned[i : i + 512] = images.reshape(-1, pixels)
     done = 0
     for part in stack.chunks(256):
         frames = part.images[:]
@@ -155,6 +163,34 @@ def candidates(
         step[rows] = np.take_along_axis(at_step, best[rows], axis=1)
         done += len(part)
     return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
+
+
+def orientations(references: int, symmetry: str = "C1") -> Float[np.ndarray, "r 4"]:
+    """About so many orientations over SO(3), spread evenly; of a symmetric particle one an orbit.
+
+    The first eighth is to be projected: the others are its quarter turns and their mirror images.
+    """
+    known = rotations.grid(references)
+    alike = _eight(rotations.multiply(group(symmetry).elements, CENTRE / np.linalg.norm(CENTRE)))
+    nearest = np.abs(known @ alike.T)
+    own = nearest[:, 0] >= nearest.max(axis=1)
+    return _eight(known[own] if own.any() else known[:1])
+
+
+def _eight(q: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "m 4"]:
+    """Orientations, then those of their quarter turns, then those of all their mirror images."""
+    turned = [q]
+    for _ in range(3):
+        turned.append(rotations.multiply(turned[-1], QUARTER))
+    return np.concatenate([*turned, *(rotations.multiply(each, MIRROR) for each in turned)])
+
+
+def _turned(images: Float[np.ndarray, "n y x"]) -> list[np.ndarray]:
+    """The images that belong to :func:`_eight`."""
+    turned = [images]
+    for _ in range(3):
+        turned.append(imaging.quarter_turn(turned[-1]))
+    return [*turned, *map(imaging.mirror, turned)]
 
 
 def _best_apart(

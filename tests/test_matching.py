@@ -6,7 +6,7 @@ import pytest
 from cryoem import evaluation, imaging, rotations
 from cryoem.errors import InputError
 from cryoem.io.stacks import open_array
-from cryoem.matching import candidates, match
+from cryoem.matching import candidates, match, orientations
 from cryoem.noise import from_powers
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.preprocessing import Preprocessing
@@ -25,12 +25,38 @@ def density(phantom):
 
 
 def test_a_reference_matches_itself(density):
-    known = rotations.grid(500)[::50]
+    known = orientations(500)[::52]
     stack = ParticleStack(3 * project(density, known) + 1, VOXEL)
     found = match(stack, density, WHOLE, references=500)
     np.testing.assert_allclose(found.quaternions, known, atol=1e-12)
     np.testing.assert_allclose(found.scores, 1, atol=1e-5)
     assert found.images is stack.images
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "D2", "C7"])
+def test_references_cover_orientations_evenly(symmetry):
+    """As an even grid of as many over the whole sphere does, and none twice."""
+    n, points = 6000, group(symmetry)
+    known, true = orientations(n, symmetry), rotations.uniform(500, 3)
+    assert len(known) == pytest.approx(n / points.order, rel=0.05)
+    orbits = rotations.multiply(points.elements[:, None], known).reshape(-1, 4)
+    off = 2 * np.arccos(np.clip(np.abs(true @ orbits.T).max(axis=1), 0, 1))
+    even = 2 * np.arccos(np.clip(np.abs(true @ rotations.grid(n).T).max(axis=1), 0, 1))
+    assert off.mean() < 1.05 * even.mean() and off.max() < 1.4 * even.max()
+    between = np.abs(known @ orbits.T)
+    np.put_along_axis(between, np.arange(len(known))[:, None], 0.0, axis=1)  # each is itself
+    assert 2 * np.arccos(np.clip(between.max(), 0, 1)) > 0.05 * even.mean()
+
+
+def test_every_reference_is_found_turned_and_mirrored_or_not(density):
+    known = orientations(24)
+    stack = ParticleStack(project(density, known), VOXEL)
+    found = match(stack, density, WHOLE, references=24)
+    np.testing.assert_allclose(found.quaternions, known, atol=1e-12)
+    np.testing.assert_allclose(found.scores, 1, atol=1e-5)
+    alone = match(stack, density, WHOLE, references=1)  # eight of one projection
+    assert {*map(tuple, alone.quaternions.round(6))} <= {*map(tuple, orientations(1).round(6))}
+    assert len(orientations(1)) == 8
 
 
 def test_matching_is_right_to_its_grid(phantom, density):
@@ -54,7 +80,7 @@ def test_given_shifts_are_undone(density):
 
 
 def test_each_images_shifts_are_tried_at_every_orientation(density):
-    known = rotations.grid(500)[::50]
+    known = orientations(500)[::52]
     shifts = imaging.triangular_shifts(10, 1, 4.0)
     stack = ParticleStack(imaging.shift(project(density, known), shifts), VOXEL)
     tried = np.stack([shifts + 5, shifts, np.zeros((10, 2))], axis=1)
@@ -99,7 +125,7 @@ def test_what_was_known_of_other_orientations_is_forgotten(density):
 
 
 def test_candidates_are_places_of_their_own(density):
-    known = rotations.grid(500)[::50]
+    known = orientations(500)[::52]
     stack = ParticleStack(project(density, known), VOXEL)
     options = {"count": 3, "apart_rad": 0.8, "references": 500}
     q, _, scores = candidates(stack, density, WHOLE, **options)
@@ -118,7 +144,7 @@ def test_candidates_are_places_of_their_own(density):
 
 def test_coarse_references_are_the_projections_made_coarse(density):
     """References are projected in the pixels in which they are compared, and images made coarse."""
-    known = rotations.grid(500)[::25]
+    known = orientations(500)[::25]
     images = project(density, known)
     noisy = images + np.random.default_rng(1).normal(0, 0.3 * images.std(), images.shape)
     coarse = Preprocessing(BOX, BOX // 2, BOX // 2 - 2, VOXEL)
