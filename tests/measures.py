@@ -54,6 +54,9 @@ class Sees:
     centres_images = False
     fingerprint = "a stand-in"
 
+    def reading(self, box_px, pixel_size_angstrom):
+        return self
+
     def embed(self, images, *, ctf=None):
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from measures import relative_error
 
 from cryoem import imaging, load_estimator, rotations, structures
 from cryoem.backend import keras
@@ -456,3 +457,32 @@ def test_nothing_is_unpickled_and_other_files_are_refused(tmp_path, monkeypatch,
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_estimator(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize(
+    ("box", "pixel"), [(64, 3.5), (48, 4.67), (40, 7.0), (36, 7.0), (16, 14.0)]
+)
+def test_images_of_other_pixels_and_boxes_are_read_alike(trained, phantom, box, pixel):
+    network, q = trained[0], rotations.uniform(40, 7)
+    own = network.predict(phantom.project(q, 32, 7.0))
+    other = network.reading(box, pixel)
+    images = phantom.project(q, box, pixel)
+    defocus = {"defocus_u_angstrom": np.full(40, 3e4)}
+    found = other.predict(images)
+    assert relative_error(found.features, own.features) < 0.05
+    np.testing.assert_allclose(found.shifts_px * pixel, own.shifts_px * 7.0, atol=1.5)
+    through = [
+        est.embed(imaging.apply_ctf(seen, values), ctf=values)
+        for est, seen, values in (
+            (network, phantom.project(q, 32, 7.0), imaging.ctf(32, 7.0, **defocus)),
+            (other, images, imaging.ctf(box, pixel, **defocus)),
+        )
+    ]
+    assert relative_error(through[1], through[0]) < 0.1
+
+
+def test_images_like_its_own_are_read_by_the_estimator_itself(trained):
+    network = trained[0]
+    assert network.reading(32, 7.0) is network and network.reading(32, 7.05) is network
+    assert network.reading(64, 3.5).preprocessing == Preprocessing(64, 16, 16, 3.5)
+    assert network.reading(64, 7.0).preprocessing == Preprocessing(64, 32, 16, 7.0)

@@ -333,8 +333,12 @@ def test_too_few_images_are_refused(trained):
 
 
 def test_images_of_another_box_are_refused(trained):
-    with pytest.raises(InputError, match="32 px"):
-        orient(trained[0], ParticleStack(np.zeros((30, 40, 40)), 7.0))
+    """Where something would be lost: narrower than what is read, or coarser."""
+    for box, pixel in ((30, 7.0), (28, 7.0), (32, 6.0), (15, 15.0), (12, 14.0)):
+        with pytest.raises(
+            InputError, match=f"made for images of 32 px.*got {box} px of {pixel:g} A"
+        ):
+            orient(trained[0], ParticleStack(np.zeros((30, box, box)), pixel))
 
 
 def test_a_reference_of_another_box_is_refused(trained):

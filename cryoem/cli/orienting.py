@@ -32,7 +32,6 @@ from .options import (
 if TYPE_CHECKING:
     from ..density import Density
     from ..particles import ParticleStack
-    from ..preprocessing import Preprocessing
     from ..surveying import TrainingRanges
 
 #: Radians between copies of one image, from which they are nowhere: 2.1 where all is chance.
@@ -181,6 +180,7 @@ def orient_particles(
 ) -> None:
     """Orient particles by an estimator that was trained on this particle.
 
+    Images may have finer pixels, or wider frames, than those that it was trained on.
     Against each other, or with --reference against a map's projections. Without a map an overall
     rotation and the hand are left open, as images leave them. Interrupt it
     as you like: called again, it goes on, and a run that is done is only written again.
@@ -197,7 +197,10 @@ def orient_particles(
     from ..recovery import orient
 
     estimator = load_estimator(model)
-    _check_fit(model, estimator.preprocessing, particles_file, stack)
+    try:
+        estimator.reading(stack.box_px, stack.pixel_size_angstrom)
+    except InputError as error:
+        raise InputError(f"{model}: {error} in {particles_file}; see train --like") from error
     known = None if reference is None else open_map(reference, voxel_size, stack)
     oriented = orient(
         estimator,
@@ -222,13 +225,3 @@ def orient_particles(
         f"{np.median(oriented.expected_error_rad):.3f} rad (median), "
         f"{oriented.outlier.sum():,} outliers"
     )
-
-
-def _check_fit(model: Path, wanted: Preprocessing, path: Path, stack: ParticleStack) -> None:
-    """Refuse images of another size, or other pixels, than the estimator was made for."""
-    pixel = stack.pixel_size_angstrom
-    if stack.box_px != wanted.frame_px or abs(pixel / wanted.pixel_size_angstrom - 1) > 0.01:
-        raise InputError(
-            f"{model}: made for images of {wanted.frame_px} px of {wanted.pixel_size_angstrom:g} "
-            f"A; {path} has {stack.box_px} px of {pixel:g} A; see train --like"
-        )

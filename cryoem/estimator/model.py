@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -22,6 +22,9 @@ from . import networks, weights
 from .weights import Json
 
 __all__ = ["Estimator", "Prediction", "load_estimator"]
+
+#: Pixel sizes that differ by no more than this are one; and what rounding to pixels may do to them.
+ALIKE, ROUNDED = 0.01, 0.015
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,33 @@ class Estimator:
             symmetry=self.symmetry,
             precision=self.precision,
         )
+
+    def reading(self, box_px: int, pixel_size_angstrom: float) -> Estimator:
+        """Give this estimator for images of another box or other pixels, where that loses nothing.
+
+        It reads images down-sampled, and of those the middle. Finer pixels are down-sampled
+        further, and how wide the frame is about that middle does not matter.
+
+        Raises
+        ------
+        InputError
+            The images are coarser than what it reads, or narrower.
+        """
+        p = self.preprocessing
+        alike = abs(pixel_size_angstrom / p.pixel_size_angstrom - 1) <= ALIKE
+        if box_px == p.frame_px and alike:
+            return self
+        read = p.pixel_size_angstrom * p.frame_px / p.down_px
+        extent = box_px * pixel_size_angstrom
+        down = round(extent / read)
+        if not (p.crop_px <= down <= box_px and abs(down * read / extent - 1) <= ROUNDED):
+            raise InputError(
+                f"made for images of {p.frame_px} px of {p.pixel_size_angstrom:g} A, of which it "
+                f"reads the middle {p.crop_px * read:.0f} A in pixels of {read:.2f} A; got "
+                f"{box_px} px of {pixel_size_angstrom:g} A"
+            )
+        other = Preprocessing(box_px, down, p.crop_px, pixel_size_angstrom)
+        return replace(self, preprocessing=other)
 
     # ----------------------------------------------------------------------------------
     # What it predicts

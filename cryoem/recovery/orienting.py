@@ -102,6 +102,7 @@ def orient(
     Parameters
     ----------
     estimator : Estimator
+        Made for the images' box and pixels, or for others that lose nothing by being made these.
     stack : ParticleStack
         Its images, CTF, noise (measured where it is unknown) and, with ``centred``, its shifts are
         used; its orientations are not.
@@ -135,8 +136,9 @@ def orient(
     Raises
     ------
     InputError
-        Too few particles, or a work folder of another run: other particles (judged by the landmarks
-        and by the CTF of all), estimator, reference, seed, landmarks, copies, or version.
+        Too few particles, images that the estimator cannot read, or a work folder of another run:
+        other particles (judged by the landmarks and by the CTF of all), estimator, reference, seed,
+        landmarks, copies, or version.
     MissingToolError
         A scheduler was named and Dask is missing.
     """
@@ -144,6 +146,7 @@ def orient(
         raise InputError(f"chunk must be positive, got {chunk}")
     if (n := len(stack)) < 2 * ENOUGH:
         raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {n}")
+    estimator = estimator.reading(stack.box_px, stack.pixel_size_angstrom)
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)
     some = _drawn(job, stack, landmarks, seed)
     stack = stack.replace(noise=some.noise)
