@@ -3,9 +3,10 @@
 A cell is a condition of imaging; each particle and seed of it is a record (images and starts depend
 on the seed). Nothing but the images enters; the truth is looked at when all is done. Particles are
 those that ship and whatever models or maps are named: ``python benchmarks/abinitio.py 4jsv
-complex.pdb.gz:C2 map.mrc``. With ``--aspire`` noiseless images of particles without symmetry are
-also oriented by ASPIRE's common lines (``CLSync3N``, its settings as they come), then refined as
-ours are. It goes on where it was interrupted.
+complex.pdb.gz:C2 map.mrc``, or rings of a model's copies, side by side: ``unit.pdb.gz:C7-ring``.
+With ``--aspire`` noiseless images of particles without symmetry are also oriented by ASPIRE's
+common lines (``CLSync3N``, its settings as they come), then refined as ours are. It goes on where
+it was interrupted.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import gemmi
 import numpy as np
 import records
 from scipy.spatial.transform import Rotation
@@ -29,9 +31,12 @@ from cryoem import (
     refine_halves,
     report,
     simulate,
+    structures,
     write_particles,
 )
+from cryoem.density import from_atoms
 from cryoem.io import files
+from cryoem.symmetry import group
 
 #: Cells: images, SNR, and how they were seen.
 MICROSCOPE = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
@@ -56,6 +61,8 @@ NOISELESS = 0.005
 #: Box that the common lines are sought in: half of the images'.
 BOX_OF_LINES = 58
 KIND = "cryoemKind"
+#: Marks a ring of copies; and how far from the axis these touch, in radii of gyration.
+RING, TOUCHING = "-ring", 1.2
 KEPT = Path("results/bench-abinitio")
 
 
@@ -64,7 +71,28 @@ def density_of(source, symmetry="C1"):
 
     A model is laid on the axes of its symmetry, by which errors are counted.
     """
+    if symmetry.endswith(RING):
+        ring = ring_of(structures.load(source), symmetry.removesuffix(RING))
+        return from_atoms(ring, voxel_size_angstrom=VOXEL, resolution_angstrom=8.0, box_px=BOX)
     return records.volume_of(source, symmetry, BOX).sampled_as(BOX, VOXEL)
+
+
+def ring_of(model, symmetry):
+    """Copies of a model about an axis, so far from it that they just touch."""
+    orbit = group(symmetry)
+    at = np.array([a.atom.pos.tolist() for a in model.all()])
+    radius = TOUCHING * at.std(axis=0).dot(at.std(axis=0)) ** 0.5 / np.sin(np.pi / orbit.order)
+    ring = gemmi.Model(1)
+    for i, turn in enumerate(Rotation.from_quat(orbit.elements)):
+        for j, chain in enumerate(model):
+            copy = chain.clone()
+            copy.name = f"{i}-{j}"
+            for residue in copy:
+                for atom in residue:
+                    moved = atom.pos.tolist() - at.mean(axis=0) + [radius, 0, 0]
+                    atom.pos = gemmi.Position(*turn.apply(moved))
+            ring.add_chain(copy)
+    return ring
 
 
 def seen(density: Density, name: str, cell: str, seed: int) -> ParticleStack:
@@ -172,6 +200,7 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     name, _, symmetry = source.partition(":")
     symmetry = symmetry or "C1"
     density = density_of(name, symmetry)
+    symmetry = symmetry.removesuffix(RING)
     truth = seen(density, name, cell, seed)
     unknown = truth.without_poses().replace(noise=None)
     wall, cpu = time.monotonic(), time.process_time()

@@ -264,7 +264,8 @@ def note_unused(path: Path, optics: Table, table: Table) -> None:
 
 def told_aberrations(optics: Mapping[str, np.ndarray], table: Mapping[str, np.ndarray]) -> str:
     """Name the aberrations that a file tells, by columns, each with its largest value."""
-    return ", ".join(_unusual(optics, {**UNDONE, EVEN: 0.0}) + _unusual(table, UNDONE)) or "none"
+    usual = {**UNDONE, EVEN: 0.0}
+    return ", ".join(_unusual(optics, usual) + _unusual(table, usual)) or "none"
 
 
 def _unusual(told: Mapping[str, np.ndarray], usual: Mapping[str, float]) -> list[str]:
