@@ -101,13 +101,12 @@ class Deadly(ImageStack):
         return super()._read(rows)
 
     def __reduce__(self):
-        _, arguments = super().__reduce__()
-        return _deadly, (self.marker, self.home, *arguments)
+        _, (arguments, options) = super().__reduce__()
+        return _deadly, (self.marker, self.home, arguments, options)
 
 
-def _deadly(marker, home, *arguments):
-    layouts, file, section, source, row, sign, flat = arguments
-    stack = Deadly(layouts, file, section, source=source, row=row, sign=sign, flat=flat)
+def _deadly(marker, home, arguments, options):
+    stack = Deadly(*arguments, **options)
     stack.marker, stack.home = marker, home
     return stack
 

@@ -102,7 +102,7 @@ def orient(
     Parameters
     ----------
     estimator : Estimator
-        Made for the images' box and pixels, or for others that lose nothing by being made these.
+        Made for these images, or for others of coarser pixels or narrower frames.
     stack : ParticleStack
         Its images, CTF, noise (measured where it is unknown) and, with ``centred``, its shifts are
         used; its orientations are not.
@@ -136,9 +136,8 @@ def orient(
     Raises
     ------
     InputError
-        Too few particles, images that the estimator cannot read, or a work folder of another run:
-        other particles (judged by the landmarks and by the CTF of all), estimator, reference, seed,
-        landmarks, copies, or version.
+        Too few particles, images that the estimator cannot read, or a work folder of another run
+        (of other particles or CTFs, estimator, reference, seed, landmarks, copies or version).
     MissingToolError
         A scheduler was named and Dask is missing.
     """
