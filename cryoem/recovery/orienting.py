@@ -102,7 +102,6 @@ def orient(
     Parameters
     ----------
     estimator : Estimator
-        Made for these images, or for others of coarser pixels or narrower frames.
     stack : ParticleStack
         Its images, CTF, noise (measured where it is unknown) and, with ``centred``, its shifts are
         used; its orientations are not.
@@ -136,8 +135,8 @@ def orient(
     Raises
     ------
     InputError
-        Too few particles, images that the estimator cannot read, or a work folder of another run
-        (of other particles or CTFs, estimator, reference, seed, landmarks, copies or version).
+        Too few particles, images that the estimator cannot read (its ``reading``), or a work folder
+        of another run: particles, CTFs, estimator, reference, seed, landmarks, copies, or version.
     MissingToolError
         A scheduler was named and Dask is missing.
     """
