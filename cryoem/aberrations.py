@@ -113,48 +113,50 @@ class Aberration:
 
     def undo(self, images: Float[np.ndarray, "n y x"]) -> Float[np.ndarray, "n y x"]:
         """Images as a microscope without the aberration sees them; their origin stays."""
-        return self._changed(images, np.linalg.inv(self.matrix), -1)
+        return self._turned(self._stretched(images, np.linalg.inv(self.matrix)), -1)
 
     def apply(self, images: Float[np.ndarray, "n y x"]) -> Float[np.ndarray, "n y x"]:
         """Images as this microscope sees those of one without: the inverse of :meth:`undo`."""
-        return self._changed(images, self.matrix, 1)
+        return self._stretched(self._turned(images, 1), self.matrix)
 
-    def _changed(self, images: np.ndarray, matrix: np.ndarray, sign: int) -> np.ndarray:
+    def _turned(self, images: np.ndarray, sign: int) -> np.ndarray:
+        """The images, their phases turned."""
+        if not any(self.odd):
+            return images
         size = images.shape[-1]
-        images = np.asarray(images, np.float32)
-        kx, ky = np.meshgrid(np.arange(size // 2 + 1), fourier.frequencies(size))
-        # Phases belong to the frequencies of an image without the aberration.
-        px, py = (kx, ky) if sign < 0 else np.tensordot(matrix, np.stack([kx, ky]), 1)
-        spectra = self._transformed(images, kx, ky, matrix)
-        if any(self.odd):
-            extent = size * self.pixel_size_angstrom
-            phase = sign * zernike("odd", self.odd, px / extent, py / extent)
-            # The Nyquist frequency has no sign: it cannot carry a phase.
-            phase[2 * np.maximum(np.abs(kx), np.abs(ky)) == size] = 0
-            spectra *= np.exp(1j * phase).astype(np.complex64)
-        found = scipy.fft.irfft2(spectra, s=(size, size), workers=fourier.WORKERS)
-        return scipy.fft.fftshift(found, axes=(1, 2))
+        kx, ky = _frequencies(size)
+        extent = size * self.pixel_size_angstrom
+        phase = sign * zernike("odd", self.odd, kx / extent, ky / extent)
+        # The Nyquist frequency has no sign: it cannot carry a phase.
+        phase[2 * np.maximum(np.abs(kx), np.abs(ky)) == size] = 0
+        return fourier.filtered(images, 2, np.exp(1j * phase).astype(np.complex64))
 
-    def _transformed(
-        self, images: np.ndarray, kx: np.ndarray, ky: np.ndarray, matrix: np.ndarray
-    ) -> np.ndarray:
-        """The transforms of images about their origin, at ``matrix`` times each frequency."""
+    def _stretched(self, images: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        """Images whose transforms are those of these, about their origin, at ``matrix`` k."""
         if self.magnification == UNITY:
-            centred = scipy.fft.ifftshift(images, axes=(1, 2))
-            return scipy.fft.rfft2(centred, workers=fourier.WORKERS)
+            return images
         import finufft
 
         size = images.shape[-1]
+        kx, ky = _frequencies(size)
         at = 2 * np.pi / size * np.tensordot(matrix, np.stack([kx, ky]), 1)
         x, y = (np.ascontiguousarray(axis.ravel(), np.float32) for axis in at)
-        found = finufft.nufft2d2(
+        spectra = finufft.nufft2d2(
             y,
             x,
-            images.astype(np.complex64),
+            np.asarray(images, np.complex64),
             eps=ACCURACY,
             isign=-1,
             nthreads=threads.count(),
             showwarn=0,
         )
         # What would come from beyond the Nyquist frequency is not known.
-        return found.reshape(-1, *kx.shape) * (np.abs(at).max(axis=0) <= np.pi * (1 + 1e-6))
+        spectra = spectra.reshape(-1, *kx.shape) * (np.abs(at).max(axis=0) <= np.pi * (1 + 1e-6))
+        found = scipy.fft.irfft2(spectra, s=(size, size), workers=fourier.WORKERS)
+        return scipy.fft.fftshift(found, axes=(1, 2))
+
+
+def _frequencies(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The frequencies x and y of ``rfft2``, cycles per box."""
+    kx, ky = np.meshgrid(np.arange(size // 2 + 1), fourier.frequencies(size))
+    return kx, ky

@@ -14,7 +14,16 @@ from numpy.typing import ArrayLike
 from . import threads
 from .errors import InputError
 
-__all__ = ["crop_or_pad", "flipped", "frequencies", "low_pass", "radius", "resize", "shift"]
+__all__ = [
+    "crop_or_pad",
+    "filtered",
+    "flipped",
+    "frequencies",
+    "low_pass",
+    "radius",
+    "resize",
+    "shift",
+]
 
 #: Threads of every transform.
 WORKERS = threads.count()
@@ -61,13 +70,14 @@ def flipped(array: np.ndarray, axis: int) -> np.ndarray:
     return np.roll(turned, 1, axis) if array.shape[axis] % 2 == 0 else turned
 
 
-def _filter_real(array: np.ndarray, ndim: int, gain: np.ndarray) -> np.ndarray:
+def filtered(array: np.ndarray, ndim: int, gain: np.ndarray) -> np.ndarray:
+    """Multiply the transform of the last ``ndim`` axes of a real array, as of ``rfftn``."""
     axes = tuple(range(-ndim, 0))
     shape = array.shape[-ndim:]
     spectrum = scipy.fft.rfftn(array, axes=axes, workers=WORKERS)
     spectrum *= gain
-    filtered = scipy.fft.irfftn(spectrum, s=shape, axes=axes, workers=WORKERS)
-    return np.ascontiguousarray(filtered, dtype=array.dtype)
+    real = scipy.fft.irfftn(spectrum, s=shape, axes=axes, workers=WORKERS)
+    return np.ascontiguousarray(real, dtype=array.dtype)
 
 
 def low_pass(array: ArrayLike, ndim: int, cutoff: float, *, edge: float = 0.0) -> np.ndarray:
@@ -88,7 +98,7 @@ def low_pass(array: ArrayLike, ndim: int, cutoff: float, *, edge: float = 0.0) -
         gain = 0.5 * (1 + np.cos(np.pi * np.clip((k - start) / (cutoff - start), 0, 1)))
     else:
         gain = (k < cutoff).astype(float)
-    return _filter_real(array, ndim, gain.astype(array.dtype))
+    return filtered(array, ndim, gain.astype(array.dtype))
 
 
 def resize(array: ArrayLike, size: int, ndim: int) -> np.ndarray:
@@ -151,4 +161,4 @@ def shift(images: ArrayLike, shifts_px: ArrayLike) -> Float[np.ndarray, "n y x"]
     shifts = np.asarray(shifts_px, dtype=np.float64)
     ramp_x = np.exp(-2j * np.pi / size * shifts[:, :1] * kx)[:, None, :]
     ramp_y = np.exp(-2j * np.pi / size * shifts[:, 1:] * ky)[:, :, None]
-    return _filter_real(images, 2, (ramp_x * ramp_y).astype(np.result_type(images, np.complex64)))
+    return filtered(images, 2, (ramp_x * ramp_y).astype(np.result_type(images, np.complex64)))

@@ -65,7 +65,7 @@ def test_your_own_particles(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.images[:], true.images[:])
         return evaluation.orientation_errors(found.quaternions, true.quaternions, over=over)
 
-    # The limit of these images is 0.017 rad; random orientations are 2.1 rad off.
+    # Random orientations are 2.1 rad off.
     for path in ("folder/refined.star", "refined.star"):
         assert off(path, "one-sided").mean_rad < 0.05
     assert off("against.star", "none").mean_rad < 0.05  # in the map's own frame

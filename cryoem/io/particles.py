@@ -382,11 +382,7 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
         if stack.origin is not None and name in stack.columns:
             continue
         values = getattr(parameters, CTF[name][0])
-        if (bad := values != values[first[group]]).any():
-            raise InputError(
-                f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]:g}, and "
-                f"{values[first[group]][bad][0]:g} for others of its optics group"
-            )
+        _check_alike(path, name, values, first[group])
         if name not in table or not same(table[name][group], values):
             table[name] = values[first]
     if stack.origin is None:
@@ -411,9 +407,14 @@ def _new_aberrations(path: Path, stack: ParticleStack, first: np.ndarray) -> Tab
     if isinstance(images, ImageStack) and not images.is_array and images.aberrations:
         columns |= aberration_columns(images.aberrations, images.aberration)
     for name, values in columns.items():
-        if (bad := values != values[first[group]]).any():
-            raise InputError(
-                f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]}, and "
-                f"{values[first[group]][bad][0]} for others of its optics group"
-            )
+        _check_alike(path, name, values, first[group])
     return {name: values[first] for name, values in columns.items()}
+
+
+def _check_alike(path: Path, name: str, values: np.ndarray, first: np.ndarray) -> None:
+    """Refuse what is another than that of the first particle of its optics group."""
+    if (bad := values != values[first]).any():
+        raise InputError(
+            f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]}, and "
+            f"{values[first][bad][0]} for others of its optics group"
+        )
