@@ -414,7 +414,8 @@ def _new_aberrations(path: Path, stack: ParticleStack, first: np.ndarray) -> Tab
 def _check_alike(path: Path, name: str, values: np.ndarray, first: np.ndarray) -> None:
     """Refuse what is another than that of the first particle of its optics group."""
     if (bad := values != values[first]).any():
+        kind = "g" if values.dtype.kind == "f" else ""
         raise InputError(
-            f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]}, and "
-            f"{values[first][bad][0]} for others of its optics group"
+            f"{path}: row {np.argmax(bad) + 1}: {name} is {values[bad][0]:{kind}}, and "
+            f"{values[first][bad][0]:{kind}} for others of its optics group"
         )
