@@ -276,6 +276,7 @@ def test_tilt_adds_to_the_odd_polynomials(tmp_path):
         dict(zip(MAGNIFICATION, UNITY, strict=True)),
         {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnOddZernike": "[0,0,0]"},
         {"rlnOddZernike": "[]", "rlnMagMat11": "None", "rlnEvenZernike": "None"},
+        {"rlnBeamTiltX": "nan", "rlnMagMat00": "nan"},
     ],
 )
 def test_where_nothing_is_to_be_undone_images_are_what_the_file_holds(tmp_path, columns):
@@ -317,6 +318,8 @@ def test_symmetric_phases_are_read_and_written(tmp_path):
             {"rlnBeamTiltY": "[1,2]"},
             r"data_optics: row 1, column rlnBeamTiltY: got \[1,2\], wanted a number",
         ),
+        ({"rlnBeamTiltX": "inf"}, r"data_optics: row 1, column rlnBeamTiltX: got inf, wanted"),
+        ({"rlnMagMat00": "-inf"}, r"data_optics: row 1, column rlnMagMat00: got -inf, wanted"),
         ({"rlnMagMat00": 0.1}, r"row 1, rlnMagMat00 to 11: .*near unity, got \(0.1, 0"),
         ({"rlnMagMat00": "a"}, r"data_optics: row 1, column rlnMagMat00: got a, wanted"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 from ..aberrations import UNITY, Aberration, beam_tilt
 from ..errors import InputError
 from ..imaging import wavelength_angstrom
-from .star import Table, length, numbers
+from .star import Table, length, numbers_of
 
 __all__ = [
     "EVEN",
@@ -106,12 +106,10 @@ def _tilted(
     """The odd coefficients of tilts of the beam, (rows, 6)."""
     microscope = np.ones((2, len(tilt)))
     for values, name in zip(microscope, ("rlnSphericalAberration", "rlnVoltage"), strict=True):
-        if name in table:
-            values[which] = numbers(path, table, name)
-        elif name in optics:
-            values[which] = numbers(path, optics, name, "data_optics: ")[group]
-        else:
+        found = numbers_of(path, optics, table, group, name)
+        if found is None:
             raise InputError(f"{path}: has a beam tilt, but no column {name}")
+        values[which] = found
     tilted = zip(tilt, microscope[0], wavelength_angstrom(microscope[1]), strict=True)
     return np.array([beam_tilt(x, y, aberration, length) for (x, y), aberration, length in tilted])
 

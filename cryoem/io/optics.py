@@ -14,7 +14,7 @@ from ..imaging import CtfParameters
 from ..particles import ParticleStack
 from .aberrations import EVEN, UNDONE, even_zernike
 from .stacks import ImageStack
-from .star import ORIGINS, Table, length, numbers
+from .star import ORIGINS, Table, length, numbers, numbers_of
 
 __all__ = [
     "CTF",
@@ -193,10 +193,8 @@ def ctf_parameters(
         return None
     parameters: dict[str, np.ndarray] = {}
     for name, (argument, default) in CTF.items():
-        if name in table:
-            parameters[argument] = numbers(path, table, name)
-        elif name in optics:
-            parameters[argument] = numbers(path, optics, name, "data_optics: ")[group]
+        if (values := numbers_of(path, optics, table, group, name)) is not None:
+            parameters[argument] = values
         elif default is None:
             raise InputError(f"{path}: has defocus, but no column {name}")
     largest = np.abs(parameters["defocus_u_angstrom"]).max()
@@ -213,10 +211,8 @@ def _done(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndar
     """What was done to each image already."""
     done = np.full(len(group), "as seen", "U13")
     for what, name in DONE.items():
-        if name in table:
-            done[numbers(path, table, name) != 0] = what
-        elif name in optics:
-            done[numbers(path, optics, name, "data_optics: ")[group] != 0] = what
+        if (flags := numbers_of(path, optics, table, group, name)) is not None:
+            done[flags != 0] = what
     return done
 
 

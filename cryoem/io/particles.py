@@ -39,7 +39,7 @@ from .optics import (
     with_origins,
 )
 from .stacks import ImageStack, NoImages
-from .star import ORIGINS, Table, length, numbers, read_relion, write_star
+from .star import ORIGINS, Table, length, numbers, numbers_of, read_relion, write_star
 
 __all__ = ["read_particles", "write_particles"]
 
@@ -187,11 +187,8 @@ def _check_sizes(path: Path, optics: Table, group: np.ndarray, size: int) -> Non
 
 def _signs(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:
     """What each image is multiplied by, or None where all are as they should be."""
-    if SIGN in table:
-        sign = numbers(path, table, SIGN)
-    elif SIGN in optics:
-        sign = numbers(path, optics, SIGN, "data_optics: ")[group]
-    else:
+    sign = numbers_of(path, optics, table, group, SIGN)
+    if sign is None:
         return None
     if (bad := np.abs(sign) != 1).any():
         raise InputError(

@@ -28,6 +28,7 @@ __all__ = [
     "Table",
     "length",
     "numbers",
+    "numbers_of",
     "read_relion",
     "split_optics",
     "texts",
@@ -91,6 +92,18 @@ def numbers(path: Path, table: Mapping[str, np.ndarray], name: str, block: str =
             + (f" between {low:g} and {high:g}" if np.isfinite(low) else "")
         )
     return values
+
+
+def numbers_of(
+    path: Path, optics: Table, table: Table, group: np.ndarray, name: str
+) -> np.ndarray | None:
+    """A column of the particles, or of their optics groups, one number a particle; None: neither.
+
+    ``group`` is each particle's row of ``optics``.
+    """
+    if name in table:
+        return numbers(path, table, name)
+    return numbers(path, optics, name, "data_optics: ")[group] if name in optics else None
 
 
 def _is_number(value: object) -> bool:
