@@ -535,6 +535,21 @@ def test_a_map_is_not_laid_onto_what_only_looks_alike(phantom):
     assert rotations.distance(found.quaternion, rotations.inverse(a)) < 1e-3
 
 
+@pytest.mark.parametrize("seed", [2, 5])
+def test_what_nearly_is_a_symmetry_does_not_hide_where_a_map_lies(seed):
+    """Nor that it was solved off the middle: by coarse detail it lies well in eight places."""
+    wide = Phantom.random(seed, blobs=8, sigma_angstrom=16.0).density(32, 7.0)
+    hands = wide, maps.mirrored(wide)
+    alike = np.mean([maps.turned(d, g).values for g in group("D2").elements for d in hands], axis=0)
+    reference = Density(alike + Phantom.random(seed).density(32, 7.0).values, 7.0)
+    a, hand = rotations.uniform(1, seed)[0], seed % 2 == 1
+    other = maps.turned(maps.mirrored(reference) if hand else reference, a, (20.0, -12.0, 16.0))
+    found = maps.register(other, reference, resolution_angstrom=20.0)
+    assert found.mirrored == hand
+    assert rotations.distance(found.quaternion, rotations.inverse(a)) < 0.05
+    assert found.correlation > 0.99
+
+
 def test_the_correlation_of_a_registered_map_is_that_of_its_band(phantom):
     reference = phantom.density(32, 7.0)
     scale = 5 * reference.values.std()

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from ..symmetry import group
 from .correlation import HalfMaps, fsc
-from .registration import Spectrum
+from .registration import Spectrum, centre_of
 from .shells import common_box
 
 __all__ = ["Axes", "find_axes", "symmetry_of"]
@@ -127,7 +127,7 @@ def find_axes(
     """
     if group(symmetry).order == 1:
         return NONE
-    turns, centre = _Turns(pair, resolution_angstrom, seed), _centre(pair)
+    turns, centre = _Turns(pair, resolution_angstrom, seed), centre_of(pair.mean)
     direction, _ = _first_axis(turns, centre, int(symmetry[1:]))
     return _laid(turns, centre, symmetry, direction)
 
@@ -149,7 +149,7 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
     Axes
         Of C1 where there is none: nothing is to be turned.
     """
-    turns, centre = _Turns(pair, resolution_angstrom, seed), _centre(pair)
+    turns, centre = _Turns(pair, resolution_angstrom, seed), centre_of(pair.mean)
     best = NONE
     if turns.plain < LEAST:
         return best
@@ -164,19 +164,6 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
         if one.believed and group(one.symmetry).order > group(best.symmetry).order:
             best = one
     return best
-
-
-def _centre(pair: HalfMaps) -> Float[np.ndarray, " 3"]:
-    """Centre of mass of what stands out of the map, angstrom, xyz."""
-    mean = pair.mean
-    n, v = mean.box_px, mean.values
-    weight = np.maximum(v - 0.1 * np.percentile(v, 99.9), 0).astype(float)
-    axis = np.arange(n) - n // 2
-    middle = [
-        float(axis @ weight.sum(axis=tuple({0, 1, 2} - {a})) / max(weight.sum(), 1e-30))
-        for a in (2, 1, 0)
-    ]
-    return np.array(middle) * mean.voxel_size_angstrom
 
 
 def _first_axis(

@@ -19,6 +19,11 @@ __all__ = ["Registration", "mirrored", "register", "turned"]
 
 #: By which slopes are taken, in tenths of a radian.
 TURN = 0.1
+#: How many poses of the grid are looked at nearer, and how far apart these are, radians: a map that
+#: nearly has a symmetry, or nearly is its mirror image, lies well in places that are far apart.
+PLACES, APART = 12, 0.5
+#: So many that fit nearly as well as the best one, by this correlation, are fitted to the end.
+RIVALS, NEARLY = 3, 0.05
 
 
 def mirrored(density: Density) -> Density:
@@ -27,6 +32,21 @@ def mirrored(density: Density) -> Density:
     for axis in range(3):
         values = fourier.flipped(values, axis)
     return Density(values, density.voxel_size_angstrom)
+
+
+def centre_of(density: Density) -> Float[np.ndarray, " 3"]:
+    """Centre of mass of what stands out of a map, from its origin; angstrom, xyz.
+
+    Of a map that is nothing but noise it is near the middle.
+    """
+    n, v = density.box_px, density.values
+    weight = np.maximum(v - 0.1 * np.percentile(v, 99.9), 0).astype(float)
+    axis = np.arange(n) - n // 2
+    middle = [
+        float(axis @ weight.sum(axis=tuple({0, 1, 2} - {a})) / max(weight.sum(), 1e-30))
+        for a in (2, 1, 0)
+    ]
+    return np.array(middle) * density.voxel_size_angstrom
 
 
 def _transform(
@@ -153,10 +173,10 @@ class _Comparison:
         self.finest = 2 * reference.voxel_size_angstrom
         self.rng = np.random.default_rng(seed)
         self.target = Spectrum(reference.resampled(small).values)
-        self.sources = {
-            hand: Spectrum((mirrored(density) if hand else density).resampled(small).values)
-            for hand in hands
-        }
+        self.middle = centre_of(reference)
+        maps = {hand: mirrored(density) if hand else density for hand in hands}
+        self.sources = {hand: Spectrum(d.resampled(small).values) for hand, d in maps.items()}
+        self.middles = {hand: centre_of(d) for hand, d in maps.items()}
 
     def band(
         self, cutoff_angstrom: float, count: int
@@ -168,21 +188,26 @@ class _Comparison:
         f = self.target.at(k)
         return k, f / np.linalg.norm(f)
 
-    def search(self, cutoff_angstrom: float, count: int, best: int) -> list[_Pose]:
-        """The ``best`` poses of all rotations, none of them shifted."""
+    def search(self, cutoff_angstrom: float, count: int) -> list[_Pose]:
+        """The best poses of all rotations that lie apart, middle on middle, the best first."""
         k, wanted = self.band(cutoff_angstrom, count)
         grid, poses = rotations.grid(6000), []
         for hand, source in self.sources.items():
             for part in np.array_split(grid, 12):
-                turned_k = Rotation.from_quat(rotations.inverse(part)).as_matrix() @ k.T
+                turn = Rotation.from_quat(part)
+                shifts = self.middle - turn.apply(self.middles[hand])
+                turned_k = turn.inv().as_matrix() @ k.T
                 f = source.at(turned_k.transpose(0, 2, 1), quick=True)
-                scores = (f @ wanted.conj()).real / np.linalg.norm(f, axis=1)
-                poses += [_Pose(hand, q, np.zeros(3), s) for q, s in zip(part, scores, strict=True)]
-        return sorted(poses, key=lambda pose: -pose.correlation)[:best]
+                norm = np.linalg.norm(f, axis=1)
+                f *= np.exp(self.phase * (shifts @ k.T))
+                scores = (f @ wanted.conj()).real / norm
+                poses += [_Pose(hand, *each) for each in zip(part, shifts, scores, strict=True)]
+        return _apart(poses, APART)
 
-    def fit(self, start: _Pose, cutoff_angstrom: float, count: int) -> _Pose:
-        """The best pose near ``start``, roughly: what is random of the frequencies decides."""
-        k, wanted = self.band(cutoff_angstrom, count)
+    def fit(
+        self, start: _Pose, k: Float[np.ndarray, "m 3"], wanted: Complex[np.ndarray, " m"]
+    ) -> _Pose:
+        """The best pose near ``start`` at the frequencies of a band, roughly."""
 
         def loss(p: np.ndarray) -> float:
             return -float((self._laid(start, p, k, quick=True) @ wanted.conj()).real)
@@ -230,6 +255,22 @@ class _Comparison:
         return _Pose(start.mirrored, _turned_by(start, p).as_quat(), p[3:], correlation)
 
 
+def _apart(poses: Sequence[_Pose], radians: float) -> list[_Pose]:
+    """The best of the poses, none of them near a better one; the best first."""
+    found: list[_Pose] = []
+    for pose in sorted(poses, key=lambda pose: -pose.correlation):
+        near = (
+            pose.mirrored == other.mirrored
+            and rotations.distance(pose.quaternion, other.quaternion) < radians
+            for other in found
+        )
+        if not any(near):
+            found.append(pose)
+        if len(found) == PLACES:
+            break
+    return found
+
+
 def _turned_by(start: _Pose, p: Float[np.ndarray, "6"]) -> Rotation:
     return Rotation.from_rotvec(p[:3] / 10) * Rotation.from_quat(start.quaternion)
 
@@ -248,8 +289,9 @@ def register(
 ) -> Registration:
     """Lay a map onto a reference by rotation, shift and, where allowed, hand.
 
-    A coarse search over all rotations at 30 A or so, a local fit of the best few, and of the best
-    of those once more to ``resolution_angstrom``.
+    A coarse search over all rotations, at twice ``resolution_angstrom``; a local fit of the best
+    that lie apart, so that what nearly is a symmetry, or the mirror image, does not hide the right
+    one; and of the best of those once more, to ``resolution_angstrom``.
 
     Parameters
     ----------
@@ -272,10 +314,12 @@ def register(
     small = min(n, 4 * int(np.ceil(0.75 * n * voxel / resolution_angstrom)))
     hands = [False, True] if allow_mirror else [False]
     comparison = _Comparison(density, reference, hands, small, seed)
-    candidates = comparison.search(2 * resolution_angstrom, count=600, best=6)
-    fits = [comparison.fit(pose, 1.5 * resolution_angstrom, count=800) for pose in candidates]
-    nearest = max(fits, key=lambda pose: pose.correlation)
-    pose = comparison.polish(nearest, resolution_angstrom)
+    candidates = comparison.search(2 * resolution_angstrom, count=600)
+    band = comparison.band(1.5 * resolution_angstrom, count=800)
+    fits = _apart([comparison.fit(pose, *band) for pose in candidates], APART / 2)
+    rivals = [fit for fit in fits if fit.correlation > fits[0].correlation - NEARLY]
+    ends = [comparison.polish(fit, resolution_angstrom) for fit in rivals[:RIVALS]]
+    pose = max(ends, key=lambda pose: pose.correlation)
     source = mirrored(density) if pose.mirrored else density
     return Registration(
         turned(source, pose.quaternion, pose.shift_angstrom),
