@@ -45,11 +45,16 @@ notebooks: $(ALL) ## Execute the notebooks in place
 bench-%: $(ALL) ## Measure (ARGS=... for it): bench-abinitio, -real, -own_map, -peers, -accuracy, -recovery, -refinement, -noise, -nuisances, -stream, -architecture, -mismatch, -method
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
-bench-peers: | relion
+bench-peers: | relion results/cryojax
 
 .PHONY: relion
 relion:
 	@command -v relion_reconstruct > /dev/null || apt-get install --yes relion
+
+# cryoJAX' own environment: JAX is not in ours.
+results/cryojax:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet cryojax==0.6.0 starfile==0.5.13 || { rm -r $@; false; }
 
 drill: $(ALL) ## Read 5,000 spoilt files, kill commands at 20 moments: errors of ours, nothing lost
 	$(BIN)/python tests/drill.py

@@ -13,9 +13,9 @@ refinement
     solve --reference``. Of the particles' poses at the end, of the half-maps and of the time. The
     images are few and small, for RELION to end.
 simulation
-    ``relion_project`` makes the images: projector, CTF, shifts and noise are none of ours. What
-    their likeness with ours is, and where particles end: from near the truth, the density known,
-    and from the images alone.
+    ``relion_project``, and cryoJAX, make the images: projector, CTF, shifts and noise are none of
+    ours, and cryoJAX' particles are dark. What their likeness with ours is, and where particles
+    end: from near the truth, the density known, and from the images alone.
 aberrations
     ``relion_project`` makes the images, which then are given aberrations, and noise; reconstructed
     by both, with and without the columns that tell of them. (``relion_project`` gives its images
@@ -50,6 +50,7 @@ from cryoem import (
     refine_halves,
     rotations,
     simulate,
+    survey,
     write_density,
 )
 from cryoem.io.particles import write_particles
@@ -75,10 +76,16 @@ AUTO_REFINE = f"""
     --low_resol_join_halves 40 --norm --scale --pad 2 --dont_combine_weights_via_disc
     --preread_images --pool 30 --j 1 --random_seed 1
 """.split()
-#: Cells of the simulation: particle, its symmetry, images, SNR; and how far off, in each component,
-#: those that know the density begin: radians and pixels.
-SIMULATED = [("4jsv", "C1", 1000, 1 / 16), ("1i10", "D2", 1000, 1 / 16)]
+#: Cells of the simulation: particle, symmetry, images, SNR, and who makes them; and how far off, in
+#: each component, those that know the density begin: radians and pixels.
+SIMULATED = [
+    (particle, symmetry, 1000, 1 / 16, simulator)
+    for particle, symmetry in (("4jsv", "C1"), ("1i10", "D2"))
+    for simulator in ("RELION", "cryoJAX")
+]
 OFF = 0.1, 1.0
+#: cryoJAX' environment, which the target makes.
+CRYOJAX = Path("results/cryojax/bin/python").absolute()
 #: Aberrations, as columns: about two radians at the finest detail, or a pixel at the frame's edge.
 ABERRATED = {
     "beam tilt": {"rlnBeamTiltX": 12.0, "rlnBeamTiltY": -6.0},
@@ -265,22 +272,37 @@ def projected(folder, density, name, noise=0.0):
     return read_particles(folder / f"{name}.star")
 
 
+def imagined(folder, density, noise):
+    """What cryoJAX makes of the same, clean and in noise of so many times its images' width."""
+    code = [CRYOJAX, Path(__file__).with_name("cryojax_images.py"), folder, f"{noise}"]
+    subprocess.run(code, check=True, capture_output=True)
+    return [read_particles(folder / f"{name}.star") for name in ("clean", "noisy")]
+
+
 def simulation(cell, seed, folder):
-    """A record: RELION's images, and where they end; kept."""
-    particle, symmetry, n, snr = cell
+    """A record: another program's images, and where they end; kept."""
+    particle, symmetry, n, snr, simulator = cell
 
     def made():
         density = load_density(particle)
         own = simulate(density, n, seed, snr=float("inf"), **SEEN)
         write_particles(folder / "angles.star", own)
         write_density(folder / "map.mrc", density)
-        clean = projected(folder, density, "clean").images[:]
-        theirs = projected(folder, density, "noisy", float(clean.std() / np.sqrt(snr)))
-        both = zip(clean, own.images, strict=True)
+        if simulator == "RELION":
+            clean = projected(folder, density, "clean")
+            theirs = projected(folder, density, "noisy", float(clean.images[:].std() / snr**0.5))
+        else:
+            clean, theirs = imagined(folder, density, 1 / snr**0.5)
+        clean, seen = clean.images[:], theirs.images[:]
+        contrast = float((clean * own.images).sum() / (own.images[:] ** 2).sum())
+        both = zip(clean * np.sign(contrast), own.images, strict=True)
         alike = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in both]
-        noise = float(np.var(theirs.images[:] - clean))
+        noise = float(np.var(seen - clean)) / contrast**2
         truth = own.replace(noise=Noise.white(noise))
         unknown = theirs.replace(noise=None)
+        black = survey(unknown, seed=seed).contrast == "black on white"
+        if black:
+            unknown = unknown.inverted()
         rng = np.random.default_rng(seed)
         near = unknown.with_poses(
             rotations.perturb(own.quaternions, OFF[0] * rng.standard_normal((n, 3))),
@@ -301,6 +323,7 @@ def simulation(cell, seed, folder):
         return {
             "job": "simulation",
             "method": "cryoem",
+            "simulator": simulator,
             "particle": particle,
             "symmetry": symmetry,
             "n": n,
@@ -308,7 +331,8 @@ def simulation(cell, seed, folder):
             "seed": seed,
             "commit": records.commit(),
             "least_image_correlation": min(alike),
-            "contrast": float((clean * own.images).sum() / (own.images[:] ** 2).sum()),
+            "contrast": contrast,
+            "turned_white": black,
             "bound_mean_rad": records.limit(density, truth),
             "known_error_rad": off(known, "none").mean_rad,
             "known_expected_rad": float(known.expected_error_rad.mean()),
@@ -321,13 +345,15 @@ def simulation(cell, seed, folder):
             "cpu_seconds": cpu,
         }
 
-    return [records.kept(KEPT / f"simulation-{particle}-{n}-{seed}.json", made)]
+    name = f"simulation-{simulator.lower()}-{particle}-{n}-{seed}.json"
+    return [records.kept(KEPT / name, made)]
 
 
 def simulation_table(found):
     """A row a run."""
     return [
         [
+            r["simulator"],
             f"{r['particle']}, {r['symmetry']}",
             f"{r['n']:,}, SNR 1/{1 / r['snr']:.0f}",
             f"{r['least_image_correlation']:.5f}",
@@ -443,7 +469,7 @@ def main():
         "off by > 0.3 rad", "half-maps agree to, A", "mean FSC within a mask", "CPU s",
     ]  # fmt: skip
     simulated = [
-        "particle", "images", "least correlation with ours", "contrast", "limit, rad",
+        "images by", "particle", "images", "least correlation with ours", "contrast", "limit, rad",
         "the density known, to 15 A, rad", "from the images alone, mean (median), rad",
         "off by > 0.3 rad", "CPU s",
     ]  # fmt: skip
