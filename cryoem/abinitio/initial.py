@@ -13,6 +13,7 @@ from ..density import Density
 from ..errors import InputError
 from ..maps import Axes, Coverage, HalfMapFsc, HalfMaps
 from ..particles import ParticleStack
+from ..reconstruction import reconstruct
 from ..refinement import Search, refine
 from ..refinement.halves import believed, half_maps
 from ..rotations import Seed
@@ -286,12 +287,23 @@ def _laid(
             own[h] = laid.density
         onto = own[0]
     pair = HalfMaps(own[0], own[1], independent=True)
-    if symmetry is None:
-        axes = maps.symmetry_of(pair, resolution_angstrom=finest)
-    else:
-        axes = maps.find_axes(pair, symmetry, resolution_angstrom=finest)
+    axes = _axes(polished, symmetry, scheduler)
     agreement, by_chance = _agreement(best, pair, axes, finest)
     return _Laid(best, polished, pair, axes, reference is not None, agreement, by_chance)
+
+
+def _axes(
+    polished: list[ParticleStack], symmetry: str | None, scheduler: str | Client | None
+) -> Axes:
+    """The symmetry, by the finest detail of the cut images: by less, many nearly have one."""
+    first, second = (reconstruct(half, scheduler=scheduler) for half in polished)
+    mask = maps.soft_mask(HalfMaps(first, second, independent=True).mean)
+    pixel = first.voxel_size_angstrom
+    one, other = (Density(mask * half.values, pixel) for half in (first, second))
+    pair = HalfMaps(one, other, independent=True)
+    if symmetry is None:
+        return maps.symmetry_of(pair, resolution_angstrom=2 * pixel)
+    return maps.find_axes(pair, symmetry, resolution_angstrom=2 * pixel)
 
 
 def _judged(

@@ -24,8 +24,9 @@ LEAST, LEAST_SHELLS = 0.4, 4
 FOLDS = 12
 #: Axes that the first look tries, and frequencies that it compares.
 AXES, FREQUENCIES = 1000, 800
-#: Ratio at the best axis of the grid from which one is looked for nearby.
-NEARLY = 0.5
+#: Ratio at the best axis of the grid from which one is looked for nearby; and the finest detail by
+#: which the grid is compared, angstrom: its axes are four degrees apart.
+NEARLY, SEARCHED = 0.5, 20.0
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class Axes:
     shift_angstrom : (3,) array, xyz
         and then moves it so that they meet at the origin.
     ratio : float
-        Correlation of one half-map with the other one turned by the group's elements, the mean,
-        over that without a turn; every shell of frequencies counts alike. About 1 where the
-        particle has the symmetry; 0 where the half-maps do not agree.
+        Correlation of one half-map with the other one turned by the group's elements, over that
+        without a turn; every shell of frequencies counts alike. Of Dn the mean of the turns about
+        the axis, or that of the two-folds across it, whichever is less. About 1 where the particle
+        has the symmetry; 0 where the half-maps do not agree.
     """
 
     symmetry: str
@@ -127,9 +129,8 @@ def find_axes(
     """
     if group(symmetry).order == 1:
         return NONE
-    turns, centre = _Turns(pair, resolution_angstrom, seed), centre_of(pair.mean)
-    direction, _ = _first_axis(turns, centre, int(symmetry[1:]))
-    return _laid(turns, centre, symmetry, direction)
+    search = _Search(pair, resolution_angstrom, seed)
+    return search.laid(symmetry, search.first_axis(int(symmetry[1:]))[0])
 
 
 def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int = 0) -> Axes:
@@ -149,69 +150,84 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
     Axes
         Of C1 where there is none: nothing is to be turned.
     """
-    turns, centre = _Turns(pair, resolution_angstrom, seed), centre_of(pair.mean)
-    best = NONE
-    if turns.plain < LEAST:
+    search, best = _Search(pair, resolution_angstrom, seed), NONE
+    if search.fine.plain < LEAST:
         return best
     found: list[Axes] = []
     for n in range(2, FOLDS + 1):
         # An axis of six-fold symmetry has two-fold and three-fold symmetry too.
         if all(any(a.symmetry == f"C{m}" for a in found) for m in range(2, n) if n % m == 0):
-            direction, ratio = _first_axis(turns, centre, n)
-            if ratio > NEARLY and (axes := _laid(turns, centre, f"C{n}", direction)).believed:
-                found += [axes, _laid(turns, centre, f"D{n}", direction)]
+            direction, ratio = search.first_axis(n)
+            if ratio > NEARLY and (axes := search.laid(f"C{n}", direction)).believed:
+                found += [axes, search.laid(f"D{n}", direction)]
     for one in found:
         if one.believed and group(one.symmetry).order > group(best.symmetry).order:
             best = one
     return best
 
 
-def _first_axis(
-    turns: _Turns, centre: np.ndarray, fold: int
-) -> tuple[Float[np.ndarray, " 3"], float]:
-    """The direction of the best axis of a grid, and its ratio."""
-    i = np.arange(AXES) + 0.5
-    z = 1 - i / AXES  # half a sphere: a spiral
-    around = i * np.pi * (1 + 5**0.5)
-    directions = np.stack([*(np.sqrt(1 - z**2) * [np.cos(around), np.sin(around)]), z], axis=1)
-    q = Rotation.from_rotvec(2 * np.pi / fold * directions).as_quat()
-    scores = turns.score(q, centre, quick=True)
-    return directions[scores.argmax()], float(scores.max() / turns.plain)
+class _Search:
+    """Where symmetries lie: looked for by coarse detail, laid and judged by all of it."""
+
+    def __init__(self, pair: HalfMaps, resolution_angstrom: float, seed: int) -> None:
+        self.centre = centre_of(pair.mean)
+        self.coarse = _Turns(pair, max(resolution_angstrom, SEARCHED), seed)
+        finer = resolution_angstrom < SEARCHED
+        self.fine = _Turns(pair, resolution_angstrom, seed) if finer else self.coarse
+
+    def first_axis(self, fold: int) -> tuple[Float[np.ndarray, " 3"], float]:
+        """The direction of the best axis of a grid, and its ratio."""
+        i = np.arange(AXES) + 0.5
+        z = 1 - i / AXES  # half a sphere: a spiral
+        around = i * np.pi * (1 + 5**0.5)
+        directions = np.stack([*(np.sqrt(1 - z**2) * [np.cos(around), np.sin(around)]), z], axis=1)
+        q = Rotation.from_rotvec(2 * np.pi / fold * directions).as_quat()
+        scores = self.coarse.score(q, self.centre, quick=True)
+        return directions[scores.argmax()], float(scores.max() / self.coarse.plain)
+
+    def laid(self, symmetry: str, direction: np.ndarray) -> Axes:
+        """The group where it fits best, by a local fit from an axis of the grid."""
+        elements = group(symmetry).elements[1:]
+        start = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
+        if symmetry[0] == "D":  # a two-fold at right angles: any that maps onto x
+            apart = np.pi / int(symmetry[1:]) * np.arange(24) / 24
+            tries = Rotation.from_rotvec(np.outer(apart, [0, 0, 1.0])) * start
+            scores = [_each(self.coarse, elements, t, self.centre).mean() for t in tries]
+            start = tries[int(np.argmax(scores))]
+        there, centre = _fitted(self.coarse, elements, start, self.centre)
+        if self.fine is not self.coarse:
+            there, centre = _fitted(self.fine, elements, there, centre)
+        alike = _each(self.fine, elements, there, centre, quick=False)
+        across = np.abs(elements[:, 3]) + np.abs(elements[:, 2]) < 1e-6  # Dn's two-folds
+        least = min(alike[kind].mean() for kind in (across, ~across) if kind.any())
+        # Of half-maps that do not agree unturned, none can be said to have the symmetry.
+        ratio = float(least / self.fine.plain) if self.fine.plain > LEAST else 0.0
+        return Axes(symmetry, there.as_quat(), -there.apply(centre), ratio)
 
 
-def _laid(turns: _Turns, centre: np.ndarray, symmetry: str, direction: np.ndarray) -> Axes:
-    """The group where it fits best, by a local fit from an axis of the grid."""
-    elements = group(symmetry).elements[1:]
-    fold = int(symmetry[1:])
-    start = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
-    if symmetry[0] == "D":  # a two-fold at right angles: any that maps onto x
-        about = Rotation.from_rotvec(np.outer(np.pi / fold * np.arange(24) / 24, [0, 0, 1.0]))
-        tries = about * start
-        scores = [_mean(turns, elements, t, centre, quick=True) for t in tries]
-        start = tries[int(np.argmax(scores))]
+def _fitted(
+    turns: _Turns, elements: np.ndarray, start: Rotation, centre: np.ndarray
+) -> tuple[Rotation, Float[np.ndarray, " 3"]]:
+    """Turn to the standard setting, and the axes' common point, where most is alike nearby."""
 
     def loss(p: np.ndarray) -> float:
         turned = Rotation.from_rotvec(p[:3] / 10) * start
-        return -_mean(turns, elements, turned, p[3:], quick=True)
+        return -float(_each(turns, elements, turned, p[3:]).mean())
 
     found = minimize(
         loss, np.r_[0, 0, 0, centre], method="Powell", options={"xtol": 1e-2, "ftol": 1e-3}
     )
-    to_standard = Rotation.from_rotvec(found.x[:3] / 10) * start
-    # Of half-maps that do not agree unturned, none can be said to have the symmetry.
-    alike = _mean(turns, elements, to_standard, found.x[3:])
-    ratio = alike / turns.plain if turns.plain > LEAST else 0.0
-    return Axes(symmetry, to_standard.as_quat(), -to_standard.apply(found.x[3:]), ratio)
+    return Rotation.from_rotvec(found.x[:3] / 10) * start, found.x[3:]
 
 
-def _mean(
+def _each(
     turns: _Turns,
     elements: np.ndarray,
     to_standard: Rotation,
     centre: np.ndarray,
     *,
-    quick: bool = False,
-) -> float:
-    """Mean correlation over the elements of a group that lies as ``to_standard`` says."""
+    quick: bool = True,
+) -> Float[np.ndarray, " m"]:
+    """Correlation by each element of a group that lies as ``to_standard`` says."""
     here = (to_standard.inv() * Rotation.from_quat(elements) * to_standard).as_quat()
-    return float(turns.score(here, centre, quick=quick).mean())
+    return turns.score(here, centre, quick=quick)

@@ -19,9 +19,13 @@ __all__ = ["Registration", "mirrored", "register", "turned"]
 
 #: By which slopes are taken, in tenths of a radian.
 TURN = 0.1
+#: Poses of the grid are glanced at by this share of the frequencies, and this share looked at.
+GLANCE = 5
 #: How many poses of the grid are looked at nearer, and how far apart these are, radians: a map that
 #: nearly has a symmetry, or nearly is its mirror image, lies well in places that are far apart.
 PLACES, APART = 12, 0.5
+#: So many of these, of the best after a round of the fit, are fitted.
+FITTED = 4
 #: So many that fit nearly as well as the best one, by this correlation, are fitted to the end.
 RIVALS, NEARLY = 3, 0.05
 
@@ -191,21 +195,44 @@ class _Comparison:
     def search(self, cutoff_angstrom: float, count: int) -> list[_Pose]:
         """The best poses of all rotations that lie apart, middle on middle, the best first."""
         k, wanted = self.band(cutoff_angstrom, count)
-        grid, poses = rotations.grid(6000), []
-        for hand, source in self.sources.items():
-            for part in np.array_split(grid, 12):
-                turn = Rotation.from_quat(part)
-                shifts = self.middle - turn.apply(self.middles[hand])
-                turned_k = turn.inv().as_matrix() @ k.T
-                f = source.at(turned_k.transpose(0, 2, 1), quick=True)
-                norm = np.linalg.norm(f, axis=1)
-                f *= np.exp(self.phase * (shifts @ k.T))
-                scores = (f @ wanted.conj()).real / norm
-                poses += [_Pose(hand, *each) for each in zip(part, shifts, scores, strict=True)]
+        # By few of the frequencies first: most rotations are far from any that fits.
+        grid, few = rotations.grid(6000), count // GLANCE
+        poses = []
+        for hand in self.sources:
+            at_first = self._scores(hand, grid, k[:few], wanted[:few])
+            some = grid[np.argsort(at_first)[-(len(grid) // GLANCE) :]]
+            scores = self._scores(hand, some, k, wanted)
+            shifts = self._middled(hand, some)
+            poses += [_Pose(hand, *each) for each in zip(some, shifts, scores, strict=True)]
         return _apart(poses, APART)
 
+    def _middled(self, hand: bool, q: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "m 3"]:
+        """Shifts that lay the turned map's middle on the reference's."""
+        return self.middle - Rotation.from_quat(q).apply(self.middles[hand])
+
+    def _scores(
+        self,
+        hand: bool,
+        q: Float[np.ndarray, "m 4"],
+        k: Float[np.ndarray, "c 3"],
+        wanted: Complex[np.ndarray, " c"],
+    ) -> Float[np.ndarray, " m"]:
+        """Correlation of the turned map, middle on middle, at some frequencies."""
+        scores = np.empty(len(q))
+        for part in np.array_split(np.arange(len(q)), -(-len(q) * len(k) // 300_000)):
+            turned_k = Rotation.from_quat(q[part]).inv().as_matrix() @ k.T
+            f = self.sources[hand].at(turned_k.transpose(0, 2, 1), quick=True)
+            norm = np.linalg.norm(f, axis=1)
+            f *= np.exp(self.phase * (self._middled(hand, q[part]) @ k.T))
+            scores[part] = (f @ wanted.conj()).real / norm
+        return scores
+
     def fit(
-        self, start: _Pose, k: Float[np.ndarray, "m 3"], wanted: Complex[np.ndarray, " m"]
+        self,
+        start: _Pose,
+        k: Float[np.ndarray, "m 3"],
+        wanted: Complex[np.ndarray, " m"],
+        rounds: int | None = None,
     ) -> _Pose:
         """The best pose near ``start`` at the frequencies of a band, roughly."""
 
@@ -214,7 +241,8 @@ class _Comparison:
 
         p0 = np.r_[0, 0, 0, start.shift_angstrom]
         # Powell's line searches leap over the hollows that noise makes.
-        best = minimize(loss, p0, method="Powell", options={"xtol": 1e-2, "ftol": 1e-3})
+        options = {"xtol": 1e-2, "ftol": 1e-3, "maxiter": rounds}
+        best = minimize(loss, p0, method="Powell", options=options)
         return self._pose(start, best.x, -best.fun)
 
     def polish(self, start: _Pose, cutoff_angstrom: float) -> _Pose:
@@ -316,7 +344,8 @@ def register(
     comparison = _Comparison(density, reference, hands, small, seed)
     candidates = comparison.search(2 * resolution_angstrom, count=600)
     band = comparison.band(1.5 * resolution_angstrom, count=800)
-    fits = _apart([comparison.fit(pose, *band) for pose in candidates], APART / 2)
+    begun = _apart([comparison.fit(pose, *band, rounds=1) for pose in candidates], APART / 2)
+    fits = _apart([comparison.fit(pose, *band) for pose in begun[:FITTED]], APART / 2)
     rivals = [fit for fit in fits if fit.correlation > fits[0].correlation - NEARLY]
     ends = [comparison.polish(fit, resolution_angstrom) for fit in rivals[:RIVALS]]
     pose = max(ends, key=lambda pose: pose.correlation)
