@@ -35,6 +35,7 @@ from cryoem import (
 from cryoem.abinitio.annealing import Start
 from cryoem.abinitio.coarse import coarsened, small_stack
 from cryoem.abinitio.expectation import Sums, expect, slices_of, solve
+from cryoem.abinitio.initial import _axes
 from cryoem.errors import InputError, MissingToolError
 from cryoem.particles import CtfParameters
 from cryoem.symmetry import group
@@ -331,6 +332,31 @@ def test_the_symmetry_of_a_map_is_found_wherever_it_lies(symmetry):
         assert np.corrcoef(copy.values.ravel(), standard.values.ravel())[0, 1] > 0.97
     wrong = {"C1": "C2", "C2": "C3", "C3": "C2", "D2": "D3", "D3": "D4", "C7": "C5"}[symmetry]
     assert not maps.find_axes(pair, wrong).believed
+
+
+def nearly(symmetry: str, truly: str, share: float, finer_than: float = 0.0) -> Density:
+    """What has a symmetry, but for a share of finer detail that has another one."""
+    a, b = phantom(symmetry).values, phantom(truly)
+    b = b.values - (b.low_passed(finer_than).values if finer_than else 0)
+    return Density(a / a.std() + share * b / b.std(), VOXEL)
+
+
+def test_a_symmetry_that_some_turns_have_is_not_that_of_all():
+    """The three-folds of what is nearly D3 agree in full: they do not make up for its two-folds."""
+    lies = maps.turned(nearly("D3", "C3", 0.45), rotations.uniform(1, 9)[0], (6.0, -9.0, 4.0))
+    pair = maps.HalfMaps(lies, lies, independent=True)
+    assert maps.symmetry_of(pair, resolution_angstrom=12.0).symmetry == "C3"
+    assert maps.find_axes(pair, "D3").ratio == pytest.approx(0.88, abs=0.02)
+
+
+def test_the_symmetry_is_that_of_the_finest_detail():
+    density, q = nearly("D3", "C3", 0.6, finer_than=20.0), rotations.uniform(400, 4)
+    seen = ParticleStack(project(density, q), VOXEL, quaternions=q)
+    pair = maps.HalfMaps(density, density, independent=True)
+    assert maps.symmetry_of(pair, resolution_angstrom=25.0).symmetry == "D3"
+    halves = [seen.select(slice(h, None, 2)) for h in (0, 1)]
+    assert _axes(halves, None, None).symmetry == "C3"
+    assert not _axes(halves, "D3", None).believed
 
 
 def test_maps_that_do_not_agree_have_no_symmetry():
