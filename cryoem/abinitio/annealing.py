@@ -227,8 +227,8 @@ class Start:
         keep = MOMENTUM if progress < 1 else 0.0
         for c, volume in enumerate(self.volumes):
             frequencies = self.images.slices.frequencies[:used]
-            one = sums.of(slice(c * each, (c + 1) * each)).eighth(frequencies)
-            new = solve(one, frequencies, grid[: each // 8], self.images.box_px)
+            one = sums.of(slice(c * each, (c + 1) * each)).quarter(frequencies)
+            new = solve(one, frequencies, grid[: each // 4], self.images.box_px)
             self.volumes[c] = keep * volume + (1 - keep) * new
         if self.done % PICTURE == 0:
             self.history.append((self.resolution_angstrom, self.volumes.sum(axis=1)))
@@ -261,9 +261,9 @@ class Start:
     def random_grid(self, orientations: int | None = None) -> Float[np.ndarray, "r 4"]:
         """Orientations spread evenly, turned at random: the lattice never shows in a map.
 
-        About so many; an eighth of them, their quarter turns, and the mirror images of all.
+        About so many: a quarter of them, and their quarter turns.
         """
-        grid = matching.orientations(orientations or self.schedule.orientations[1])
+        grid = matching.orientations(orientations or self.schedule.orientations[1], mirror=False)
         return rotations.multiply(rotations.uniform(1, self.rng), grid)
 
     def look(

@@ -78,18 +78,18 @@ class Sums:
         some._right, some.weight = self._right[rows], self.weight[rows]
         return some
 
-    def eighth(self, frequencies: Float[np.ndarray, "k 2"]) -> Sums:
-        """Those of a whole grid, brought to the eighth of it that the others are turns of."""
-        xp, found = accelerator.arrays(), Sums(len(self.weight) // 8, len(frequencies))
+    def quarter(self, frequencies: Float[np.ndarray, "k 2"]) -> Sums:
+        """Those of a whole grid, brought to the quarter of it that the others are turns of."""
+        xp, found = accelerator.arrays(), Sums(len(self.weight) // 4, len(frequencies))
         matrix, from_ = accelerator.sparse().csr_matrix, xp.arange(len(frequencies))
         ones = xp.ones(len(frequencies), np.float32)
-        rights, weights = (a.reshape(8, *found.weight.shape) for a in (self.right, self.weight))
+        rights, weights = (a.reshape(4, *found.weight.shape) for a in (self.right, self.weight))
         turns = _turned(frequencies)
         for right, weight, (at, conjugate) in zip(rights, weights, turns, strict=True):
             # Some of a half spectrum meet: of kx = 0 both halves are there.
-            to_eighth = matrix((ones, (at, from_)), shape=(len(frequencies),) * 2)
-            found.right[:] += (to_eighth @ xp.where(conjugate, right.conj(), right).T).T
-            found.weight += (to_eighth @ weight.T).T
+            to_quarter = matrix((ones, (at, from_)), shape=(len(frequencies),) * 2)
+            found.right[:] += (to_quarter @ xp.where(conjugate, right.conj(), right).T).T
+            found.weight += (to_quarter @ weight.T).T
         return found
 
     def add(self, at: Any, images: Any) -> None:
@@ -118,7 +118,7 @@ def references_of(
     frequencies: Float[np.ndarray, "k 2"],
     grid: Float[np.ndarray, "r 4"],
 ) -> Complex[np.ndarray, "r k"]:
-    """Central slices at the orientations of a grid, of which the first eighth is evaluated.
+    """Central slices at the orientations of a grid, of which the first quarter is evaluated.
 
     Parameters
     ----------
@@ -126,30 +126,29 @@ def references_of(
     frequencies : (k, 2) array, cycles per box
         All of a half spectrum within a radius.
     grid : (r, 4) array
-        An eighth, its quarter turns, and the mirror images of all: :func:`matching.orientations`.
+        A quarter, and its quarter turns: :func:`cryoem.matching.orientations`.
     """
-    xp, each = accelerator.arrays(), len(grid) // 8
-    eighth = slices_of(volume, frequencies, grid[:each])
-    found = xp.empty((8, *eighth.shape), np.complex64)
+    xp = accelerator.arrays()
+    quarter = slices_of(volume, frequencies, grid[: len(grid) // 4])
+    found = xp.empty((4, *quarter.shape), np.complex64)
     for slices, (at, conjugate) in zip(found, _turned(frequencies), strict=True):
-        here = eighth[:, at]
+        here = quarter[:, at]
         slices[:] = xp.where(conjugate, here.conj(), here)
     return found.reshape(len(grid), -1)
 
 
 def _turned(frequencies: Float[np.ndarray, "k 2"]) -> list[tuple[Any, Any]]:
-    """Where a grid's turns take frequencies: to which of them, and whether to its conjugate."""
+    """Where quarter turns take frequencies: to which of them, and whether to its conjugate."""
     xp, at = accelerator.arrays(), np.rint(frequencies).astype(int)
     wide = 2 * int(np.abs(at).max()) + 1
     order = np.argsort(at @ [wide, 1])
     known, found = (at @ [wide, 1])[order], []
-    for turned in (at, at * [-1, 1]):
-        for _ in range(4):
-            conjugate = turned[:, 0] < 0
-            half = np.where(conjugate[:, None], -turned, turned)
-            number = order[np.searchsorted(known, half @ [wide, 1])]
-            found.append((xp.asarray(number), xp.asarray(conjugate)))
-            turned = np.stack([-turned[:, 1], turned[:, 0]], axis=1)
+    for _ in range(4):
+        conjugate = at[:, 0] < 0
+        half = np.where(conjugate[:, None], -at, at)
+        number = order[np.searchsorted(known, half @ [wide, 1])]
+        found.append((xp.asarray(number), xp.asarray(conjugate)))
+        at = np.stack([-at[:, 1], at[:, 0]], axis=1)
     return found
 
 

@@ -255,7 +255,7 @@ def likeliest(starts: list[Start]) -> Start:
 
 def _evidence(start: Start, resolution_angstrom: float | None = None) -> float:
     """How likely a start's maps make its images."""
-    grid = matching.orientations(start.schedule.orientations[1])
+    grid = matching.orientations(start.schedule.orientations[1], mirror=False)
     found = start.look(judges(start), grid, resolution_angstrom=resolution_angstrom, judged=True)
     return float(found.evidence.mean())
 
