@@ -206,7 +206,7 @@ def test_posteriors_are_those_of_the_model(few, quick):
 
 def started(images, rounds):
     slow = dataclasses.replace(QUICK, rounds=32)  # rounding would lead hurried rounds elsewhere
-    start = Start(images, 150.0, 6.0, 2, schedule=slow)
+    start = Start(images, 150.0, 6.0, 3, schedule=slow)
     for _ in range(rounds):
         start.advance()
     return start
@@ -219,7 +219,7 @@ def test_a_gpu_goes_the_same_way(request):
     request.getfixturevalue("gpu")
     there = started(images, 28)
     assert type(there.volumes) is np.ndarray
-    assert np.corrcoef(here.volumes.ravel(), there.volumes.ravel())[0, 1] > 0.999
+    assert np.corrcoef(here.volumes.ravel(), there.volumes.ravel())[0, 1] > 0.99
     assert np.median(np.abs(there.offsets_px - here.offsets_px).max(axis=1)) < 1e-6
 
 
