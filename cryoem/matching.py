@@ -165,33 +165,28 @@ def candidates(
     return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
 
 
-def orientations(
-    references: int, symmetry: str = "C1", *, mirror: bool = True
-) -> Float[np.ndarray, "r 4"]:
+def orientations(references: int, symmetry: str = "C1") -> Float[np.ndarray, "r 4"]:
     """About so many orientations over SO(3), spread evenly; of a symmetric particle one an orbit.
 
     The first eighth is to be projected: the others are its quarter turns and their mirror images.
-    Without ``mirror`` it is the first quarter, and all its slices lie in planes of their own.
     """
     known = rotations.grid(references)
-    orbit = rotations.multiply(group(symmetry).elements, CENTRE / np.linalg.norm(CENTRE))
-    nearest = np.abs(known @ _all_turns(orbit, mirror).T)
+    alike = _eight(rotations.multiply(group(symmetry).elements, CENTRE / np.linalg.norm(CENTRE)))
+    nearest = np.abs(known @ alike.T)
     own = nearest[:, 0] >= nearest.max(axis=1)
-    return _all_turns(known[own] if own.any() else known[:1], mirror)
+    return _eight(known[own] if own.any() else known[:1])
 
 
-def _all_turns(q: Float[np.ndarray, "n 4"], mirror: bool) -> Float[np.ndarray, "m 4"]:
+def _eight(q: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "m 4"]:
     """Orientations, then those of their quarter turns, then those of all their mirror images."""
     turned = [q]
     for _ in range(3):
         turned.append(rotations.multiply(turned[-1], QUARTER))
-    if mirror:
-        turned += [rotations.multiply(each, MIRROR) for each in turned]
-    return np.concatenate(turned)
+    return np.concatenate([*turned, *(rotations.multiply(each, MIRROR) for each in turned)])
 
 
 def _turned(images: Float[np.ndarray, "n y x"]) -> list[np.ndarray]:
-    """The images that belong to :func:`_all_turns`."""
+    """The images that belong to :func:`_eight`."""
     turned = [images]
     for _ in range(3):
         turned.append(imaging.quarter_turn(turned[-1]))

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from .. import accelerator, maps, matching, rotations
+from .. import accelerator, maps, rotations
 from ..density import Density
 from .coarse import Coarse
-from .expectation import Expected, Sums, expect, references_of, slices_of, solve
+from .expectation import Expected, Sums, expect, slices_of, solve
 
 __all__ = ["Schedule", "Start"]
 
@@ -226,9 +226,9 @@ class Start:
             self._take_off_signal(grid[:SLICES], used)
         keep = MOMENTUM if progress < 1 else 0.0
         for c, volume in enumerate(self.volumes):
+            one = sums.of(slice(c * each, (c + 1) * each))
             frequencies = self.images.slices.frequencies[:used]
-            one = sums.of(slice(c * each, (c + 1) * each)).quarter(frequencies)
-            new = solve(one, frequencies, grid[: each // 4], self.images.box_px)
+            new = solve(one, frequencies, grid, self.images.box_px)
             self.volumes[c] = keep * volume + (1 - keep) * new
         if self.done % PICTURE == 0:
             self.history.append((self.resolution_angstrom, self.volumes.sum(axis=1)))
@@ -241,8 +241,8 @@ class Start:
     def _take_off_signal(self, views: np.ndarray, used: int) -> None:
         """Take what the maps let expect off the images' power: what is left is noise."""
         frequencies, mask = self.images.slices.frequencies[:used], self.mask()
-        slices = [slices_of(volume, frequencies, views) for volume in self.volumes * mask]
-        signal = np.mean([accelerator.host((abs(s) ** 2).mean(axis=0)) for s in slices], axis=0)
+        slices = _slices_of_each(self.volumes * mask, frequencies, views)
+        signal = accelerator.host((abs(slices) ** 2).mean(axis=0))
         shell = np.rint(np.linalg.norm(frequencies, axis=1)).astype(int)
         for g, power in enumerate(self.images.power):
             here = self.images.group == g
@@ -259,12 +259,10 @@ class Start:
         return max(limit, self.schedule.finest_angstrom)
 
     def random_grid(self, orientations: int | None = None) -> Float[np.ndarray, "r 4"]:
-        """Orientations spread evenly, turned at random: the lattice never shows in a map.
-
-        About so many: a quarter of them, and their quarter turns.
-        """
-        grid = matching.orientations(orientations or self.schedule.orientations[1], mirror=False)
-        return rotations.multiply(rotations.uniform(1, self.rng), grid)
+        """Orientations spread evenly, turned at random: the lattice never shows in a map."""
+        turns = rotations.uniform(2, self.rng)
+        grid = rotations.grid(orientations or self.schedule.orientations[1])
+        return rotations.multiply(rotations.multiply(turns[0], grid), turns[1])
 
     def look(
         self,
@@ -382,5 +380,5 @@ class Start:
 
 def _slices_of_each(volumes: np.ndarray, frequencies: np.ndarray, grid: np.ndarray) -> Any:
     """Slices of each class in turn, one after the other."""
-    slices = [references_of(volume, frequencies, grid) for volume in volumes]
+    slices = [slices_of(volume, frequencies, grid) for volume in volumes]
     return slices[0] if len(slices) == 1 else accelerator.arrays().concatenate(slices)

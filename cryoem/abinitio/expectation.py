@@ -20,7 +20,7 @@ from ..projection import slice_points
 from ..reconstruction import kernel_edge, least_squares
 from .coarse import Coarse
 
-__all__ = ["Expected", "Sums", "expect", "references_of", "slices_of", "solve"]
+__all__ = ["Expected", "Sums", "expect", "slices_of", "solve"]
 
 #: Entries of the table of likelihoods that are held at once.
 ENTRIES = 8_000_000
@@ -78,20 +78,6 @@ class Sums:
         some._right, some.weight = self._right[rows], self.weight[rows]
         return some
 
-    def quarter(self, frequencies: Float[np.ndarray, "k 2"]) -> Sums:
-        """Those of a whole grid, brought to the quarter of it that the others are turns of."""
-        xp, found = accelerator.arrays(), Sums(len(self.weight) // 4, len(frequencies))
-        matrix, from_ = accelerator.sparse().csr_matrix, xp.arange(len(frequencies))
-        ones = xp.ones(len(frequencies), np.float32)
-        rights, weights = (a.reshape(4, *found.weight.shape) for a in (self.right, self.weight))
-        turns = _turned(frequencies)
-        for right, weight, (at, conjugate) in zip(rights, weights, turns, strict=True):
-            # Some of a half spectrum meet: of kx = 0 both halves are there.
-            to_quarter = matrix((ones, (at, from_)), shape=(len(frequencies),) * 2)
-            found.right[:] += (to_quarter @ xp.where(conjugate, right.conj(), right).T).T
-            found.weight += (to_quarter @ weight.T).T
-        return found
-
     def add(self, at: Any, images: Any) -> None:
         """Add images, (m, 2 k) real, with posterior weights (r, m), sparse or not."""
         self._right += at @ images
@@ -111,45 +97,6 @@ def slices_of(
     points = slice_points(frequencies, quaternions, len(volume), xp)
     found = accelerator.nufft3d2(points, xp.asarray(volume, np.complex64), eps=ACCURACY, isign=-1)
     return found.reshape(len(quaternions), -1)
-
-
-def references_of(
-    volume: Float[np.ndarray, "m m m"],
-    frequencies: Float[np.ndarray, "k 2"],
-    grid: Float[np.ndarray, "r 4"],
-) -> Complex[np.ndarray, "r k"]:
-    """Central slices at the orientations of a grid, of which the first quarter is evaluated.
-
-    Parameters
-    ----------
-    volume : (m, m, m) array
-    frequencies : (k, 2) array, cycles per box
-        All of a half spectrum within a radius.
-    grid : (r, 4) array
-        A quarter, and its quarter turns: :func:`cryoem.matching.orientations`.
-    """
-    xp = accelerator.arrays()
-    quarter = slices_of(volume, frequencies, grid[: len(grid) // 4])
-    found = xp.empty((4, *quarter.shape), np.complex64)
-    for slices, (at, conjugate) in zip(found, _turned(frequencies), strict=True):
-        here = quarter[:, at]
-        slices[:] = xp.where(conjugate, here.conj(), here)
-    return found.reshape(len(grid), -1)
-
-
-def _turned(frequencies: Float[np.ndarray, "k 2"]) -> list[tuple[Any, Any]]:
-    """Where quarter turns take frequencies: to which of them, and whether to its conjugate."""
-    xp, at = accelerator.arrays(), np.rint(frequencies).astype(int)
-    wide = 2 * int(np.abs(at).max()) + 1
-    order = np.argsort(at @ [wide, 1])
-    known, found = (at @ [wide, 1])[order], []
-    for _ in range(4):
-        conjugate = at[:, 0] < 0
-        half = np.where(conjugate[:, None], -at, at)
-        number = order[np.searchsorted(known, half @ [wide, 1])]
-        found.append((xp.asarray(number), xp.asarray(conjugate)))
-        at = np.stack([-at[:, 1], at[:, 0]], axis=1)
-    return found
 
 
 def expect(

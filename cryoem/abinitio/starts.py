@@ -13,7 +13,7 @@ import numpy as np
 import threadpoolctl
 from jaxtyping import Int
 
-from .. import matching, rotations, surveying, threads, workers
+from .. import rotations, surveying, threads, workers
 from ..density import Density
 from ..errors import InputError
 from ..particles import ParticleStack
@@ -255,7 +255,7 @@ def likeliest(starts: list[Start]) -> Start:
 
 def _evidence(start: Start, resolution_angstrom: float | None = None) -> float:
     """How likely a start's maps make its images."""
-    grid = matching.orientations(start.schedule.orientations[1], mirror=False)
+    grid = rotations.grid(start.schedule.orientations[1])
     found = start.look(judges(start), grid, resolution_angstrom=resolution_angstrom, judged=True)
     return float(found.evidence.mean())
 
