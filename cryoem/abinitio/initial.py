@@ -12,6 +12,7 @@ from .. import maps, rotations, workers
 from ..density import Density
 from ..errors import InputError
 from ..maps import Axes, Coverage, HalfMapFsc, HalfMaps
+from ..maps.axes import NONE
 from ..particles import ParticleStack
 from ..reconstruction import reconstruct
 from ..refinement import Search, refine
@@ -296,6 +297,8 @@ def _axes(
     polished: list[ParticleStack], symmetry: str | None, scheduler: str | Client | None
 ) -> Axes:
     """The symmetry, by the finest detail of the cut images: by less, many nearly have one."""
+    if symmetry is not None and group(symmetry).order == 1:
+        return NONE
     first, second = (reconstruct(half, scheduler=scheduler) for half in polished)
     mask = maps.soft_mask(HalfMaps(first, second, independent=True).mean)
     pixel = first.voxel_size_angstrom
