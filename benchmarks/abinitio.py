@@ -5,17 +5,22 @@ on the seed). Nothing but the images enters; the truth is looked at when all is 
 those that ship and whatever models or maps are named: ``python benchmarks/abinitio.py 4jsv
 complex.pdb.gz:C2 map.mrc``, or rings of a model's copies, side by side: ``unit.pdb.gz:C7-ring``.
 With ``--aspire`` noiseless images of particles without symmetry are also oriented by ASPIRE's
-common lines (``CLSync3N``, its settings as they come), then refined as ours are. It goes on where
-it was interrupted.
+common lines (``CLSync3N``, its settings as they come), then refined as ours are. With ``--relion``
+RELION makes its initial model of the same images, binned to half their box, as its tutorial has it
+(``relion_refine --sgd --denovo_3dref``, its schedule in full; some eight hours of a core), and its
+orientations are refined as ours are. It goes on where it was interrupted.
 """
 
 import argparse
 import json
+import resource
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import gemmi
+import mrcfile
 import numpy as np
 import records
 from scipy.spatial.transform import Rotation
@@ -28,6 +33,7 @@ from cryoem import (
     classify,
     evaluation,
     load_density,
+    read_particles,
     refine_halves,
     report,
     simulate,
@@ -58,8 +64,18 @@ JUNK = {"two proteins": (0.5, 0.0), "contaminants": (0.15, 0.15)}
 BOX, VOXEL = 116, 3.67
 #: Mean error after refinement, radians, below which a run without noise is right.
 NOISELESS = 0.005
-#: Box that the common lines are sought in: half of the images'.
-BOX_OF_LINES = 58
+#: Box that common lines and RELION's initial model are sought in: half of the images'.
+BINNED = 58
+#: RELION's initial model with the settings of its tutorial.
+DIAMETER = 200
+INITIAL_MODEL = f"""
+    relion_refine --i binned.star --o ./run --sgd --denovo_3dref --sgd_ini_iter 50
+    --sgd_inbetween_iter 200 --sgd_fin_iter 50 --sgd_write_iter 10 --sgd_ini_resol 35
+    --sgd_fin_resol 15 --sgd_ini_subset 100 --sgd_fin_subset 500 --K 1 --sym C1 --ctf
+    --flatten_solvent --zero_mask --dont_combine_weights_via_disc --preread_images --pool 3 --pad 1
+    --skip_gridding --particle_diameter {DIAMETER} --oversampling 1 --healpix_order 1
+    --offset_range 6 --offset_step 2 --j 1
+""".split()
 KIND = "cryoemKind"
 #: Marks a ring of copies; and how far from the axis these touch, in radii of gyration.
 RING, TOUCHING = "-ring", 1.2
@@ -145,7 +161,7 @@ def by_common_lines(source: str, cell: str, seed: int, refined: bool) -> dict:
         images = Path(folder) / "seen.star"
         write_particles(images, unknown)
         theirs = RelionSource(str(images), data_folder=folder, pixel_size=VOXEL)
-        theirs = theirs.downsample(BOX_OF_LINES).normalize_background().cache()
+        theirs = theirs.downsample(BINNED).normalize_background().cache()
         # The STAR file that it writes has the box of the images before they were binned.
         matrices = OrientedSource(theirs, CLSync3N(theirs, seed=seed)).rotations
     q = Rotation.from_matrix(matrices).as_quat()
@@ -155,6 +171,46 @@ def by_common_lines(source: str, cell: str, seed: int, refined: bool) -> dict:
         "wall_seconds": wall, "peak_memory_gb": report.peak_memory_gb(),
     }  # fmt: skip
     return judged(record, unknown.with_poses(q), truth, density, "C1", "C1", refined)
+
+
+def by_initial_model(source: str, cell: str, seed: int, refined: bool) -> dict:
+    """The record of RELION's initial model; the refinement after it is ours."""
+    name, _, symmetry = source.partition(":")
+    density = density_of(name, symmetry or "C1")
+    truth = seen(density, name, cell, seed)
+    unknown = truth.without_poses().replace(noise=None)
+    folder = KEPT / f"relion-{Path(name).name.partition('.')[0]}-{cell}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_particles(folder / "seen.star", unknown)
+    code = ["relion_preprocess", "--operate_on", "seen.mrcs", "--operate_out", "binned.mrcs"]
+    code += ["--scale", f"{BINNED}", "--norm", "--bg_radius", f"{DIAMETER / 4 / VOXEL:.0f}"]
+    subprocess.run(code, check=True, capture_output=True, cwd=folder)
+    with mrcfile.open(folder / "binned.mrcs") as file:
+        binned = unknown.with_images(file.data.copy(), pixel_size_angstrom=VOXEL * BOX / BINNED)
+    write_particles(folder / "binned.star", binned)
+    code = [*INITIAL_MODEL, "--random_seed", f"{seed + 1}"]
+    if before := sorted(folder.glob("run_it*_optimiser.star")):
+        code += ["--continue", before[-1].name]
+    wall, usage = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        with (folder / "log.txt").open("a") as log:
+            subprocess.run(code, check=True, stdout=log, stderr=log, cwd=folder)
+    finally:
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = now.ru_utime + now.ru_stime - usage.ru_utime - usage.ru_stime
+        with (folder / "seconds.txt").open("a") as seconds:
+            seconds.write(f"{cpu:.1f} {time.monotonic() - wall:.1f}\n")
+    cpu, wall = np.loadtxt(folder / "seconds.txt", ndmin=2).sum(axis=0)
+    theirs = read_particles(folder / "run_it300_data.star")
+    rows = [int(image.partition("@")[0]) - 1 for image in theirs.columns["rlnImageName"]]
+    q, shifts = np.empty((len(truth), 4)), np.empty((len(truth), 2))
+    q[rows], shifts[rows] = theirs.oriented(), theirs.shifts_px * BOX / BINNED
+    record = {
+        **told(name, cell, seed, truth, "initial model (RELION)"),
+        "cpu_seconds": cpu, "wall_seconds": wall, "peak_memory_gb": now.ru_maxrss / 2**20,
+    }  # fmt: skip
+    found = unknown.with_poses(q, shifts)
+    return judged(record, found, truth, density, symmetry or "C1", "C1", refined)
 
 
 def told(name, cell, seed, truth, method):
@@ -273,6 +329,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--no-refinement", action="store_true")
     parser.add_argument("--aspire", action="store_true")
+    parser.add_argument("--relion", action="store_true")
     arguments = parser.parse_args()
     header = [
         "cell", "images", "runs", "maps", "mean error, rad", "median error, rad", "refined, rad",
@@ -286,6 +343,9 @@ def main():
                 if arguments.aspire and cell == "noiseless" and ":" not in source:
                     refined = not arguments.no_refinement
                     kept(source, cell, seed, refined, by_common_lines, "-aspire")
+                if arguments.relion:
+                    refined = not arguments.no_refinement
+                    kept(source, cell, seed, refined, by_initial_model, "-relion")
                 found = [json.loads(p.read_text()) for p in sorted(KEPT.glob("*.json"))]
                 order = {name: i for i, name in enumerate(CELLS)}
                 found.sort(

@@ -1,6 +1,8 @@
 """What several test files share: a phantom that is known exactly, and a small trained network."""
 
+import fcntl
 import os
+import pickle
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["MPLBACKEND"] = "Agg"
@@ -45,15 +47,22 @@ def source(phantom, preprocessing):
 
 
 @pytest.fixture(scope="session")
-def trained(source, preprocessing):
-    """A small network after a few seconds: (estimator, history)."""
+def trained(source, preprocessing, tmp_path_factory):
+    """A small network, trained once for all processes that test: (estimator, history)."""
     from cryoem import estimator
 
-    network = estimator.Estimator.create(preprocessing, seed=1)
-    history = estimator.fit(
-        network, source, images=4800, batch_size=64, images_per_epoch=1600, progress=False
-    )
-    return network, history
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder of this run, above those of the workers
+        folder = folder.parent
+    with (folder / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (kept := folder / "trained.pickle").exists():
+            network = estimator.Estimator.create(preprocessing, seed=1)
+            history = estimator.fit(
+                network, source, images=4800, batch_size=64, images_per_epoch=1600, progress=False
+            )
+            kept.write_bytes(pickle.dumps((network, history)))
+    return pickle.loads(kept.read_bytes())
 
 
 @pytest.fixture(scope="session")

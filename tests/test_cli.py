@@ -485,7 +485,7 @@ def black(folder, tmp_path):
     return tmp_path / "black.star"
 
 
-def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path):
+def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path, monkeypatch):
     before = black.with_suffix(".mrcs").read_bytes()
     true = read_density(folder / "map.mrc")
 
@@ -510,6 +510,8 @@ def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path):
     assert black.with_suffix(".mrcs").read_bytes() == before
     assert "turn" in run("info", black).stderr
     assert "turn" not in run("info", tmp_path / "refined.star").stderr
+    history = {"loss": [1.0], "mae_rad": [1.0], "seconds": [1.0]}
+    monkeypatch.setattr(estimator.training, "train", lambda *_, **__: history)
     given = run("train", folder / "map.mrc", "--like", black, "-o", tmp_path / "m.npz", "--images",
                 64, "-q")  # fmt: skip
     assert "turned" in given.stderr

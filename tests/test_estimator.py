@@ -140,6 +140,23 @@ def test_predictions_do_not_depend_on_the_batch(trained):
             np.testing.assert_allclose(found, getattr(whole, name)[rows], atol=1e-4, rtol=1e-4)
 
 
+def test_many_images_are_read_as_few_are(trained):
+    """By a graph that is traced once, and follows the weights."""
+    network = copied(trained[0], passes=2)
+    images = RNG.standard_normal((300, 32, 32))
+    for scale in (1.0, 0.5):
+        network.encoder.set_weights([scale * w for w in network.encoder.get_weights()])
+        whole = network.predict(images, batch_size=120)
+        for rows in (slice(120), slice(240, 300)):  # few by themselves
+            few = network.predict(images[rows])
+            for name, found in vars(few).items():
+                np.testing.assert_allclose(found, getattr(whole, name)[rows], atol=1e-4, rtol=1e-4)
+    before = network.encoder.traced
+    network.predict(images)
+    assert network.encoder.traced is before
+    assert before.experimental_get_tracing_count() == 1
+
+
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_every_pass_but_the_last_undoes_the_shift_that_was_predicted(trained, passes):
     network = copied(trained[0], passes=passes)
