@@ -7,7 +7,7 @@ complex.pdb.gz:C2 map.mrc``, or rings of a model's copies, side by side: ``unit.
 With ``--aspire`` noiseless images of particles without symmetry are also oriented by ASPIRE's
 common lines (``CLSync3N``, its settings as they come), then refined as ours are. With ``--relion``
 RELION makes its initial model of the same images, binned to half their box, as its tutorial has it
-(``relion_refine --sgd --denovo_3dref``, its schedule in full; some eight hours of a core), and its
+(``relion_refine --sgd --denovo_3dref``, its schedule in full; many hours of a core), and its
 orientations are refined as ours are. It goes on where it was interrupted.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 import gemmi
 import mrcfile
 import numpy as np
+import peers
 import records
 from scipy.spatial.transform import Rotation
 from scipy.stats import rankdata
@@ -71,7 +72,7 @@ DIAMETER = 200
 INITIAL_MODEL = f"""
     relion_refine --i binned.star --o ./run --sgd --denovo_3dref --sgd_ini_iter 50
     --sgd_inbetween_iter 200 --sgd_fin_iter 50 --sgd_write_iter 10 --sgd_ini_resol 35
-    --sgd_fin_resol 15 --sgd_ini_subset 100 --sgd_fin_subset 500 --K 1 --sym C1 --ctf
+    --sgd_fin_resol 15 --sgd_ini_subset 100 --sgd_fin_subset 500 --K 1 --sym C1
     --flatten_solvent --zero_mask --dont_combine_weights_via_disc --preread_images --pool 3 --pad 1
     --skip_gridding --particle_diameter {DIAMETER} --oversampling 1 --healpix_order 1
     --offset_range 6 --offset_step 2 --j 1
@@ -176,7 +177,9 @@ def by_common_lines(source: str, cell: str, seed: int, refined: bool) -> dict:
 def by_initial_model(source: str, cell: str, seed: int, refined: bool) -> dict:
     """The record of RELION's initial model; the refinement after it is ours."""
     name, _, symmetry = source.partition(":")
-    density = density_of(name, symmetry or "C1")
+    symmetry = symmetry or "C1"
+    density = density_of(name, symmetry)
+    symmetry = symmetry.removesuffix(RING)
     truth = seen(density, name, cell, seed)
     unknown = truth.without_poses().replace(noise=None)
     folder = KEPT / f"relion-{Path(name).name.partition('.')[0]}-{cell}-{seed}"
@@ -189,17 +192,16 @@ def by_initial_model(source: str, cell: str, seed: int, refined: bool) -> dict:
         binned = unknown.with_images(file.data.copy(), pixel_size_angstrom=VOXEL * BOX / BINNED)
     write_particles(folder / "binned.star", binned)
     code = [*INITIAL_MODEL, "--random_seed", f"{seed + 1}"]
+    code += ["--ctf"] if unknown.ctf_parameters is not None else []
     if before := sorted(folder.glob("run_it*_optimiser.star")):
         code += ["--continue", before[-1].name]
-    wall, usage = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall, cpu = time.monotonic(), peers.cpu_seconds()
     try:
         with (folder / "log.txt").open("a") as log:
             subprocess.run(code, check=True, stdout=log, stderr=log, cwd=folder)
     finally:
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = now.ru_utime + now.ru_stime - usage.ru_utime - usage.ru_stime
         with (folder / "seconds.txt").open("a") as seconds:
-            seconds.write(f"{cpu:.1f} {time.monotonic() - wall:.1f}\n")
+            seconds.write(f"{peers.cpu_seconds() - cpu:.1f} {time.monotonic() - wall:.1f}\n")
     cpu, wall = np.loadtxt(folder / "seconds.txt", ndmin=2).sum(axis=0)
     theirs = read_particles(folder / "run_it300_data.star")
     rows = [int(image.partition("@")[0]) - 1 for image in theirs.columns["rlnImageName"]]
@@ -207,10 +209,11 @@ def by_initial_model(source: str, cell: str, seed: int, refined: bool) -> dict:
     q[rows], shifts[rows] = theirs.oriented(), theirs.shifts_px * BOX / BINNED
     record = {
         **told(name, cell, seed, truth, "initial model (RELION)"),
-        "cpu_seconds": cpu, "wall_seconds": wall, "peak_memory_gb": now.ru_maxrss / 2**20,
+        "cpu_seconds": cpu, "wall_seconds": wall,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
     }  # fmt: skip
     found = unknown.with_poses(q, shifts)
-    return judged(record, found, truth, density, symmetry or "C1", "C1", refined)
+    return judged(record, found, truth, density, symmetry, "C1", refined)
 
 
 def told(name, cell, seed, truth, method):
@@ -343,7 +346,7 @@ def main():
                 if arguments.aspire and cell == "noiseless" and ":" not in source:
                     refined = not arguments.no_refinement
                     kept(source, cell, seed, refined, by_common_lines, "-aspire")
-                if arguments.relion:
+                if arguments.relion and cell != "noise" and cell not in JUNK:
                     refined = not arguments.no_refinement
                     kept(source, cell, seed, refined, by_initial_model, "-relion")
                 found = [json.loads(p.read_text()) for p in sorted(KEPT.glob("*.json"))]

@@ -371,7 +371,7 @@ def _output(
 ) -> Float[np.ndarray, "n out"]:
     """What a network makes of prepared images; of many by its graph, which is traced once.
 
-    Layer by layer a third of the time of 256 images goes into laying out weights anew.
+    Layer by layer, weights are laid out anew for every batch.
     """
     if not many or keras.backend.backend() != "tensorflow":
         return keras.ops.convert_to_numpy(network(images, training=False))
