@@ -790,8 +790,8 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
     monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
     made, reconstructed, sought = [], halves._round, []
 
-    def one_round(*args):
-        made.append(reconstructed(*args))
+    def one_round(*args, **options):
+        made.append(reconstructed(*args, **options))
         return made[-1]
 
     def found_again(stack, given, references, *_, **__):
@@ -812,6 +812,44 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
     taken = sum(share > 0.01 for share in shares)
     turned = [np.mean(rotations.distance(stack.oriented(), TRUE)) for *_, stack in sought]
     np.testing.assert_allclose(turned, 0.01 * np.minimum(range(len(sought)), taken), atol=1e-6)
+
+
+def test_of_many_a_part_settles_first(monkeypatch):
+    """The others begin with its maps, each with that of its half."""
+    few = N // 4
+    monkeypatch.setattr(halves, "PART", few)
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    monkeypatch.setattr(halves, "found_again", lambda stack, *_, **__: (stack, 0.0))
+    monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
+    apart, reconstructed, refined, made = halves.refine_each_half, halves._round, [], []
+
+    def one_round(stack, **options):
+        found = reconstructed(stack, **options)
+        made.append((len(stack), found.references))
+        return found
+
+    def each_half(stack, references, **options):
+        refined.append((len(stack), references, stack.half_set))
+        return apart(stack, references, **options)
+
+    monkeypatch.setattr(halves, "_round", one_round)
+    monkeypatch.setattr(halves, "refine_each_half", each_half)
+    images, start = noisy(1 / 2)[0], rotations.perturb(TRUE, np.tile([0.1, 0.0, 0.0], (N, 1)))
+    found = refine_halves(particles(images=images, at=start), search=Search(starts=1), seed=9)
+    assert [n for n, *_ in refined] == [few] * 5 + [N] * 2
+    assert [n for n, _ in made] == [few] * 6 + [N] * 2
+    for round_number, (_, references, _) in enumerate(refined):
+        assert references is made[round_number][1]
+    rows = np.sort(rotations.generator(9, "part").permutation(N)[:few])
+    np.testing.assert_array_equal(refined[0][2], refined[-1][2][rows])  # in the half that they were
+    # Two rounds of all, after them, are as good as five.
+    monkeypatch.setattr(halves, "PART", N)
+    whole = refine_halves(particles(images=images, at=start), search=Search(starts=1), seed=9)
+    error, other = (
+        evaluation.orientation_errors(end.particles.quaternions, TRUE).mean_rad
+        for end in (found, whole)
+    )
+    assert len(refined) == 7 + 5 and error < 1.1 * other
 
 
 class Stopped(Exception):
@@ -851,6 +889,17 @@ def test_interrupted_and_called_again_it_goes_on(tmp_path, monkeypatch):
     np.testing.assert_allclose(found.density.values, whole.density.values, atol=1e-6)
     assert found.resolutions_angstrom == whole.resolutions_angstrom
     assert [path.name for path in tmp_path.iterdir()] == ["rounds.npz"]
+    monkeypatch.setattr(halves, "PART", N // 3)
+    options["rounds"], folder = 2, tmp_path / "many"
+    whole = refine_halves(given, **options)
+    # In the second round of the part, and in the second of all.
+    found, calls = refined_in_pieces(given, folder, monkeypatch, (2, 5), **options)
+    assert calls == 2 + 3 + 3
+    np.testing.assert_allclose(found.particles.quaternions, whole.particles.quaternions, atol=1e-6)
+    assert found.resolutions_angstrom == whole.resolutions_angstrom
+    assert sorted(path.name for path in folder.iterdir()) == ["part.npz", "rounds.npz"]
+    monkeypatch.setattr(halves, "PART", N)
+    options["rounds"] = 3
     for differing in (
         {"rounds": 2}, {"seed": 5}, {"search": Search(starts=2)}, {"symmetry": "C2"},
         {"resolution_angstrom": 25.0}, {"joined_angstrom": 50.0},

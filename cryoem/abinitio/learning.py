@@ -60,7 +60,7 @@ def learn(
     """Train an estimator of distances on a map that the images made themselves.
 
     Where the paper trains on a structure that is known, this one is found from a part of the images
-    (:func:`cryoem.ab_initio`, then :func:`cryoem.refine_halves`).
+    (:func:`cryoem.ab_initio`).
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def place(
     rows : (m,) array of int
         Which of them made the map,
     known : ParticleStack
-        and where they lie in it, refined: they stay there, and judge the network.
+        and where they lie in it: they stay there, and judge the network.
     density : Density
     symmetry : str
     seed, work, scheduler, progress

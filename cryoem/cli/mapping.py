@@ -158,7 +158,7 @@ def refine_particles(
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     work = output.with_suffix(".work")
-    written = {"--output": [*map_files(output, stack), work / kept.FILE]}
+    written = {"--output": [*map_files(output, stack), *(work / name for name in kept.FILES)]}
     check_outputs(written, [particles_file, map_file], stack)
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
@@ -218,9 +218,10 @@ def _against(
 
 def _over(work: Path) -> None:
     """Remove what an interrupted run would have gone on from."""
-    from ..refinement.kept import FILE
+    from ..refinement.kept import FILES
 
-    (work / FILE).unlink(missing_ok=True)
+    for name in FILES:
+        (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or it holds something else
         work.rmdir()
 

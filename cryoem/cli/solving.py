@@ -96,9 +96,9 @@ def solve_particles(
     the symmetry that was found (FOLDER/refined.star, .mrc, .html); of several classes the largest
     that has a map is refined.
 
-    Of a large set (see --learn) the map is found from --images of the particles, drawn at random,
-    and refined (part.star, .mrc, .html); a network learns distances of orientations from
-    projections of that map (network.npz) and places all the others (oriented.star).
+    Of a large set (see --learn) the map is found from --images of the particles, drawn at random; a
+    network learns distances of orientations from projections of that map (network.npz) and places
+    all the others (oriented.star).
 
     Interrupted and called again, it goes on after what is done. Where the images do not agree on a
     map, the exit code is 3. With --scheduler its workers do every step but the network's learning.
@@ -106,7 +106,7 @@ def solve_particles(
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
     learned = _images_to_learn(learn, asked, stack)
-    plan = _Plan(folder, learned, rounds, seed, scheduler, quiet)
+    plan = _Plan(folder, learned, seed, scheduler, quiet)
     initial, note = plan.at("initial.star"), plan.at("solve.json")
     check_outputs(
         {"--output": [*plan.files(stack), *asked.files(initial, stack)]},
@@ -150,7 +150,7 @@ def solve_particles(
     start = plan.at(known.file)
     if learned:
         start = _placed(stack, rows, start, known.symmetry, plan)
-    _refined(start, plan.at("refined.star"), known.symmetry, plan)
+    _refined(start, known.symmetry, rounds, plan)
 
 
 def _images_to_learn(learn: int | None, asked: Told, stack: ParticleStack) -> int:
@@ -175,7 +175,6 @@ class _Plan:
 
     folder: Path
     learned: int
-    rounds: int | None
     seed: int
     scheduler: str | None
     quiet: bool
@@ -189,22 +188,21 @@ class _Plan:
 
     def files(self, stack: ParticleStack) -> list[Path]:
         """All that is written, but for the first step."""
-        from ..refinement.kept import FILE
+        from ..refinement.kept import FILES
 
         found = [self.at("solve.json"), *map_files(self.at("refined.star"), stack)]
-        found += [self.at(f"{name}.work") / FILE for name in ("refined", "part")]
+        found += [self.at("refined.work") / name for name in FILES]
         if self.learned:
-            found += [*map_files(self.at("part.star"), stack), self.at("network.npz")]
-            found += star_files(self.at("oriented.star"), stack)
+            found += [self.at("network.npz"), *star_files(self.at("oriented.star"), stack)]
             found += [self.at("network") / name for name in CHECKPOINTS]
             found += [self.at("oriented.work") / name for name in WORK]
         return found
 
 
-def _refined(start: Path, output: Path, symmetry: str, plan: _Plan) -> None:
+def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> None:
     """Refine what an earlier step wrote; its images have been turned as they should be."""
     refine_particles(
-        start, output, rounds=plan.rounds, symmetry=symmetry, invert=False,
+        start, plan.at("refined.star"), rounds=rounds, symmetry=symmetry, invert=False,
         scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
     )  # fmt: skip
 
@@ -222,10 +220,7 @@ def _placed(
     if oriented.exists():
         say(plan.quiet, f"{oriented}: is there already")
         return oriented
-    refined = plan.at("part.star")
-    if not refined.with_suffix(".html").exists():  # what is written last
-        _refined(start, refined, symmetry, plan)
-    part, density = read_particles(refined), read_density(refined.with_suffix(".mrc"))
+    part, density = read_particles(start), read_density(start.with_suffix(".mrc"))
     if network.exists():
         model = load_estimator(network)
     else:

@@ -181,15 +181,14 @@ class Estimator:
         p, f = self.preprocessing, self.feature_dim
         outputs = [np.zeros((0, self.encoder.output_shape[1]), np.float32)]
         undone = [np.zeros((0, 2))]
-        many = len(images) >= MANY
         for start in range(0, len(images), batch_size):
             batch = slice(start, start + batch_size)
             small = images[batch]
             shifts = np.zeros((len(small), 2))
             if not prepared:
                 small = p.reduce(small, ctf=None if ctf is None else ctf[batch])
-                shifts, small = self.centre(small, many=many)
-            outputs.append(_output(self.encoder, small, many))
+                shifts, small = self.centre(small)
+            outputs.append(_output(self.encoder, small))
             undone.append(shifts)
         out, shifts = np.concatenate(outputs), np.concatenate(undone)
         if out.shape[1] == f:
@@ -209,7 +208,7 @@ class Estimator:
         return self.predict(images, ctf=ctf, prepared=prepared, batch_size=batch_size).features
 
     def centre(
-        self, small: Float[np.ndarray, "n down_px down_px"], *, many: bool = False
+        self, small: Float[np.ndarray, "n down_px down_px"]
     ) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "n crop_px crop_px"]]:
         """Predict the shifts of reduced images, in all passes but the last, and undo them.
 
@@ -217,8 +216,6 @@ class Estimator:
         ----------
         small : (n, down_px, down_px) array
             See :meth:`Preprocessing.reduce <cryoem.preprocessing.Preprocessing.reduce>`.
-        many : bool
-            They are some of many: the network is traced for them.
 
         Returns
         -------
@@ -231,7 +228,7 @@ class Estimator:
         network = self.encoder if self.shift_network is None else self.shift_network
         shifts, images = np.zeros((len(small), 2)), p.cut(small)
         for _ in range(self.passes - 1 if self.centres_images else 0):
-            shifts = shifts + _output(network, images, many)[:, f : f + 2]
+            shifts = shifts + _output(network, images)[:, f : f + 2]
             images = p.cut(small, shifts_px=shifts)
         return shifts, images
 
@@ -367,13 +364,13 @@ def _restored(
 
 
 def _output(
-    network: keras.Model, images: Float[np.ndarray, "n crop_px crop_px"], many: bool
+    network: keras.Model, images: Float[np.ndarray, "n crop_px crop_px"]
 ) -> Float[np.ndarray, "n out"]:
     """What a network makes of prepared images; of many by its graph, which is traced once.
 
     Layer by layer, weights are laid out anew for every batch.
     """
-    if not many or keras.backend.backend() != "tensorflow":
+    if len(images) < MANY or keras.backend.backend() != "tensorflow":
         return keras.ops.convert_to_numpy(network(images, training=False))
     if not hasattr(network, "traced"):
         from ..backend import tf

@@ -36,6 +36,9 @@ SNUG = 12.0, 0.0, 8.0
 #: Rounds, where none are told, and the share of the expected error by which orientations that have
 #: settled still move.
 FEWEST, MOST, SETTLED = 5, 15, 0.1
+#: Of twice so many particles and more, so many at random settle first; the others begin with their
+#: maps. All are then refined in so many rounds at least.
+PART, LAST = 10_000, 2
 #: Share of the particles, found elsewhere, of which the maps are made anew before the end.
 ASTRAY = 0.01
 
@@ -117,7 +120,8 @@ def refine_halves(
     together. Where orientations have settled, particles that are likelier elsewhere, on the sphere
     and in their frames, are brought there, by the map of their own half; if more than one in a
     hundred, the rounds go on. At the end it is by the other half's map, and all are refined against
-    the map of all.
+    the map of all. Of 20,000 particles and more a random part of 10,000 settles first; then the
+    others are refined against the map of its half, and two rounds may be enough for all.
 
     Parameters
     ----------
@@ -126,7 +130,7 @@ def refine_halves(
         (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
     rounds : int, optional
         By default five, and up to fifteen until half of the orientations move by less than a tenth
-        of their expected error, and hardly a particle is found elsewhere.
+        of their expected error, and hardly a particle is found elsewhere. Of a part, and of all.
     resolution_angstrom, joined_angstrom : float
         The former of the first round; later rounds go as far as the FSC.
     search : Search
@@ -150,27 +154,21 @@ def refine_halves(
     ----------
     Scheres and Chen, Nat. Methods 9 (2012); Rosenthal and Henderson, J. Mol. Biol. 333 (2003).
     """
-    from tqdm.auto import tqdm
-
     _check(stack, rounds, work, seed)
     given = stack.with_half_sets(seed).replace(contrast=None)
     told: dict[str, object] = {"rounds": rounds, "symmetry": symmetry, "seed": seed}
     told |= {"resolution_angstrom": resolution_angstrom, "joined_angstrom": joined_angstrom}
     told |= {"search": asdict(search)}
-    kept = Kept(work, given, told)
-    so_far = kept.read() or Rounds(None, given, (resolution_angstrom,))
+    maps_of = partial(
+        _round, joined_angstrom=joined_angstrom, symmetry=symmetry, seed=seed, scheduler=scheduler
+    )
     again = partial(found_again, search=search, symmetry=symmetry, scheduler=scheduler)
-    most = rounds or MOST
-    with tqdm(total=most, initial=so_far.count, desc="rounds", disable=not progress) as bar:
-        while so_far.count < most and not so_far.ended:
-            maps_now = _round(so_far.now, joined_angstrom, symmetry, seed, scheduler)
-            so_far = _refined(so_far, given, maps_now, search, again, rounds, scheduler)
-            kept.write(so_far)
-            bar.update()
+    steps = _Steps(maps_of, again, search, rounds, scheduler, progress)
+    so_far = steps.of_many(Rounds(None, given, (resolution_angstrom,)), work, told, seed)
     separate, used = so_far.separate, so_far.used
     assert separate is not None  # there was at least one round
     now = rescaled(separate)
-    last = _round(now, joined_angstrom, symmetry, seed, scheduler)
+    last = maps_of(now)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
     everyone = _against_all(found, last, used[-1], search, scheduler)
@@ -185,32 +183,63 @@ def _check(stack: ParticleStack, rounds: int | None, work: PathLike | None, seed
     stack.oriented()
 
 
-def _refined(
-    so_far: Rounds,
-    given: ParticleStack,
-    maps_now: _Round,
-    search: Search,
-    again: Callable[..., tuple[ParticleStack, float]],
-    rounds: int | None,
-    scheduler: str | Client | None,
-) -> Rounds:
-    """One more round: each half is refined against its map."""
-    begins, limit = so_far.count == 0, maps_now.finest_angstrom
-    used = (*so_far.used, max(limit, so_far.used[0]) if begins else limit)
-    separate = refine_each_half(
-        so_far.now.replace(noise=given.noise),  # estimated in every round, or given
-        maps_now.references,
-        resolution_angstrom=used[-1],
-        search=search if begins else replace(search, starts=1, coarse_to_fine=False),
-        scheduler=scheduler,
-    )
-    done = Rounds(separate, rescaled(separate), used)
-    if rounds is None and FEWEST <= done.count < MOST and _settled(so_far.now, separate):
-        found, astray = again(done.now, given, maps_now.references, maps_now.snug, used[-1])
-        if astray < ASTRAY:
-            return replace(done, ended=True)
-        return replace(done, now=found)
-    return done
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """What all rounds of a refinement do alike."""
+
+    maps_of: Callable[[ParticleStack], _Round]
+    again: Callable[..., tuple[ParticleStack, float]]
+    search: Search
+    rounds: int | None
+    scheduler: str | Client | None
+    progress: bool
+
+    def of_many(
+        self, begin: Rounds, work: PathLike | None, told: dict[str, object], seed: Seed
+    ) -> Rounds:
+        """Those of all; of many a part settles first, and the others begin with its maps."""
+        kept, first = Kept(work, begin.now, told), None
+        many = len(begin.now) >= 2 * PART
+        if many and kept.read() is None:
+            rows = np.sort(rotations.generator(seed, "part").permutation(len(begin.now))[:PART])
+            some = replace(begin, now=begin.now.select(rows))
+            few = self.settled(some, Kept(work, some.now, told, part=True), FEWEST)
+            begin, first = replace(begin, used=few.used[-1:]), self.maps_of(few.now)
+        return self.settled(begin, kept, LAST if many else FEWEST, first)
+
+    def settled(self, begin: Rounds, kept: Kept, least: int, first: _Round | None = None) -> Rounds:
+        """Rounds until orientations have settled; the first by maps that are there already."""
+        from tqdm.auto import tqdm
+
+        given, so_far, most = begin.now, kept.read() or begin, self.rounds or MOST
+        silent = not self.progress
+        with tqdm(total=most, initial=so_far.count, desc="rounds", disable=silent) as bar:
+            while so_far.count < most and not so_far.ended:
+                known = first if so_far.count == 0 else None
+                so_far = self._refined(so_far, given, known or self.maps_of(so_far.now), least)
+                kept.write(so_far)
+                bar.update()
+        return so_far
+
+    def _refined(self, so_far: Rounds, given: ParticleStack, now: _Round, least: int) -> Rounds:
+        """One more round: each half is refined against its map."""
+        begins, limit, search = so_far.count == 0, now.finest_angstrom, self.search
+        used = (*so_far.used, max(limit, so_far.used[0]) if begins else limit)
+        separate = refine_each_half(
+            so_far.now.replace(noise=given.noise),  # estimated in every round, or given
+            now.references,
+            resolution_angstrom=used[-1],
+            search=search if begins else replace(search, starts=1, coarse_to_fine=False),
+            scheduler=self.scheduler,
+        )
+        done = Rounds(separate, rescaled(separate), used)
+        settled = self.rounds is None and least <= done.count < MOST
+        if settled and _settled(so_far.now, separate):
+            found, astray = self.again(done.now, given, now.references, now.snug, used[-1])
+            if astray < ASTRAY:
+                return replace(done, ended=True)
+            return replace(done, now=found)
+        return done
 
 
 def _settled(before: ParticleStack, after: RefinedStack) -> bool:

@@ -16,10 +16,10 @@ from ..particles import ParticleStack
 from ..version import __version__
 from .fit import RefinedStack
 
-__all__ = ["FILE", "Kept", "Rounds"]
+__all__ = ["FILES", "Kept", "Rounds"]
 
-#: What stands in the folder.
-FILE = "rounds.npz"
+#: What stands in the folder: the rounds of all particles, and those of a part of many.
+FILES = "rounds.npz", "part.npz"
 #: Of every particle, as its half was refined.
 _ROWS = (
     "quaternions", "shifts_px", "contrast", "expected_error_rad", "covariances",
@@ -68,12 +68,19 @@ class Kept:
         What the refinement starts from, with half-sets.
     settings : dict
         All else that its rounds depend on.
+    part : bool
+        These are a part of the particles.
     """
 
     def __init__(
-        self, folder: files.PathLike | None, given: ParticleStack, settings: Mapping[str, object]
+        self,
+        folder: files.PathLike | None,
+        given: ParticleStack,
+        settings: Mapping[str, object],
+        *,
+        part: bool = False,
     ) -> None:
-        self.path = None if folder is None else Path(folder) / FILE
+        self.path = None if folder is None else Path(folder) / FILES[part]
         self.given, self.settings = given, dict(settings)
         if self.path is not None:
             files.check_writable(self.path)

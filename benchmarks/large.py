@@ -1,0 +1,187 @@
+"""A large set from the images alone, end to end: ``make bench-large`` (hours, and 7 GB of disk).
+
+100,000 particles of 4JSV at SNR 1/16, with CTF and shifts, in frames of 128 px, are written as
+RELION's files and given to ``cryoem solve``, which is told nothing: a map from 10,000 of them, a
+network that learns from it, all placed by that, refinement. Time, memory and error of each step;
+the truth is looked at when it is done. ``python benchmarks/large.py FOLDER`` keeps everything in
+FOLDER, and goes on there.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import records
+
+from cryoem import evaluation, load_density, read_particles, simulate, threads, write_particles
+from cryoem.io import files
+
+PARTICLE, BOX, SNR, PART = "4jsv", 128, 1 / 16, 10_000
+SEEN = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
+#: Each step, what it writes last, and the particles that it places.
+STEPS = {
+    "ab initio, of a part": ("initial.html", "initial.star"),
+    "a network learns": ("network.npz", None),
+    "all are placed": ("oriented.star", "oriented.star"),
+    "refinement of all": ("refined.html", "refined.star"),
+}
+#: The orientations are there.
+POSES = list(STEPS)[:3]
+
+
+def density():
+    return load_density(PARTICLE, box_px=BOX)
+
+
+def written(folder, n, seed):
+    """Write ``seen.star`` with its stacks, and ``true.npy``, in parts of 10,000."""
+    star, lines, true = folder / "seen.star", [], []
+    for start in range(0, n, PART):
+        stack = simulate(density(), min(PART, n - start), [seed, start], snr=SNR, **SEEN)
+        part = folder / f"seen_{start}.star"
+        write_particles(part, stack.without_poses().replace(noise=None))
+        true.append(stack.quaternions)
+        rows = part.read_text().rstrip("\n").split("\n")
+        labels = max(i for i, line in enumerate(rows) if line.startswith("_"))
+        lines += rows if not lines else rows[labels + 1 :]
+        part.unlink()
+    np.save(folder / "true.npy", np.concatenate(true))
+    with files.atomic(star) as temporary:  # last: it says that all is there
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def spent(process):
+    """Processor seconds of a process so far, and its peak memory, GB."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = sum(int(fields[i]) for i in (11, 12))  # utime, stime
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return ticks / os.sysconf("SC_CLK_TCK"), int(peak.split()[1]) / 1e6
+
+
+def solved(folder, seed, images, learn, steps):
+    """Run ``cryoem solve``, and note what each step takes: those of an earlier run stay."""
+    note, out = folder / "steps.json", folder / "solved"
+    took = json.loads(note.read_text()) if note.exists() else {}
+    program = Path(sys.executable).with_name("cryoem")
+    code = [program, "solve", "seen.star", "-o", "solved", "--seed", str(seed)]
+    code += ["--images", str(images), "--learn", str(learn)]
+    with (folder / "solve.log").open("a") as log:
+        process = subprocess.Popen(code, cwd=folder, stdout=log, stderr=log)
+        before, running = (time.monotonic(), 0.0), True
+        while running and any(not (out / STEPS[step][0]).exists() for step in steps):
+            step = next(step for step in steps if not (out / STEPS[step][0]).exists())
+            time.sleep(2)
+            running = process.poll() is None
+            try:
+                cpu, peak = spent(process)
+            except (OSError, StopIteration):  # it has just ended
+                cpu, peak = before[1], 0.0
+            now = (time.monotonic(), cpu)
+            old = took.get(step, {"wall_seconds": 0, "cpu_seconds": 0, "peak_memory_gb": 0})
+            took[step] = {
+                "wall_seconds": old["wall_seconds"] + now[0] - before[0],
+                "cpu_seconds": old["cpu_seconds"] + now[1] - before[1],
+                "peak_memory_gb": max(old["peak_memory_gb"], peak),
+            }
+            before = now
+            with files.atomic(note) as temporary:
+                temporary.write_text(json.dumps(took, indent=1))
+        if running and set(steps) == set(STEPS):
+            process.wait()
+        elif running:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    return took
+
+
+def names(stack):
+    """Which image of which stack, whichever folder the file is in."""
+    split = (name.partition("@") for name in stack.columns["rlnImageName"])
+    return [(int(number), Path(path).name) for number, _, path in split]
+
+
+def measured(folder, n, seed, images, learn, took):
+    """A record a step."""
+    true, found = np.load(folder / "true.npy"), []
+    at = {name: row for row, name in enumerate(names(read_particles(folder / "seen.star")))}
+    some = simulate(density(), 200, [seed, 0], snr=SNR, **SEEN)
+    limit = records.limit(density(), some)
+    for step, spent_there in took.items():
+        record = {
+            "step": step, "particle": PARTICLE, "n": n, "box_px": BOX, "snr": SNR, "seed": seed,
+            "images_of_the_part": images, "images_learned": learn, "threads": threads.count(),
+            "commit": records.commit(), "bound_mean_rad": limit, **spent_there,
+        }  # fmt: skip
+        star = STEPS[step][1] and folder / "solved" / STEPS[step][1]
+        if star and star.exists():
+            placed = read_particles(star)
+            rows = [at[name] for name in names(placed)]
+            error = evaluation.orientation_errors(placed.quaternions, true[rows])
+            record |= {
+                "placed": len(placed),
+                "error_rad": error.mean_rad,
+                "median_rad": error.median_rad,
+                "far_fraction": error.far_fraction,
+                "expected_rad": float(placed.expected_error_rad.mean()),
+            }
+        found.append(record)
+    return found
+
+
+def table(found):
+    """A row a step, and what one more particle takes."""
+    rows = []
+    for r in found:
+        known = "error_rad" in r
+        rows.append(
+            [
+                r["step"],
+                f"{r['placed']:,}" if known else "-",
+                f"{r['wall_seconds'] / 60:.1f}",
+                f"{r['cpu_seconds'] / 60:.1f}",
+                f"{r['peak_memory_gb']:.1f}",
+                f"{r['error_rad']:.3f} ({r['median_rad']:.3f})" if known else "-",
+                f"{r['far_fraction']:.1%}" if known else "-",
+                f"{r['bound_mean_rad']:.3f}",
+            ]
+        )
+    poses = [r for r in found if r["step"] in POSES]
+    sums = [f"{sum(r[key] for r in poses) / 60:.1f}" for key in ("wall_seconds", "cpu_seconds")]
+    peak = max(r["peak_memory_gb"] for r in poses)
+    total = ["from the file to poses", f"{found[0]['n']:,}", *sums, f"{peak:.1f}", "-", "-", "-"]
+    return [*rows, total]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("results/bench-large"))
+    parser.add_argument("--particles", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=10_000, help="Of the part.")
+    parser.add_argument("--learn", type=int, default=38_400, help="What the network learns from.")
+    parser.add_argument("--poses", action="store_true", help="End before the refinement of all.")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    folder, n, seed = arguments.folder, arguments.particles, arguments.seed
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "seen.star").exists():
+        written(folder, n, seed)
+    steps = POSES if arguments.poses else list(STEPS)
+    took = solved(folder, seed, arguments.images, arguments.learn, steps)
+    found = measured(folder, n, seed, arguments.images, arguments.learn, took)
+    print(json.dumps(found, indent=1))
+    header = [
+        "step", "particles", "min", "CPU min", "peak memory, GB", "mean (median) error, rad",
+        "off by > 0.3 rad", "limit, rad",
+    ]  # fmt: skip
+    records.write("large", found, header, table(found), "make bench-large")
+
+
+if __name__ == "__main__":
+    main()
