@@ -31,8 +31,10 @@ STEPS = {
     "all are placed": ("oriented.star", "oriented.star"),
     "refinement of all": ("refined.html", "refined.star"),
 }
-#: The orientations are there.
+#: With these the orientations are there; the last takes as long as there are particles.
 POSES = list(STEPS)[:3]
+#: What they are extrapolated to.
+TARGET = 1_000_000
 
 
 def density():
@@ -152,11 +154,19 @@ def table(found):
                 f"{r['bound_mean_rad']:.3f}",
             ]
         )
-    poses = [r for r in found if r["step"] in POSES]
-    sums = [f"{sum(r[key] for r in poses) / 60:.1f}" for key in ("wall_seconds", "cpu_seconds")]
-    peak = max(r["peak_memory_gb"] for r in poses)
-    total = ["from the file to poses", f"{found[0]['n']:,}", *sums, f"{peak:.1f}", "-", "-", "-"]
-    return [*rows, total]
+    fixed, placing = [r for r in found if r["step"] in POSES[:-1]], found[len(POSES) - 1]
+    peak = max(r["peak_memory_gb"] for r in [*fixed, placing])
+    for n, times in ((placing["n"], 1), (TARGET, TARGET / placing["n"])):
+        spent_on = [
+            sum(r[key] for r in fixed) + times * placing[key]
+            for key in ("wall_seconds", "cpu_seconds")
+        ]
+        title = f"from the file to poses{'' if times == 1 else ', **extrapolated**'}"
+        minutes = [f"{seconds / 60:,.1f}" for seconds in spent_on]
+        rows.append(
+            [title, f"{n:,}", *minutes, f"{peak:.1f}" if times == 1 else "-", "-", "-", "-"]
+        )
+    return rows
 
 
 def main():

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import os
 import pickle
@@ -737,6 +738,26 @@ def test_images_may_lie_in_many_files_of_many_kinds(written, tmp_path):
     # Workers are sent the stack, not its images.
     assert len(pickle.dumps(back.images)) < 5000
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(back.images)), wanted)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda images: images, copy.copy, copy.deepcopy, lambda i: pickle.loads(pickle.dumps(i)),
+     lambda images: images.inverted().inverted()],
+    ids=["nothing", "copied", "deeply", "pickled", "inverted"],
+)  # fmt: skip
+def test_a_part_of_a_part_of_many_files_has_its_own_images(written, tmp_path, between):
+    """A stack a micrograph, as RELION writes them: parts name few of the files."""
+    for i, image in enumerate(IMAGES):
+        mrcfile.write(tmp_path / f"m{i}.mrcs", image[None])
+
+    def change(blocks):
+        blocks["particles"]["rlnImageName"] = [f"1@m{i}.mrcs" for i in range(len(IMAGES))]
+
+    found, rows = read_particles(rewritten(written, change)).images, np.arange(len(IMAGES))
+    for part in ([4, 1, 3, 2, 1], slice(1, 4), [2, 0, 2], slice(1, 2)):
+        found, rows = between(found).select(part), rows[part]
+        np.testing.assert_array_equal(found[:], IMAGES[rows])
 
 
 @pytest.mark.parametrize("place", ["Refine3D/job007", "working directory"])

@@ -268,6 +268,12 @@ class ImageStack:
         """The same images, black turned to white as they are read."""
         return self.with_sign(-np.ones(len(self)) if self.sign is None else -self.sign)
 
+    def __copy__(self) -> ImageStack:
+        # Not as it is pickled: rows of files that are left out would name others.
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers are sent the files of these images, not of all.
         used, file = np.unique(self.file, return_inverse=True)
