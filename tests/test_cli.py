@@ -731,11 +731,25 @@ def test_a_scheduler_that_does_not_answer_is_named(folder, tmp_path, command):
     assert not out.exists()
 
 
+def in_many_stacks(path, each):
+    """Lay a particle file's images into stacks of so many, as a microscope's are: one a frame."""
+    stack, text = path.with_suffix(".mrcs"), path.read_text()
+    images = mrcfile.read(stack)
+    for i in range(len(images)):
+        name = f"{i % each + 1:06d}@{path.stem}_{i // each}.mrcs"
+        text = text.replace(f"{i + 1:06d}@{stack.name}", name)
+    for k, start in enumerate(range(0, len(images), each)):
+        mrcfile.write(path.with_name(f"{path.stem}_{k}.mrcs"), images[start : start + each])
+    path.write_text(text)
+    stack.unlink()
+
+
 def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_path, phantom, quick):
     """``solve`` from black particles to a refined map, no model anywhere; it goes on."""
     truth = simulate(phantom.density(32, 7.0), 300, 1, snr=3.0, max_shift_px=1)
     seen, out = tmp_path / "seen.star", tmp_path / "out"
     write_particles(seen, truth.replace(images=-truth.images))
+    in_many_stacks(seen, 30)
     solve = ["solve", seen, "-o", out, "--starts", "2", "--rounds", "1", "--shift", "14",
              "--symmetry", "C1", "--images", "160", "--learn", "2560"]  # fmt: skip
     done = run(*solve)
