@@ -1,16 +1,15 @@
 """A large set from the images alone, end to end: ``make bench-large`` (hours, and 7 GB of disk).
 
 100,000 particles of 4JSV at SNR 1/16, with CTF and shifts, in frames of 128 px, are written as
-RELION's files and given to ``cryoem solve``, which is told nothing: a map from 10,000 of them, a
-network that learns from it, all placed by that, refinement. Time, memory and error of each step;
-the truth is looked at when it is done. ``python benchmarks/large.py FOLDER`` keeps everything in
-FOLDER, and goes on there.
+RELION's files and given to ``cryoem solve --learn 38400``, which is told nothing of the particle: a
+map from 10,000 of them, a network that learns from it, all placed by that, refinement (not with
+``--poses``). Time, memory so far and error of each step; the truth is looked at when it is done.
+``python benchmarks/large.py FOLDER`` keeps everything in FOLDER, and goes on there.
 """
 
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,8 @@ STEPS = {
 }
 #: With these the orientations are there; the last takes as long as there are particles.
 POSES = list(STEPS)[:3]
+TOTAL = "from the file to poses"
+NETWORK = "network_error_rad", "network_median_rad"
 #: What they are extrapolated to.
 TARGET = 1_000_000
 
@@ -95,11 +96,13 @@ def solved(folder, seed, images, learn, steps):
             before = now
             with files.atomic(note) as temporary:
                 temporary.write_text(json.dumps(took, indent=1))
-        if running and set(steps) == set(STEPS):
+        if running and len(steps) == len(STEPS):
             process.wait()
         elif running:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
+    if any(not (out / STEPS[step][0]).exists() for step in steps):
+        raise RuntimeError(f"cryoem solve has ended early; see {folder / 'solve.log'}")
     return took
 
 
@@ -133,14 +136,41 @@ def measured(folder, n, seed, images, learn, took):
                 "far_fraction": error.far_fraction,
                 "expected_rad": float(placed.expected_error_rad.mean()),
             }
+            if step == POSES[-1]:  # the part keeps the orientations that made the map
+                part = set(names(read_particles(folder / "solved" / STEPS[POSES[0]][1])))
+                others = np.array([name not in part for name in names(placed)])
+                error = evaluation.orientation_errors(
+                    placed.quaternions[others], true[np.array(rows)[others]]
+                )
+                record |= {
+                    "network_error_rad": error.mean_rad,
+                    "network_median_rad": error.median_rad,
+                }
         found.append(record)
-    return found
+    return [*found, total(found, n, n)] if len(found) >= len(POSES) else found
+
+
+def total(found, n, placed):
+    """All steps to poses in one record; of more particles than were placed, extrapolated."""
+    *fixed, placing = found[: len(POSES)]
+    spent_on = {
+        f"{kind}_minutes": sum(r[f"{kind}_seconds"] for r in fixed) / 60
+        + placing[f"{kind}_seconds"] / 60 * n / placed
+        for kind in ("wall", "cpu")
+    }
+    kept = ("particle", "box_px", "snr", "seed", "threads", "commit", *NETWORK)
+    peak = max(r["peak_memory_gb"] for r in found[: len(POSES)])
+    return {"step": TOTAL, "n": n, **{name: placing[name] for name in kept}, **spent_on} | {
+        "peak_memory_gb": peak
+    }
 
 
 def table(found):
-    """A row a step, and what one more particle takes."""
+    """A row a step, and what more particles would take."""
     rows = []
     for r in found:
+        if r["step"] == TOTAL:
+            continue
         known = "error_rad" in r
         rows.append(
             [
@@ -154,18 +184,13 @@ def table(found):
                 f"{r['bound_mean_rad']:.3f}",
             ]
         )
-    fixed, placing = [r for r in found if r["step"] in POSES[:-1]], found[len(POSES) - 1]
-    peak = max(r["peak_memory_gb"] for r in [*fixed, placing])
-    for n, times in ((placing["n"], 1), (TARGET, TARGET / placing["n"])):
-        spent_on = [
-            sum(r[key] for r in fixed) + times * placing[key]
-            for key in ("wall_seconds", "cpu_seconds")
-        ]
-        title = f"from the file to poses{'' if times == 1 else ', **extrapolated**'}"
-        minutes = [f"{seconds / 60:,.1f}" for seconds in spent_on]
-        rows.append(
-            [title, f"{n:,}", *minutes, f"{peak:.1f}" if times == 1 else "-", "-", "-", "-"]
-        )
+    for n in sorted({found[0]["n"], TARGET}) if found[-1]["step"] == TOTAL else ():
+        more = n > found[0]["n"]
+        r = total(found, n, found[0]["n"])
+        title = f"{TOTAL}, **extrapolated**" if more else TOTAL
+        minutes = [f"{r[key]:,.1f}" for key in ("wall_minutes", "cpu_minutes")]
+        peak = "-" if more else f"{r['peak_memory_gb']:.1f}"
+        rows.append([title, f"{n:,}", *minutes, peak, "-", "-", "-"])
     return rows
 
 
@@ -182,15 +207,18 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "seen.star").exists():
         written(folder, n, seed)
+    elif (there := len(np.load(folder / "true.npy"))) != n:
+        raise ValueError(f"{folder}: holds {there:,} particles; wanted another folder for {n:,}")
     steps = POSES if arguments.poses else list(STEPS)
     took = solved(folder, seed, arguments.images, arguments.learn, steps)
     found = measured(folder, n, seed, arguments.images, arguments.learn, took)
     print(json.dumps(found, indent=1))
     header = [
-        "step", "particles", "min", "CPU min", "peak memory, GB", "mean (median) error, rad",
+        "step", "particles", "min", "CPU min", "peak memory so far, GB", "mean (median) error, rad",
         "off by > 0.3 rad", "limit, rad",
     ]  # fmt: skip
-    records.write("large", found, header, table(found), "make bench-large")
+    code = f"make bench-large{' ARGS=--poses' * arguments.poses}"
+    records.write("large", found, header, table(found), code)
 
 
 if __name__ == "__main__":

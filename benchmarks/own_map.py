@@ -1,9 +1,9 @@
 """A network that learned from the images' own map, beside one that knew the density.
 
-``make bench-own_map``. 1,000 images (SNR 1/16, CTF, shifts) give a map by themselves: ab initio,
-then refinement, masked. One network is trained on projections of that map, one on those of the
-true density, both over what the images were surveyed to be; each orients 1,000 new images, whose
-truth is then looked at. ``python benchmarks/own_map.py 4jsv model.pdb.gz map.mrc`` takes others.
+``make bench-own_map``. 1,000 images (SNR 1/16, CTF, shifts) give a map by themselves. One network
+is trained on projections of it as ab initio leaves it, one of it refined, one of the true density,
+all over what the images were surveyed to be; each orients 1,000 new images, whose truth is then
+looked at. ``python benchmarks/own_map.py 4jsv model.pdb.gz map.mrc`` takes others.
 """
 
 import argparse
@@ -92,17 +92,18 @@ def run(particle, density, told, learned_from, images, seed):
 def table(found):
     """A row a particle and a map: what not knowing the density costs."""
     rows = []
-    of = {(r["particle"], r["seed"], r["trained_on"]): r for r in found}
-    for particle, seed in dict.fromkeys((r["particle"], r["seed"]) for r in found):
-        known = of.get((particle, seed, "density"))
+    of = {(r["particle"], r["images"], r["seed"], r["trained_on"]): r for r in found}
+    for run_of in dict.fromkeys((r["particle"], r["images"], r["seed"]) for r in found):
+        known = of.get((*run_of, "density"))
         for told in MAPS:
-            if (r := of.get((particle, seed, told))) is None:
+            if (r := of.get((*run_of, told))) is None:
                 continue
             error = r.get("map_orientation_error_rad")
             ratio = r["one_sided_error_rad"] / known["one_sided_error_rad"] if known else None
             rows.append(
                 [
-                    particle,
+                    r["particle"],
+                    f"{r['images']:,}",
                     told,
                     "-" if error is None else f"{error:.3f}",
                     f"{r['one_sided_error_rad']:.3f} ({r['median_rad']:.3f})",
@@ -136,7 +137,7 @@ def main():
             )
             every = [json.loads(p.read_text()) for p in sorted(KEPT.glob("*.json"))]
             header = [
-                "particle", "trained on the map", "its own images are off, rad",
+                "particle", "images", "of the map", "its own images are off, rad",
                 "new images, mean (median), rad", "off by > 0.3 rad", "of the density's",
             ]  # fmt: skip
             records.write("own_map", every, header, table(every), "make bench-own_map")

@@ -840,7 +840,7 @@ def test_of_many_a_part_settles_first(monkeypatch):
     assert [n for n, _ in made] == [few] * 6 + [N] * 2
     for round_number, (_, references, _) in enumerate(refined):
         assert references is made[round_number][1]
-    rows = np.sort(rotations.generator(9, "part").permutation(N)[:few])
+    rows = np.sort(rotations.generator(9, "settles first").permutation(N)[:few])
     np.testing.assert_array_equal(refined[0][2], refined[-1][2][rows])  # in the half that they were
     # Two rounds of all, after them, are as good as five.
     monkeypatch.setattr(halves, "PART", N)
@@ -892,12 +892,15 @@ def test_interrupted_and_called_again_it_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(halves, "PART", N // 3)
     options["rounds"], folder = 2, tmp_path / "many"
     whole = refine_halves(given, **options)
-    # In the second round of the part, and in the second of all.
-    found, calls = refined_in_pieces(given, folder, monkeypatch, (2, 5), **options)
-    assert calls == 2 + 3 + 3
+    # In the second round of the part, in the first of all, and in the second.
+    found, calls = refined_in_pieces(given, folder, monkeypatch, (2, 4, 6), **options)
+    assert calls == 2 + 2 + 2 + 3
     np.testing.assert_allclose(found.particles.quaternions, whole.particles.quaternions, atol=1e-6)
     assert found.resolutions_angstrom == whole.resolutions_angstrom
     assert sorted(path.name for path in folder.iterdir()) == ["part.npz", "rounds.npz"]
+    (folder / "rounds.npz").unlink()
+    with pytest.raises(InputError, match=r"run with seed .* asked for"):
+        refine_halves(given, work=folder, **{**options, "seed": 5})
     monkeypatch.setattr(halves, "PART", N)
     options["rounds"] = 3
     for differing in (

@@ -69,7 +69,7 @@ class HalvesRefinement:
     chance_correlation : float
         The same with every image at another one's orientation.
     resolutions_angstrom : tuple of float
-        To which each round refined.
+        To which each round of all particles refined.
     joined_angstrom : float
     """
 
@@ -120,8 +120,8 @@ def refine_halves(
     together. Where orientations have settled, particles that are likelier elsewhere, on the sphere
     and in their frames, are brought there, by the map of their own half; if more than one in a
     hundred, the rounds go on. At the end it is by the other half's map, and all are refined against
-    the map of all. Of 20,000 particles and more a random part of 10,000 settles first; then the
-    others are refined against the map of its half, and two rounds may be enough for all.
+    the map of all. Of 20,000 particles and more a random part of 10,000 settles first; then all are
+    refined from where they were given, the first round against the maps of the part.
 
     Parameters
     ----------
@@ -130,7 +130,8 @@ def refine_halves(
         (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
     rounds : int, optional
         By default five, and up to fifteen until half of the orientations move by less than a tenth
-        of their expected error, and hardly a particle is found elsewhere. Of a part, and of all.
+        of their expected error, and hardly a particle is found elsewhere. Where a part settles
+        first, so of the part; and then two to fifteen of all. If told, so many of each.
     resolution_angstrom, joined_angstrom : float
         The former of the first round; later rounds go as far as the FSC.
     search : Search
@@ -197,11 +198,12 @@ class _Steps:
     def of_many(
         self, begin: Rounds, work: PathLike | None, told: dict[str, object], seed: Seed
     ) -> Rounds:
-        """Those of all; of many a part settles first, and the others begin with its maps."""
+        """Those of all; of many a part settles first, and all begin with its maps."""
         kept, first = Kept(work, begin.now, told), None
         many = len(begin.now) >= 2 * PART
         if many and kept.read() is None:
-            rows = np.sort(rotations.generator(seed, "part").permutation(len(begin.now))[:PART])
+            rng = rotations.generator(seed, "settles first")
+            rows = np.sort(rng.permutation(len(begin.now))[:PART])
             some = replace(begin, now=begin.now.select(rows))
             few = self.settled(some, Kept(work, some.now, told, part=True), FEWEST)
             begin, first = replace(begin, used=few.used[-1:]), self.maps_of(few.now)
