@@ -8,7 +8,7 @@ from measures import packed
 from cryoem import distances, estimator, imaging, rotations, simulation
 from cryoem.backend import keras, tf
 from cryoem.errors import InputError
-from cryoem.estimator import Estimator, Objective, PairLoss
+from cryoem.estimator import Estimator, Objective, PairLoss, networks
 from cryoem.simulation import TrainingImages
 from cryoem.symmetry import group
 
@@ -34,6 +34,21 @@ def shifted(phantom, preprocessing):
     return TrainingImages(
         phantom.density(32, 7.0), preprocessing, snr_range=(1 / 2, 2), max_shift_px=4.0
     )
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A steerable network of few channels: hardly anything is computed."""
+    layers = tuple((harmonics, angles, 16) for harmonics, angles, _ in networks.STEERABLE)
+    monkeypatch.setattr(networks, "STEERABLE", layers)
+
+
+@pytest.fixture
+def untraced():
+    """Of a few steps, tracing them is most of the time."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture
@@ -182,6 +197,7 @@ def test_training_teaches_unseen_images(trained, phantom):
         ("D2", {"noise_weight": 0.3}),
     ],
 )
+@pytest.mark.usefixtures("narrow", "untraced")
 def test_the_history_is_the_mean_of_what_is_minimised(phantom, preprocessing, symmetry, options):
     source = TrainingImages(
         phantom.density(32, 7.0),
@@ -213,6 +229,7 @@ def test_the_history_is_the_mean_of_what_is_minimised(phantom, preprocessing, sy
         assert history[key] == [pytest.approx(np.mean(values), rel=1e-4)]
 
 
+@pytest.mark.usefixtures("narrow", "untraced")
 @pytest.mark.parametrize("pairs", ["all", "uniform"])
 def test_batches_are_drawn_in_order_and_others_calibrate(preprocessing, source, drawn, pairs):
     network = Estimator.create(preprocessing)
@@ -385,6 +402,7 @@ def test_unknown_settings_are_refused(preprocessing, source, options, message):
 # The recipe
 
 
+@pytest.mark.usefixtures("narrow", "untraced")
 def test_the_recipe_ends_with_an_encoder_of_centred_images(preprocessing, shifted, tmp_path, drawn):
     def fresh(seed=2):
         return Estimator.create(preprocessing, passes=2, seed=seed)
@@ -425,6 +443,7 @@ def test_the_recipe_ends_with_an_encoder_of_centred_images(preprocessing, shifte
     assert kept == [(384, 3, 6e-3, 0.0, 2, False), (256, 4, 2e-3, 1.0, 3, True)]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_what_is_not_shifted_needs_one_network(preprocessing, source, monkeypatch):
     step, traced = keras.Model.train_step, []
     monkeypatch.setattr(

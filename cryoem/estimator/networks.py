@@ -16,6 +16,9 @@ __all__ = ["ARCHITECTURES", "Tensor", "build"]
 
 layers, ops = keras.layers, keras.ops
 
+#: Of each layer of the steerable network: harmonics that it reads, angles, pairs of channels.
+STEERABLE = (0, 72, 256), (12, 32, 128), (10, 24, 128), (8, 20, 128), (8, 20, 128)
+
 #: A tensor of Keras' backend.
 Tensor: TypeAlias = keras.KerasTensor
 
@@ -247,9 +250,7 @@ def steerable(
     highest = max(degrees)
     x = _Rings(image.shape[1], min(36, image.shape[1] - 2), dtype=dtype)(image)
     h = x
-    for layer, (harmonics, angles, pairs) in enumerate(
-        [(0, 72, 256), (12, 32, 128), (10, 24, 128), (8, 20, 128), (8, 20, 128)]
-    ):
+    for layer, (harmonics, angles, pairs) in enumerate(STEERABLE):
         if layer:
             x = _ToHarmonics(max(harmonics, highest + 1), dtype=dtype)(h)
         x = _Correlate(pairs, image=layer == 0, dtype=dtype)(x)
