@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import records
+from abinitio import MICROSCOPE
 
 from cryoem import evaluation, load_density, read_particles, simulate, threads, write_particles
+from cryoem.cli.judging import paired
 from cryoem.io import files
 
 PARTICLE, BOX, SNR, PART = "4jsv", 128, 1 / 16, 10_000
-SEEN = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
 #: Each step, what it writes last, and the particles that it places.
 STEPS = {
     "ab initio, of a part": ("initial.html", "initial.star"),
@@ -46,7 +47,7 @@ def written(folder, n, seed):
     """Write ``seen.star`` with its stacks, and ``true.npy``, in parts of 10,000."""
     star, lines, true = folder / "seen.star", [], []
     for start in range(0, n, PART):
-        stack = simulate(density(), min(PART, n - start), [seed, start], snr=SNR, **SEEN)
+        stack = simulate(density(), min(PART, n - start), [seed, start], snr=SNR, **MICROSCOPE)
         part = folder / f"seen_{start}.star"
         write_particles(part, stack.without_poses().replace(noise=None))
         true.append(stack.quaternions)
@@ -106,17 +107,12 @@ def solved(folder, seed, images, learn, steps):
     return took
 
 
-def names(stack):
-    """Which image of which stack, whichever folder the file is in."""
-    split = (name.partition("@") for name in stack.columns["rlnImageName"])
-    return [(int(number), Path(path).name) for number, _, path in split]
-
-
 def measured(folder, n, seed, images, learn, took):
     """A record a step."""
     true, found = np.load(folder / "true.npy"), []
-    at = {name: row for row, name in enumerate(names(read_particles(folder / "seen.star")))}
-    some = simulate(density(), 200, [seed, 0], snr=SNR, **SEEN)
+    seen = folder / "seen.star"
+    stack, rows = read_particles(seen), {}
+    some = simulate(density(), 200, [seed, 0], snr=SNR, **MICROSCOPE)
     limit = records.limit(density(), some)
     for step, spent_there in took.items():
         record = {
@@ -127,8 +123,8 @@ def measured(folder, n, seed, images, learn, took):
         star = STEPS[step][1] and folder / "solved" / STEPS[step][1]
         if star and star.exists():
             placed = read_particles(star)
-            rows = [at[name] for name in names(placed)]
-            error = evaluation.orientation_errors(placed.quaternions, true[rows])
+            rows[step] = paired(star, placed, seen, stack)
+            error = evaluation.orientation_errors(placed.quaternions, true[rows[step]])
             record |= {
                 "placed": len(placed),
                 "error_rad": error.mean_rad,
@@ -137,10 +133,9 @@ def measured(folder, n, seed, images, learn, took):
                 "expected_rad": float(placed.expected_error_rad.mean()),
             }
             if step == POSES[-1]:  # the part keeps the orientations that made the map
-                part = set(names(read_particles(folder / "solved" / STEPS[POSES[0]][1])))
-                others = np.array([name not in part for name in names(placed)])
+                others = ~np.isin(rows[step], rows[POSES[0]])
                 error = evaluation.orientation_errors(
-                    placed.quaternions[others], true[np.array(rows)[others]]
+                    placed.quaternions[others], true[rows[step][others]]
                 )
                 record |= {
                     "network_error_rad": error.mean_rad,

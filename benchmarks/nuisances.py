@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import records
+from abinitio import MICROSCOPE
 
 from cryoem import (
     ParticleStack,
@@ -31,7 +32,6 @@ from cryoem import (
 from cryoem.aberrations import Aberration
 
 N, SNR = 600, 1 / 16
-SEEN = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
 KEPT = Path("results/bench-nuisances")
 
 
@@ -53,9 +53,9 @@ class Seen:
     def __init__(self, seed: int) -> None:
         self.density = load_density("4jsv")
         self.rng = np.random.default_rng([seed, 7])
-        self.truth = simulate(self.density, N, seed, snr=SNR, **SEEN)
+        self.truth = simulate(self.density, N, seed, snr=SNR, **MICROSCOPE)
         self.scale = np.sqrt(self.truth.noise.variance)
-        self.clean = simulate(self.density, N, seed, **SEEN).images / self.scale
+        self.clean = simulate(self.density, N, seed, **MICROSCOPE).images / self.scale
         self.noise = self.truth.images / self.scale - self.clean
         self.told = self.truth.ctf_parameters
 

@@ -732,7 +732,7 @@ def test_a_scheduler_that_does_not_answer_is_named(folder, tmp_path, command):
 
 
 def in_many_stacks(path, each):
-    """Lay a particle file's images into stacks of so many, as a microscope's are: one a frame."""
+    """Lay a particle file's images into stacks of so many, as RELION's are: one a micrograph."""
     stack, text = path.with_suffix(".mrcs"), path.read_text()
     images = mrcfile.read(stack)
     for i in range(len(images)):

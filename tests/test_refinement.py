@@ -815,7 +815,7 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
 
 
 def test_of_many_a_part_settles_first(monkeypatch):
-    """The others begin with its maps, each with that of its half."""
+    """All begin with its maps, each with that of its half."""
     many, few = 120, 40
     monkeypatch.setattr(halves, "PART", few)
     monkeypatch.setattr(halves, "_settled", lambda *_: True)

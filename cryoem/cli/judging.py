@@ -55,7 +55,7 @@ def evaluate_particles(
         raise InputError("--map and --reference come together")
     found_there, known = open_oriented(particles_file, True), open_oriented(truth, True)
     q = found_there.oriented()
-    true = known.oriented()[_paired(particles_file, found_there, truth, known)]
+    true = known.oriented()[paired(particles_file, found_there, truth, known)]
     found: dict[str, object] = {"particles": len(q), "symmetry": symmetry}
     one_sided = evaluation.orientation_errors(q, true, over="one-sided", symmetry=symmetry)
     unaligned = evaluation.orientation_errors(q, true, over="none", symmetry=symmetry)
@@ -72,7 +72,7 @@ def evaluate_particles(
     print_figures(found, as_json)
 
 
-def _paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleStack) -> np.ndarray:
+def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleStack) -> np.ndarray:
     """For each particle, the row of ``known`` that shows the same image."""
     names, others = _image_names(particles), _image_names(known)
     why = "image names are not unique"

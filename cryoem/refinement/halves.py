@@ -36,8 +36,8 @@ SNUG = 12.0, 0.0, 8.0
 #: Rounds, where none are told, and the share of the expected error by which orientations that have
 #: settled still move.
 FEWEST, MOST, SETTLED = 5, 15, 0.1
-#: Of twice so many particles and more, so many at random settle first; the others begin with their
-#: maps. All are then refined in so many rounds at least.
+#: Of twice so many particles and more, so many at random settle first, and all begin with their
+#: maps; all are then refined in so many rounds at least.
 PART, LAST = 10_000, 2
 #: Share of the particles, found elsewhere, of which the maps are made anew before the end.
 ASTRAY = 0.01
@@ -200,21 +200,28 @@ class _Steps:
     ) -> Rounds:
         """Those of all; of many a part settles first, and all begin with its maps."""
         kept, first = Kept(work, begin.now, told), None
-        many = len(begin.now) >= 2 * PART
-        if many and kept.read() is None:
+        so_far, many = kept.read(), len(begin.now) >= 2 * PART
+        if many and so_far is None:
             rng = rotations.generator(seed, "settles first")
             rows = np.sort(rng.permutation(len(begin.now))[:PART])
             some = replace(begin, now=begin.now.select(rows))
-            few = self.settled(some, Kept(work, some.now, told, part=True), FEWEST)
+            kept_part = Kept(work, some.now, told, part=True)
+            few = self.settled(some.now, kept_part.read() or some, kept_part, FEWEST)
             begin, first = replace(begin, used=few.used[-1:]), self.maps_of(few.now)
-        return self.settled(begin, kept, LAST if many else FEWEST, first)
+        return self.settled(begin.now, so_far or begin, kept, LAST if many else FEWEST, first)
 
-    def settled(self, begin: Rounds, kept: Kept, least: int, first: _Round | None = None) -> Rounds:
+    def settled(
+        self,
+        given: ParticleStack,
+        so_far: Rounds,
+        kept: Kept,
+        least: int,
+        first: _Round | None = None,
+    ) -> Rounds:
         """Rounds until orientations have settled; the first by maps that are there already."""
         from tqdm.auto import tqdm
 
-        given, so_far, most = begin.now, kept.read() or begin, self.rounds or MOST
-        silent = not self.progress
+        most, silent = self.rounds or MOST, not self.progress
         with tqdm(total=most, initial=so_far.count, desc="rounds", disable=silent) as bar:
             while so_far.count < most and not so_far.ended:
                 known = first if so_far.count == 0 else None
