@@ -7,6 +7,7 @@ rules: a GPU that its backend sees (``KERAS_BACKEND``) is used.
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -20,13 +21,12 @@ from .errors import InputError, MissingToolError
 __all__ = [
     "VARIABLE",
     "arrays",
+    "convolution",
     "gpu",
     "host",
-    "irfftn",
     "map_coordinates",
     "nufft3d1",
     "nufft3d2",
-    "rfftn",
     "sparse",
 ]
 
@@ -107,18 +107,52 @@ def nufft3d2(points: list[Any], values: Any, **options: Any) -> Any:
     return finufft.nufft3d2(*points, values, nthreads=1, showwarn=0, **options)
 
 
-def rfftn(array: Any, *, workers: int) -> Any:
-    """Transform a real array, which may be overwritten."""
-    if gpu():
-        return import_module("cupyx.scipy.fft").rfftn(array)
-    return scipy.fft.rfftn(array, workers=workers, overwrite_x=True)
+def convolution(
+    spectrum: np.ndarray, size: int, *, workers: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What convolves cubes, by a spectrum of a box at least twice as wide.
 
+    Parameters
+    ----------
+    spectrum : (e, e, e // 2 + 1) array of float32
+        Real: half of the kernel's transform, whose origin is at its first voxel.
+    size : int
+        Edge of the cubes; in the box zeros lie about them.
+    workers : int
+        Threads of the transforms.
 
-def irfftn(array: Any, shape: tuple[int, ...], *, workers: int) -> Any:
-    """Transform back to a real array of some shape; what is transformed may be overwritten."""
+    Returns
+    -------
+    callable
+        Of a (size, size, size) array of float32, to another one.
+    """
+    edge = len(spectrum)
     if gpu():
-        return import_module("cupyx.scipy.fft").irfftn(array, s=shape)
-    return scipy.fft.irfftn(array, s=shape, workers=workers, overwrite_x=True)
+        cupy, fft = arrays(), import_module("cupyx.scipy.fft")
+        there = cupy.asarray(spectrum)
+
+        def on_device(values: np.ndarray) -> np.ndarray:
+            padded = cupy.zeros((edge,) * 3, np.float32)
+            padded[:size, :size, :size] = cupy.asarray(values)
+            back = fft.irfftn(fft.rfftn(padded) * there, s=padded.shape)
+            return host(back[:size, :size, :size])
+
+        return on_device
+    planes = np.ascontiguousarray(spectrum.transpose(2, 0, 1))
+
+    def convolved(values: np.ndarray) -> np.ndarray:
+        # Plane by plane, in cache; lines of zeros are not transformed, nor those that are cut off.
+        rows = scipy.fft.rfft(values, edge, axis=2, workers=workers).transpose(2, 0, 1).copy()
+        for row, by in zip(rows, planes, strict=True):
+            wide = scipy.fft.fft(row, edge, axis=1, workers=workers)
+            plane = scipy.fft.fft(wide, edge, axis=0, workers=workers)
+            plane *= by
+            back = scipy.fft.ifft(plane, axis=0, workers=workers, overwrite_x=True)[:size]
+            row[:] = scipy.fft.ifft(back, axis=1, workers=workers)[:, :size]
+        rows = rows.transpose(1, 2, 0)
+        return scipy.fft.irfft(rows, edge, axis=2, workers=workers)[:, :, :size]
+
+    return convolved
 
 
 def map_coordinates(array: Any, at: np.ndarray, *, order: int) -> np.ndarray:

@@ -232,7 +232,7 @@ def _over_shifts(
 
     def at(shift_px: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n r"]:
         prepared = preprocessing.cut(small, shifts_px=shift_px).reshape(len(small), -1)
-        return prepared @ table.T / table.shape[1]
+        return (prepared / np.float32(table.shape[1])) @ table.T
 
     best = at(shifts_px[:, 0])
     step = np.zeros(best.shape, np.int16)

@@ -232,16 +232,10 @@ def least_squares(
     else:
         spectrum += np.float32(damping)
     within = np.float32(1) if support is None else support
-    xp = accelerator.arrays()
-    there = xp.asarray(spectrum)
+    convolved = accelerator.convolution(spectrum, size, workers=workers)
 
     def normal(v: np.ndarray) -> np.ndarray:
-        padded = xp.zeros((edge,) * 3, np.float32)
-        padded[:size, :size, :size] = xp.asarray(within * v.reshape(right.shape))
-        transformed = accelerator.rfftn(padded, workers=workers)
-        transformed *= there
-        back = accelerator.irfftn(transformed, padded.shape, workers=workers)
-        return (within * accelerator.host(back[:size, :size, :size])).ravel()
+        return (within * convolved(within * v.reshape(right.shape))).ravel()
 
     values, _ = cg(
         LinearOperator((right.size,) * 2, matvec=normal, dtype=np.float32),

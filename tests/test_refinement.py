@@ -398,7 +398,7 @@ def test_the_first_start_is_the_given_one_and_none_is_farther_than_the_spread():
 
 def test_every_stage_doubles_the_resolution_and_drops_half_of_the_candidates():
     stages = plan(DENSITY, BOX, FINEST, Search(starts=7, spread_rad=0.6)).stages
-    assert [(s.candidates, s.keep) for s in stages] == [(7, 4), (4, 2), (2 + 1, 1)]
+    assert [(s.candidates, s.keep) for s in stages] == [(7, 4), (4, 2), (2, 1)]
     # Frequencies of a disc, less its centre, grow with its area.
     for coarse, fine in pairwise(stages):
         assert fine.count / coarse.count == pytest.approx(4, rel=0.15)
@@ -812,6 +812,23 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
     taken = sum(share > 0.01 for share in shares)
     turned = [np.mean(rotations.distance(stack.oriented(), TRUE)) for *_, stack in sought]
     np.testing.assert_allclose(turned, 0.01 * np.minimum(range(len(sought)), taken), atol=1e-6)
+
+
+def test_some_of_many_tell_whether_particles_lie_astray(asked, monkeypatch):
+    monkeypatch.setattr(halves, "ASKED", 20)
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    sought, shares = [], [0.02, 0.3, 0.005, 0.0]
+
+    def found_again(stack, given, *_, **__):
+        sought.append(len(stack))
+        assert rotations.distance(stack.oriented(), given.oriented()).max() < 1e-6  # row by row
+        return stack, shares[len(sought) - 1]
+
+    monkeypatch.setattr(halves, "found_again", found_again)
+    found = refine_halves(particles(half_set=np.arange(N) % 2 + 1), search=JUDGE, seed=9)
+    assert sought == [20, N, 20, N] and len(found.resolutions_angstrom) == 6
+    *held_out, last = (len(stack) for stack, *_ in asked[-5:])
+    assert (sum(held_out[:2]), sum(held_out[2:]), last) == (20, 20, N)
 
 
 def test_of_many_a_part_settles_first(monkeypatch):

@@ -72,6 +72,14 @@ class Fsc:
         v0, v1 = self.values[i - 1 : i + 1]
         return Resolution(float(1 / (f0 + (v0 - threshold) / (v0 - v1) * (f1 - f0))), False)
 
+    def up_to_crossing(self, threshold: float) -> Float[np.ndarray, " k"]:
+        """Values, 0 to 1, to where they first fall below ``threshold``; 0 from there on."""
+        below = np.flatnonzero(self.values < threshold)
+        values = np.clip(self.values, 0, 1)
+        if len(below):
+            values[below[0] :] = 0
+        return values
+
 
 def fsc(a: Density, b: Density, *, mask: Float[np.ndarray, "n n n"] | None = None) -> Fsc:
     """Fourier shell correlation, shell by shell of ``round(|k|)``.

@@ -11,7 +11,7 @@ from .. import maps, rotations
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .fit import RefinedStack
-from .halves import half_maps, masked, refine_each_half, up_to_crossing
+from .halves import half_maps, masked, refine_each_half
 from .search import Search
 
 __all__ = ["cross_check", "expected_error"]
@@ -67,7 +67,7 @@ def cross_check(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
     pair = half_maps(halves, independent=False)
     mask = maps.soft_mask(pair.mean)
     curve = maps.half_map_fsc(pair, mask, seed=seed).corrected
-    weight = up_to_crossing(curve, 0.143)
+    weight = curve.up_to_crossing(0.143)
     others = [masked(mask, maps.filtered(d, weight)) for d in (pair.second, pair.first)]
     coarsest = stack.box_px * stack.pixel_size_angstrom / 2  # halves of noise agree nowhere
     checked = refine_each_half(

@@ -119,7 +119,6 @@ def _better(
 ) -> tuple[Int[np.ndarray, " f"], Float[np.ndarray, "f 4"], Float[np.ndarray, "f 2"]]:
     """Which particles are likelier elsewhere, and where: the last of several is the likeliest."""
     # Where a particle is, it has been refined; elsewhere it will have been, by coarse detail.
-    near = replace(search, starts=1, coarse_to_fine=False)
     extent = stack.box_px * stack.pixel_size_angstrom
     coarse = max(resolution_angstrom, min(2 * resolution_angstrom, extent / COARSEST))
     first = refined(tried, resolution_angstrom=coarse, search=replace(search, starts=1))
@@ -130,7 +129,7 @@ def _better(
         refined(
             start,
             resolution_angstrom=resolution_angstrom,
-            search=near,
+            search=search.near,
             noise_variance=1.0,  # of no effect on where they end
         )
         for start in (stack.select(others), tried)

@@ -9,7 +9,7 @@ takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..noise import Noise, from_powers
 from ..particles import PER_PARTICLE, ParticleStack
 from .least_squares import LeastSquares, descend_each
-from .search import Plan, Search, Stage, distinct_first, plan, same_place
+from .search import Plan, Search, Stage, distinct_first, plan
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,8 +33,9 @@ __all__ = ["RefinedStack", "refine"]
 LEAST_CONTRAST = 0.1
 #: From how many images, at most, the median contrast is taken.
 SAMPLE = 500
-#: How many images of an optics group tell the noise's spectrum, and how many are too few to.
-NOISE_SAMPLE, ENOUGH = 120, 30
+#: How many images of an optics group tell the noise's spectrum, how many are too few to, and of how
+#: many groups at most so many are taken.
+NOISE_SAMPLE, ENOUGH, GROUPS = 60, 30, 20
 #: Noise below this share of the images' power is as good as none.
 CLEAN = 1e-2
 #: How many times what a thread refines together is sent to a worker.
@@ -208,9 +209,9 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
     """
     groups = stack.optics_groups
     sample = stack.replace(noise=Noise.white(1.0))
-    if len(stack) > NOISE_SAMPLE * min(groups, 10):
-        rng = rotations.generator(0, "noise")
-        rows = rng.choice(len(stack), NOISE_SAMPLE * min(groups, 10), replace=False)
+    most = NOISE_SAMPLE * min(groups, GROUPS)
+    if len(stack) > most:
+        rows = rotations.generator(0, "noise").choice(len(stack), most, replace=False)
         sample = sample.select(np.sort(rows))
     least = _least_contrast(plan, sample, wanted_positive=search.steps > 0)
     shells = np.rint(np.linalg.norm(plan.slices.frequencies, axis=1)).astype(int)
@@ -218,10 +219,10 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
     left, count, loud = np.zeros((groups, shells.max() + 1)), np.zeros(groups), 0.0
 
     def left_of(part: ParticleStack) -> tuple[np.ndarray, np.ndarray, float]:
-        q, shifts, _, fit = _refined(plan, part, search, least)
+        q, shifts, grams, fit = _refined(plan, part, search, least)
         power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
         loud = float((power @ weights).sum())
-        power[:, plan.order] = fit.residuals(q, shifts)
+        power[:, plan.order] = fit.residuals(q, shifts, fit.normal(grams)[1])
         left = np.zeros((groups, shells.max() + 1))
         for g in np.unique(part.optics_group):
             here = power[part.optics_group == g].sum(axis=0)
@@ -268,12 +269,6 @@ def _refined(
     for stage in plan.stages:
         fit = _problem(plan, stage, observed, ctf)
         fit.least_contrast = least_contrast
-        if stage is plan.stages[-1] and stage is not plan.stages[0]:
-            # Coarse detail may lead astray: what was given stays a candidate.
-            q = np.concatenate([q, given_q], axis=1)
-            shifts = np.concatenate([shifts, given_shifts], axis=1)
-            met = (same_place(q, shifts)[:, -1, :-1] & live).any(axis=1)
-            live = np.column_stack([live, ~met])
         owner, _ = np.nonzero(live)
         gain, grams = np.full(live.shape, -np.inf), np.zeros((*live.shape, 7, 7))
         q[live], shifts[live], grams[live] = descend_each(
@@ -283,7 +278,17 @@ def _refined(
         order, worth = distinct_first(gain, q, shifts)
         best = np.arange(m)[:, None], order[:, : stage.keep]
         q, shifts, grams, live = q[best], shifts[best], grams[best], worth[:, : stage.keep]
-    return q[:, 0], shifts[:, 0], grams[:, 0], fit
+    q, shifts, grams = q[:, 0], shifts[:, 0], grams[:, 0]
+    if len(plan.stages) > 1:
+        # Coarse detail may lead astray: from where it has, to a place less likely than the given.
+        given = given_q[:, 0], given_shifts[:, 0]
+        gain = fit.normal(fit.gram(np.arange(m), *given))[0]
+        astray = np.flatnonzero(gain > fit.normal(grams)[0])
+        if len(astray):
+            q[astray], shifts[astray], grams[astray] = descend_each(
+                fit, astray, given[0][astray], given[1][astray], search.steps, stage.short
+            )
+    return q, shifts, grams, fit
 
 
 def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) -> float:
@@ -293,6 +298,8 @@ def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) 
     if n > SAMPLE:
         rows = np.sort(rotations.generator(0, "contrast").choice(n, SAMPLE, replace=False))
     stage = plan.stages[0]
+    if len(plan.stages) == 1:  # its coarse half is enough
+        stage = replace(stage, count=-(-stage.count // 4))
 
     def at_start(part: ParticleStack) -> np.ndarray:
         fit = _problem(plan, stage, *_observed(plan, part))

@@ -39,8 +39,8 @@ FEWEST, MOST, SETTLED = 5, 15, 0.1
 #: Of twice so many particles and more, so many at random settle first, and all begin with their
 #: maps; all are then refined in so many rounds at least.
 PART, LAST = 10_000, 2
-#: Share of the particles, found elsewhere, of which the maps are made anew before the end.
-ASTRAY = 0.01
+#: Share of the particles, found elsewhere, of which maps are made anew; how many a mean is taken of.
+ASTRAY, ASKED = 0.01, 4000
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ def refine_halves(
     resolution_angstrom, joined_angstrom : float
         The former of the first round; later rounds go as far as the FSC.
     search : Search
-        Of the first round and the end. The others start where the last ended.
+        Of the first round, and of what is tried elsewhere. The others start where the last ended.
     symmetry : str
         The particle's point group, in whose standard setting the orientations are.
     seed : int or numpy.random.Generator
@@ -232,23 +232,32 @@ class _Steps:
 
     def _refined(self, so_far: Rounds, given: ParticleStack, now: _Round, least: int) -> Rounds:
         """One more round: each half is refined against its map."""
-        begins, limit, search = so_far.count == 0, now.finest_angstrom, self.search
+        begins, limit = so_far.count == 0, now.finest_angstrom
         used = (*so_far.used, max(limit, so_far.used[0]) if begins else limit)
         separate = refine_each_half(
             so_far.now.replace(noise=given.noise),  # estimated in every round, or given
             now.references,
             resolution_angstrom=used[-1],
-            search=search if begins else replace(search, starts=1, coarse_to_fine=False),
+            search=self.search if begins else self.search.near,
             scheduler=self.scheduler,
         )
         done = Rounds(separate, rescaled(separate), used)
         settled = self.rounds is None and least <= done.count < MOST
         if settled and _settled(so_far.now, separate):
-            found, astray = self.again(done.now, given, now.references, now.snug, used[-1])
+            judged = now.references, now.snug, used[-1]
+            some = _some(len(given))
+            _, astray = found = self.again(done.now.select(some), given.select(some), *judged)
             if astray < ASTRAY:
                 return replace(done, ended=True)
-            return replace(done, now=found)
+            if len(some) < len(given):
+                found = self.again(done.now, given, *judged)
+            return replace(done, now=found[0])
         return done
+
+
+def _some(n: int) -> np.ndarray:
+    """Rows of so many of ``n`` particles, at random, as a mean wants at most."""
+    return np.sort(rotations.generator(0, "asked").permutation(n)[:ASKED])
 
 
 def _settled(before: ParticleStack, after: RefinedStack) -> bool:
@@ -267,7 +276,11 @@ def _against_all(
     """Refine all against the map of all: so far as the halves say that it can be believed."""
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     return refine(
-        stack, whole, resolution_angstrom=resolution_angstrom, search=search, scheduler=scheduler
+        stack,
+        whole,
+        resolution_angstrom=resolution_angstrom,
+        search=search.near,
+        scheduler=scheduler,
     )
 
 
@@ -305,7 +318,7 @@ def _round(
     pair = half_maps(stack, independent=True, symmetry=symmetry, scheduler=scheduler)
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
-    weight = up_to_crossing(fsc.corrected, 0.143)
+    weight = fsc.corrected.up_to_crossing(0.143)
     coarse = fsc.corrected.frequencies <= 1 / joined_angstrom
     weight[coarse] = np.clip(fsc.corrected.values[coarse], 0.143, 1)
     # Noise about the particle costs orientations; to judge the maps by, a mask must be wide.
@@ -346,18 +359,9 @@ def half_maps(
     return maps.HalfMaps(first, second, independent)
 
 
-def up_to_crossing(curve: maps.Fsc, threshold: float) -> np.ndarray:
-    """The curve up to where it first falls below ``threshold``, 0 from there on."""
-    below = np.flatnonzero(curve.values < threshold)
-    values = np.clip(curve.values, 0, 1)
-    if len(below):
-        values[below[0] :] = 0
-    return values
-
-
 def believed(pair: maps.HalfMaps, fsc: maps.HalfMapFsc) -> Density:
     """The mean of half-maps, each shell by what correlates: ``sqrt(2 FSC / (1 + FSC))``."""
-    f = up_to_crossing(fsc.corrected, 0.0)
+    f = fsc.corrected.up_to_crossing(0.0)
     return maps.filtered(pair.mean, np.sqrt(2 * f / (1 + f)))
 
 
@@ -430,6 +434,7 @@ def _held_out(
     for half_map in (last.pair.second, last.pair.first):
         fine = masked(last.mask, _finer(maps.filtered(half_map, last.weight), cutoff))
         others.append(_finer(fine, cutoff))  # the mask spreads over shells
+    stack = stack.select(_some(len(stack)))
     exchanged = stack.with_poses(np.roll(stack.oriented(), 1, axis=0))
     judge = Search(starts=1, steps=0)
     held_out, chance = (

@@ -80,8 +80,11 @@ class SlicesWithGradient:
     def __reduce__(self) -> tuple[type[SlicesWithGradient], tuple[Density, np.ndarray, int]]:
         return SlicesWithGradient, self._made_of
 
-    def at(self, matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame."""
+    def at(self, matrices: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame.
+
+        At the first ``count`` of the frequencies.
+        """
         import finufft
 
         n = len(matrices)
@@ -92,7 +95,7 @@ class SlicesWithGradient:
                 upsampfac=UPSAMPLED, spreadinterponly=1,
             )  # fmt: skip
         m = matrices.astype(np.float32)
-        points = m[:, :, :2].transpose(1, 0, 2) @ self._frequencies  # (3, n, k), x y z
+        points = m[:, :, :2].transpose(1, 0, 2) @ self._frequencies[:, :count]  # (3, n, k), x y z
         x, y, z = points.reshape(3, -1)
         self._plans.plan.setpts(z, y, x)
         found = self._plans.plan.execute(self._transforms).reshape(4, n, -1)
@@ -146,8 +149,8 @@ class LeastSquares:
 
     def _columns(self, who: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
         """Model, its five slopes and image at every frequency, (m, 7, k)."""
-        value, gradient = self.slices.at(Rotation.from_quat(q).as_matrix())
         kx, ky = self._kx, self._ky
+        value, gradient = self.slices.at(Rotation.from_quat(q).as_matrix(), len(kx))
         phase = np.exp(
             -self._turn
             * (shifts[:, :1].astype(np.float32) * kx + shifts[:, 1:].astype(np.float32) * ky)
@@ -172,11 +175,9 @@ class LeastSquares:
         real = self._columns(who, q, shifts).view(np.float32)
         return (real @ real.transpose(0, 2, 1)).astype(np.float64)
 
-    def residuals(self, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    def residuals(self, q: np.ndarray, shifts: np.ndarray, contrast: np.ndarray) -> np.ndarray:
         """What is left of every particle's image, (m, k): squares, as variances per pixel."""
-        who = np.arange(len(q))
-        contrast = self.normal(self.gram(who, q, shifts))[1]
-        columns = self._columns(who, q, shifts)
+        columns = self._columns(np.arange(len(q)), q, shifts)
         left = columns[:, 6] - contrast[:, None].astype(np.float32) * columns[:, 0]
         return np.abs(left) ** 2 / (self._root * self._box_px) ** 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from ..density import Density
 from ..errors import InputError
 from .least_squares import SlicesWithGradient
 
-__all__ = ["Plan", "Search", "Stage", "distinct_first", "plan", "same_place"]
+__all__ = ["Plan", "Search", "Stage", "distinct_first", "plan"]
 
 #: Candidates this close to each other have found the same maximum; radians and pixels.
 SAME = 0.02, 0.2
@@ -50,6 +50,11 @@ class Search:
             raise InputError(
                 f"wanted starts >= 1 and steps >= 0, got {self.starts} and {self.steps}"
             )
+
+    @property
+    def near(self) -> Search:
+        """The same of orientations that are near the answer."""
+        return replace(self, starts=1, coarse_to_fine=False)
 
     def offsets(self) -> np.ndarray:
         """Rotation vectors (starts, 3) of a ball, the first of them none."""
@@ -139,9 +144,7 @@ def plan(density: Density, box_px: int, resolution_angstrom: float, search: Sear
     for limit in limits:
         count = int(np.sum(radius[order] <= limit))
         last = limit == limits[-1]
-        # What was given is a candidate of the last stage again.
-        entering = keep + (last and len(limits) > 1)
-        keep = 1 if last else -(-keep // 2)
+        entering, keep = keep, 1 if last else -(-keep // 2)
         with_gradient = SlicesWithGradient(density, slices.frequencies[order[:count]], box_px)
         stages.append(Stage(count, with_gradient, entering, keep, SHORTEST if last else SHORT))
     return Plan(slices, order, tuple(stages), extent / finest)
@@ -165,7 +168,7 @@ def _limits(density: Density, finest: float, off_rad: float) -> list[float]:
     return limits
 
 
-def same_place(q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+def _same_place(q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """Which of each particle's candidates, (m, s, 4) and (m, s, 2), meet: (m, s, s)."""
     apart = np.linalg.norm(shifts[:, :, None] - shifts[:, None], axis=-1) / SAME[1]
     turn = np.minimum(1, np.abs(q @ q.transpose(0, 2, 1)))
@@ -182,7 +185,7 @@ def distinct_first(
     """
     rows = np.arange(len(gain))[:, None]
     order = np.argsort(-gain, axis=1, kind="stable")
-    twice = np.tril(same_place(q[rows, order], shifts[rows, order]), -1).any(axis=2)
+    twice = np.tril(_same_place(q[rows, order], shifts[rows, order]), -1).any(axis=2)
     last = np.argsort(twice, axis=1, kind="stable")
     order = np.take_along_axis(order, last, axis=1)
     return order, ~np.take_along_axis(twice, last, axis=1) & np.isfinite(gain[rows, order])
