@@ -39,7 +39,7 @@ FEWEST, MOST, SETTLED = 5, 15, 0.1
 #: Of twice so many particles and more, so many at random settle first, and all begin with their
 #: maps; all are then refined in so many rounds at least.
 PART, LAST = 10_000, 2
-#: Share of the particles, found elsewhere, of which maps are made anew; how many a mean is taken of.
+#: Share of the particles, found elsewhere, of which maps are made anew; how many make a mean.
 ASTRAY, ASKED = 0.01, 4000
 
 
