@@ -103,8 +103,6 @@ class Slices:
         modes = density_box_px if modes is None else modes
         xp = accelerator.arrays()
         strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
-        # The finer of finufft's two internal grids would take gigabytes at twice the box.
-        upsampling = 1.25 if modes > density_box_px else 2.0
         found = accelerator.nufft3d1(
             self.points(quaternions, density_box_px, xp),
             xp.asarray(strengths),
@@ -112,7 +110,7 @@ class Slices:
             alone=True,
             eps=ACCURACY,
             isign=+1,
-            upsampfac=upsampling,
+            upsampfac=1.25,  # the coarser of finufft's grids: sooner, and less memory
         )
         return accelerator.host(found.real)
 
