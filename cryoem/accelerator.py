@@ -32,6 +32,8 @@ __all__ = [
 
 #: The environment variable that asks for it: cpu, the default, or gpu.
 VARIABLE = "CRYOEM_DEVICE"
+#: Frequencies that a core's cache holds.
+IN_CACHE = 1 << 16
 
 
 @cache
@@ -139,16 +141,18 @@ def convolution(
 
         return on_device
     planes = np.ascontiguousarray(spectrum.transpose(2, 0, 1))
+    step = max(1, IN_CACHE // edge**2)
 
     def convolved(values: np.ndarray) -> np.ndarray:
-        # Plane by plane, in cache; lines of zeros are not transformed, nor those that are cut off.
+        # Few planes at once; lines of zeros are not transformed, nor those that are cut off.
         rows = scipy.fft.rfft(values, edge, axis=2, workers=workers).transpose(2, 0, 1).copy()
-        for row, by in zip(rows, planes, strict=True):
-            wide = scipy.fft.fft(row, edge, axis=1, workers=workers)
-            plane = scipy.fft.fft(wide, edge, axis=0, workers=workers)
-            plane *= by
-            back = scipy.fft.ifft(plane, axis=0, workers=workers, overwrite_x=True)[:size]
-            row[:] = scipy.fft.ifft(back, axis=1, workers=workers)[:, :size]
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            wide = scipy.fft.fft(rows[some], edge, axis=2, workers=workers)
+            plane = scipy.fft.fft(wide, edge, axis=1, workers=workers)
+            plane *= planes[some]
+            back = scipy.fft.ifft(plane, axis=1, workers=workers, overwrite_x=True)[:, :size]
+            rows[some] = scipy.fft.ifft(back, axis=2, workers=workers)[:, :, :size]
         rows = rows.transpose(1, 2, 0)
         return scipy.fft.irfft(rows, edge, axis=2, workers=workers)[:, :, :size]
 
