@@ -46,6 +46,15 @@ def source(phantom, preprocessing):
     return simulation.TrainingImages(phantom.density(32, 7.0), preprocessing, clean_fraction=1.0)
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """A steerable network of few channels: hardly anything is computed."""
+    from cryoem.estimator import networks
+
+    layers = tuple((harmonics, angles, 16) for harmonics, angles, _ in networks.STEERABLE)
+    monkeypatch.setattr(networks, "STEERABLE", layers)
+
+
 @pytest.fixture(scope="session")
 def trained(source, preprocessing, tmp_path_factory):
     """A small network, trained once for all processes that test: (estimator, history)."""

@@ -744,14 +744,16 @@ def in_many_stacks(path, each):
     stack.unlink()
 
 
-def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(tmp_path, phantom, quick):
+def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
+    tmp_path, phantom, quick, narrow
+):
     """``solve`` from black particles to a refined map, no model anywhere; it goes on."""
     truth = simulate(phantom.density(32, 7.0), 300, 1, snr=3.0, max_shift_px=1)
     seen, out = tmp_path / "seen.star", tmp_path / "out"
     write_particles(seen, truth.replace(images=-truth.images))
     in_many_stacks(seen, 30)
     solve = ["solve", seen, "-o", out, "--starts", "2", "--rounds", "1", "--shift", "14",
-             "--symmetry", "C1", "--images", "160", "--learn", "2560"]  # fmt: skip
+             "--symmetry", "C1", "--images", "160", "--learn", "5120"]  # fmt: skip
     done = run(*solve)
     assert "black on white" in done.output and "places the other 140" in done.stderr
     made = {path.name for path in out.iterdir()}

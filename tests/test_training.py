@@ -8,7 +8,7 @@ from measures import packed
 from cryoem import distances, estimator, imaging, rotations, simulation
 from cryoem.backend import keras, tf
 from cryoem.errors import InputError
-from cryoem.estimator import Estimator, Objective, PairLoss, networks
+from cryoem.estimator import Estimator, Objective, PairLoss
 from cryoem.simulation import TrainingImages
 from cryoem.symmetry import group
 
@@ -34,13 +34,6 @@ def shifted(phantom, preprocessing):
     return TrainingImages(
         phantom.density(32, 7.0), preprocessing, snr_range=(1 / 2, 2), max_shift_px=4.0
     )
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """A steerable network of few channels: hardly anything is computed."""
-    layers = tuple((harmonics, angles, 16) for harmonics, angles, _ in networks.STEERABLE)
-    monkeypatch.setattr(networks, "STEERABLE", layers)
 
 
 @pytest.fixture
