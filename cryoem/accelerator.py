@@ -136,8 +136,9 @@ def convolution(
         def on_device(values: np.ndarray) -> np.ndarray:
             padded = cupy.zeros((edge,) * 3, np.float32)
             padded[:size, :size, :size] = cupy.asarray(values)
-            back = fft.irfftn(fft.rfftn(padded) * there, s=padded.shape)
-            return host(back[:size, :size, :size])
+            transformed = fft.rfftn(padded)
+            transformed *= there
+            return host(fft.irfftn(transformed, s=padded.shape)[:size, :size, :size])
 
         return on_device
     planes = np.ascontiguousarray(spectrum.transpose(2, 0, 1))

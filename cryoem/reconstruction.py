@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -38,7 +38,7 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 #: The prior is at least so strong, over what all images see of a shell.
 LEAST = 1e-4
 #: Steps that are enough where there is noise, and where there is none.
-NOISY, CLEAN = 5, 50
+NOISY, CLEAN = 12, 50
 #: Images in which noise is measured.
 SURVEYED = 300
 #: How many times what is back-projected at once a worker sums before it answers.
@@ -71,8 +71,7 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 5, preconditioned, and 50 where there is no
-        noise to be seen.
+        Of conjugate gradients, at most; by default 12, and 50 where there is no noise to be seen.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.
@@ -89,35 +88,36 @@ def reconstruct(
 
     References
     ----------
-    Scheres, J. Mol. Biol. 415 (2012), prior; Chan, SIAM J. Sci. Comput. 9 (1988), preconditioner.
+    Scheres, J. Mol. Biol. 415 (2012), the prior.
     """
     from tqdm.auto import tqdm
 
     stack.oriented()
     size, pixel = stack.box_px, stack.pixel_size_angstrom
     sums, job = _back_projected(stack, group(symmetry), scheduler, progress)
-    shells = _Shells(size, size)
-    # The kernel's own transform, cut off, is positive on average alone.
-    weights = _of_plane_waves(sums.kernel, size)
+    edge = len(sums.kernel)
+    shells = _Shells(size, edge)
+    # Of plane waves in the box: the kernel's own transform, cut off, is positive on average alone.
+    weights = _transformed(sums.kernel, window=1 - np.abs(np.arange(edge) - edge // 2) / size)
     seen = shells.means(weights)
     if not seen.max() > 0:
         raise InputError("the images' contrasts, or their CTFs, are all zero: they show nothing")
     prior = np.clip(_noise_over_signal(sums, job), LEAST * seen, max(ridge, LEAST) * seen)
     kept = shells.means(weights, damping=prior)
-    sums.kernel = scipy.fft.ifftshift(sums.kernel)
-    spectrum = scipy.fft.rfftn(sums.kernel, workers=fourier.WORKERS, overwrite_x=True).real.copy()
+    del weights
+    spectrum = _transformed(sums.kernel)
     sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
-    noisy = job.loud.any()
     if iterations is None:
-        iterations = NOISY if noisy else CLEAN
+        iterations = NOISY if job.loud.any() else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
             sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
-            like=weights if noisy else None, callback=bar.update,
+            callback=bar.update,
         )  # fmt: skip
     k = fourier.radius((size,) * 3, half=True)
-    gain = np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
-    return Density(fourier.filtered(values, 3, gain.astype(np.float32)), pixel)
+    restored = scipy.fft.rfftn(values, workers=fourier.WORKERS)
+    restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
+    return Density(scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS), pixel)
 
 
 def kernel_edge(size: int) -> int:
@@ -125,15 +125,15 @@ def kernel_edge(size: int) -> int:
     return scipy.fft.next_fast_len(2 * size, real=True)
 
 
-def _of_plane_waves(kernel: Float[np.ndarray, "e e e"], size: int) -> Float[np.ndarray, "m m k"]:
-    """What a convolution does to each plane wave of a box: its nearest circulant's spectrum."""
-    middle = len(kernel) // 2
-    share = (np.arange(size, dtype=np.float32) / size)[:, None, None]
-    for _ in range(3):  # each axis in turn becomes the last
-        folded = (1 - share) * kernel[middle : middle + size]
-        folded += share * kernel[middle - size : middle]
-        kernel = folded.transpose(1, 2, 0)
-    return scipy.fft.rfftn(kernel, workers=fourier.WORKERS).real.copy()
+def _transformed(
+    kernel: Float[np.ndarray, "e e e"], window: Float[np.ndarray, " e"] | None = None
+) -> Float[np.ndarray, "e e k"]:
+    """The real transform of a kernel, within a window along each axis."""
+    if window is not None:
+        w = np.maximum(window, 0).astype(np.float32)
+        kernel = kernel * w[:, None, None] * w[:, None] * w
+    moved = scipy.fft.ifftshift(kernel)
+    return scipy.fft.rfftn(moved, workers=fourier.WORKERS, overwrite_x=True).real.copy()
 
 
 def _exact_part(orbit: Group) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -202,7 +202,6 @@ def least_squares(
     iterations: int,
     rtol: float,
     support: Float[np.ndarray, "m m m"] | None = None,
-    like: Float[np.ndarray, "m m h"] | None = None,
     workers: int = fourier.WORKERS,
     callback: Callable[[], object] = lambda: None,
 ) -> Float[np.ndarray, "m m m"]:
@@ -221,35 +220,28 @@ def least_squares(
         Residual, relative to the right-hand side, at which to stop.
     support : (m, m, m) array, optional
         How large the density may be at each voxel, relative to others; 0: none.
-    like : (m, m, m // 2 + 1) array, optional
-        What the operator does to each plane wave of the box, about: it preconditions. Overwritten.
     workers : int
         Threads of the transforms.
     callback : callable
         Called after each iteration.
     """
     size = len(right)
-    for values in (spectrum,) if like is None else (spectrum, like):
-        if isinstance(damping, np.ndarray):
-            _Shells(size, len(values)).add(values, damping)
-        else:
-            values += np.float32(damping)
+    edge = len(spectrum)
+    if isinstance(damping, np.ndarray):
+        _Shells(size, edge).add(spectrum, damping)
+    else:
+        spectrum += np.float32(damping)
     within = np.float32(1) if support is None else support
     convolved = accelerator.convolution(spectrum, size, workers=workers)
 
     def normal(v: np.ndarray) -> np.ndarray:
         return (within * convolved(within * v.reshape(right.shape))).ravel()
 
-    square, undo = partial(LinearOperator, (right.size,) * 2, dtype=np.float32), None
-    if like is not None:
-        inverse = 1 / like
-        undo = square(lambda v: fourier.filtered(v.reshape(right.shape), 3, inverse).ravel())
     values, _ = cg(
-        square(normal),
+        LinearOperator((right.size,) * 2, matvec=normal, dtype=np.float32),
         (within * right).ravel(),
         rtol=rtol,
         maxiter=iterations,
-        M=undo,
         callback=lambda _: callback(),
     )
     return within * values.reshape(right.shape)

@@ -351,6 +351,14 @@ def test_contrasts_do_not_depend_on_who_comes_first(bright, monkeypatch):
     np.testing.assert_allclose(found.contrast, contrast, rtol=1e-2)
 
 
+def test_white_particles_are_not_taken_for_black_by_what_is_fine_alone():
+    images, variance = noisy(2)
+    fine = Density(DENSITY.values - DENSITY.low_passed(25.0).values, DENSITY.voxel_size_angstrom)
+    given = particles(images=images, shifts_px=SHIFTS, noise=Noise.white(variance))
+    found = refine(given, fine, resolution_angstrom=16.0, search=Search(steps=1).near)
+    assert np.median(found.contrast) == pytest.approx(1, abs=0.2)
+
+
 def test_an_image_that_shows_nothing_keeps_the_least_contrast():
     # At zero, or below, it would say nothing of its orientation, or the opposite.
     images = np.concatenate([-CLEAN[:1], CLEAN[1:12]])

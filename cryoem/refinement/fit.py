@@ -9,7 +9,7 @@ takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -32,7 +32,7 @@ __all__ = ["RefinedStack", "refine"]
 #: No particle's contrast falls below this share of the median; at zero an image says nothing.
 LEAST_CONTRAST = 0.1
 #: From how many images, at most, the median contrast is taken.
-SAMPLE = 500
+SAMPLE = 150
 #: How many images of an optics group tell the noise's spectrum, how many are too few to, and of how
 #: many groups at most so many are taken.
 NOISE_SAMPLE, ENOUGH, GROUPS = 60, 30, 20
@@ -209,9 +209,12 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
     """
     groups = stack.optics_groups
     sample = stack.replace(noise=Noise.white(1.0))
-    most = NOISE_SAMPLE * min(groups, GROUPS)
-    if len(stack) > most:
-        rows = rotations.generator(0, "noise").choice(len(stack), most, replace=False)
+    order = rotations.generator(0, "noise").permutation(len(stack))
+    of = [order[stack.optics_group[order] == g][:NOISE_SAMPLE] for g in range(groups)]
+    rows = np.concatenate(of)
+    if len(rows) > NOISE_SAMPLE * GROUPS:
+        rows = rotations.generator(1, "noise").choice(rows, NOISE_SAMPLE * GROUPS, replace=False)
+    if len(rows) < len(stack):
         sample = sample.select(np.sort(rows))
     least = _least_contrast(plan, sample, wanted_positive=search.steps > 0)
     shells = np.rint(np.linalg.norm(plan.slices.frequencies, axis=1)).astype(int)
@@ -280,7 +283,7 @@ def _refined(
         q, shifts, grams, live = q[best], shifts[best], grams[best], worth[:, : stage.keep]
     q, shifts, grams = q[:, 0], shifts[:, 0], grams[:, 0]
     if len(plan.stages) > 1:
-        # Coarse detail may lead astray: from where it has, to a place less likely than the given.
+        # Coarse detail may lead astray: where it ends less likely than it was given.
         given = given_q[:, 0], given_shifts[:, 0]
         gain = fit.normal(fit.gram(np.arange(m), *given))[0]
         astray = np.flatnonzero(gain > fit.normal(grams)[0])
@@ -298,8 +301,6 @@ def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) 
     if n > SAMPLE:
         rows = np.sort(rotations.generator(0, "contrast").choice(n, SAMPLE, replace=False))
     stage = plan.stages[0]
-    if len(plan.stages) == 1:  # its coarse half is enough
-        stage = replace(stage, count=-(-stage.count // 4))
 
     def at_start(part: ParticleStack) -> np.ndarray:
         fit = _problem(plan, stage, *_observed(plan, part))

@@ -62,10 +62,10 @@ class HalvesRefinement:
         (:func:`cryoem.maps.mirrored`, at :func:`cryoem.rotations.other_hand`) explains the images
         as well: no projection tells the hand.
     held_out_correlation : float
-        Mean correlation of images with projections of what is finer than ``joined_angstrom`` in the
-        map of the *other* half, to which they did not contribute; 1 is out of reach where there is
-        noise. NaN where the rounds, or the half-maps, went hardly beyond ``joined_angstrom``: there
-        is then nothing to judge by.
+        Mean correlation of 4,000 images, or all, with projections of what is finer than
+        ``joined_angstrom`` in the map of the *other* half, to which they did not contribute; 1 is
+        out of reach where there is noise. NaN where the rounds, or the half-maps, went hardly
+        beyond ``joined_angstrom``: there is then nothing to judge by.
     chance_correlation : float
         The same with every image at another one's orientation.
     resolutions_angstrom : tuple of float
@@ -118,10 +118,10 @@ def refine_halves(
     filter of a half-map), and only to where the FSC, corrected for its own mask, falls below 0.143.
     What is coarser than ``joined_angstrom`` the references share, so that their frames stay
     together. Where orientations have settled, particles that are likelier elsewhere, on the sphere
-    and in their frames, are brought there, by the map of their own half; if more than one in a
-    hundred, the rounds go on. At the end it is by the other half's map, and all are refined against
-    the map of all. Of 20,000 particles and more a random part of 10,000 settles first; then all are
-    refined from where they were given, the first round against the maps of the part.
+    and in their frames, are brought there, by the map of their own half, and the rounds go on, if
+    they are more than one in a hundred of 4,000. At the end it is by the other half's map, and all
+    are refined against the map of all. Of 20,000 particles and more a random part of 10,000 settles
+    first; then all are refined from where they were given, first against the maps of the part.
 
     Parameters
     ----------
@@ -246,12 +246,12 @@ class _Steps:
         if settled and _settled(so_far.now, separate):
             judged = now.references, now.snug, used[-1]
             some = _some(len(given))
-            _, astray = found = self.again(done.now.select(some), given.select(some), *judged)
+            found, astray = self.again(done.now.select(some), given.select(some), *judged)
             if astray < ASTRAY:
                 return replace(done, ended=True)
             if len(some) < len(given):
-                found = self.again(done.now, given, *judged)
-            return replace(done, now=found[0])
+                found, _ = self.again(done.now, given, *judged)
+            return replace(done, now=found)
         return done
 
 

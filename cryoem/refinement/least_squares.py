@@ -80,11 +80,8 @@ class SlicesWithGradient:
     def __reduce__(self) -> tuple[type[SlicesWithGradient], tuple[Density, np.ndarray, int]]:
         return SlicesWithGradient, self._made_of
 
-    def at(self, matrices: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame.
-
-        At the first ``count`` of the frequencies.
-        """
+    def at(self, matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slices (n, k) at rotations (n, 3, 3), and their gradients (3, n, k), detector frame."""
         import finufft
 
         n = len(matrices)
@@ -95,7 +92,7 @@ class SlicesWithGradient:
                 upsampfac=UPSAMPLED, spreadinterponly=1,
             )  # fmt: skip
         m = matrices.astype(np.float32)
-        points = m[:, :, :2].transpose(1, 0, 2) @ self._frequencies[:, :count]  # (3, n, k), x y z
+        points = m[:, :, :2].transpose(1, 0, 2) @ self._frequencies  # (3, n, k), x y z
         x, y, z = points.reshape(3, -1)
         self._plans.plan.setpts(z, y, x)
         found = self._plans.plan.execute(self._transforms).reshape(4, n, -1)
@@ -149,8 +146,8 @@ class LeastSquares:
 
     def _columns(self, who: np.ndarray, q: np.ndarray, shifts: np.ndarray) -> np.ndarray:
         """Model, its five slopes and image at every frequency, (m, 7, k)."""
+        value, gradient = self.slices.at(Rotation.from_quat(q).as_matrix())
         kx, ky = self._kx, self._ky
-        value, gradient = self.slices.at(Rotation.from_quat(q).as_matrix(), len(kx))
         phase = np.exp(
             -self._turn
             * (shifts[:, :1].astype(np.float32) * kx + shifts[:, 1:].astype(np.float32) * ky)
