@@ -190,6 +190,16 @@ def test_a_group_that_was_not_looked_at_has_the_noise_of_all():
     assert refined.noise.power.shape[0] == 3 and refined.whitening().shape[0] == N
 
 
+def test_a_small_group_that_is_loud_has_its_own_noise():
+    group = (np.arange(N) % 5 == 0).astype(int)  # 40 of 200
+    scale = np.sqrt(CLEAN.var() * np.where(group, 16.0, 1.0))[:, None, None]
+    images = CLEAN + scale * np.random.default_rng(4).standard_normal(CLEAN.shape)
+    stack = ParticleStack(images, VOXEL, quaternions=TRUE, optics_group=group)
+    found = refine(stack, DENSITY, resolution_angstrom=12.0, search=Search(starts=1).near)
+    quiet, loud = found.noise.power.mean(axis=1)
+    assert loud / quiet == pytest.approx(16, rel=0.1)
+
+
 def test_a_map_believes_quiet_images_more():
     loud = Noise(np.array([[1.0, 1.0], [25.0, 25.0]]) * float(CLEAN.var()))
     group = np.arange(N) % 2
