@@ -19,7 +19,16 @@ import numpy as np
 import records
 from abinitio import MICROSCOPE
 
-from cryoem import evaluation, load_density, read_particles, simulate, threads, write_particles
+from cryoem import (
+    evaluation,
+    load_density,
+    maps,
+    read_density,
+    read_particles,
+    simulate,
+    threads,
+    write_particles,
+)
 from cryoem.cli.judging import paired
 from cryoem.io import files
 
@@ -31,9 +40,9 @@ STEPS = {
     "all are placed": ("oriented.star", "oriented.star"),
     "refinement of all": ("refined.html", "refined.star"),
 }
-#: With these the orientations are there; the last takes as long as there are particles.
-POSES = list(STEPS)[:3]
-TOTAL = "from the file to poses"
+#: With these the orientations are there; the first two take as long of more particles.
+POSES, FIXED = list(STEPS)[:3], 2
+TOTALS = {"from the file to poses": 3, "from the file to a refined map": 4}
 NETWORK = "network_error_rad", "network_median_rad"
 #: What they are extrapolated to.
 TARGET = 1_000_000
@@ -69,11 +78,16 @@ def spent(process):
     return ticks / os.sysconf("SC_CLK_TCK"), int(peak.split()[1]) / 1e6
 
 
+def code_of(old, commit):
+    """The code that a step has run: all of them, where it was interrupted between two."""
+    return ", ".join(dict.fromkeys([*filter(None, old.get("commit", "").split(", ")), commit]))
+
+
 def solved(folder, seed, images, learn, steps):
     """Run ``cryoem solve``, and note what each step takes: those of an earlier run stay."""
     note, out = folder / "steps.json", folder / "solved"
     took = json.loads(note.read_text()) if note.exists() else {}
-    program = Path(sys.executable).with_name("cryoem")
+    program, commit = Path(sys.executable).with_name("cryoem"), records.commit()
     code = [program, "solve", "seen.star", "-o", "solved", "--seed", str(seed)]
     code += ["--images", str(images), "--learn", str(learn)]
     with (folder / "solve.log").open("a") as log:
@@ -93,6 +107,7 @@ def solved(folder, seed, images, learn, steps):
                 "wall_seconds": old["wall_seconds"] + now[0] - before[0],
                 "cpu_seconds": old["cpu_seconds"] + now[1] - before[1],
                 "peak_memory_gb": max(old["peak_memory_gb"], peak),
+                "commit": code_of(old, commit),
             }
             before = now
             with files.atomic(note) as temporary:
@@ -107,6 +122,19 @@ def solved(folder, seed, images, learn, steps):
     return took
 
 
+def resolutions(star):
+    """Of a step's map: of its half-maps, and beside the density, laid onto it; angstrom."""
+    halves = (read_density(star.with_name(f"{star.stem}_half{half}.mrc")) for half in (1, 2))
+    pair = maps.HalfMaps(*halves, independent=True)
+    alike = maps.half_map_fsc(pair, maps.soft_mask(pair.mean)).corrected.resolution(0.143)
+    known = density()
+    laid = maps.register(read_density(star.with_suffix(".mrc")), known)
+    return {
+        "half_map_resolution_angstrom": alike.angstrom,
+        "density_fsc05_angstrom": maps.fsc(laid.density, known).resolution(0.5).angstrom,
+    }
+
+
 def measured(folder, n, seed, images, learn, took):
     """A record a step."""
     true, found = np.load(folder / "true.npy"), []
@@ -118,7 +146,7 @@ def measured(folder, n, seed, images, learn, took):
         record = {
             "step": step, "particle": PARTICLE, "n": n, "box_px": BOX, "snr": SNR, "seed": seed,
             "images_of_the_part": images, "images_learned": learn, "threads": threads.count(),
-            "commit": records.commit(), "bound_mean_rad": limit, **spent_there,
+            "bound_mean_rad": limit, **spent_there,
         }  # fmt: skip
         star = STEPS[step][1] and folder / "solved" / STEPS[step][1]
         if star and star.exists():
@@ -132,6 +160,8 @@ def measured(folder, n, seed, images, learn, took):
                 "far_fraction": error.far_fraction,
                 "expected_rad": float(placed.expected_error_rad.mean()),
             }
+            if star.with_suffix(".mrc").exists():
+                record |= resolutions(star)
             if step == POSES[-1]:  # the part keeps the orientations that made the map
                 others = ~np.isin(rows[step], rows[POSES[0]])
                 error = evaluation.orientation_errors(
@@ -142,31 +172,33 @@ def measured(folder, n, seed, images, learn, took):
                     "network_median_rad": error.median_rad,
                 }
         found.append(record)
-    return [*found, total(found, n, n)] if len(found) >= len(POSES) else found
+    return found + [
+        total(found, name, n, n) for name, steps in TOTALS.items() if len(found) >= steps
+    ]
 
 
-def total(found, n, placed):
-    """All steps to poses in one record; of more particles than were placed, extrapolated."""
-    *fixed, placing = found[: len(POSES)]
+def total(found, name, n, placed):
+    """All steps in one record; of more particles than were placed, extrapolated."""
+    steps = found[: TOTALS[name]]
     spent_on = {
-        f"{kind}_minutes": sum(r[f"{kind}_seconds"] for r in fixed) / 60
-        + placing[f"{kind}_seconds"] / 60 * n / placed
+        f"{kind}_minutes": sum(
+            r[f"{kind}_seconds"] / 60 * (1 if i < FIXED else n / placed)
+            for i, r in enumerate(steps)
+        )
         for kind in ("wall", "cpu")
     }
-    kept = ("particle", "box_px", "snr", "seed", "threads", "commit", *NETWORK)
-    peak = max(r["peak_memory_gb"] for r in found[: len(POSES)])
-    return {"step": TOTAL, "n": n, **{name: placing[name] for name in kept}, **spent_on} | {
-        "peak_memory_gb": peak
-    }
+    same = {key: steps[-1][key] for key in ("particle", "box_px", "snr", "seed", "threads")}
+    errors = {key: found[len(POSES) - 1][key] for key in NETWORK}
+    peak = max(r["peak_memory_gb"] for r in steps)
+    return {"step": name, "n": n, **same, **errors, **spent_on, "peak_memory_gb": peak}
 
 
 def table(found):
     """A row a step, and what more particles would take."""
-    rows = []
-    for r in found:
-        if r["step"] == TOTAL:
-            continue
+    rows, steps = [], [r for r in found if r["step"] not in TOTALS]
+    for r in steps:
         known = "error_rad" in r
+        resolution = r.get("half_map_resolution_angstrom")
         rows.append(
             [
                 r["step"],
@@ -177,15 +209,18 @@ def table(found):
                 f"{r['error_rad']:.3f} ({r['median_rad']:.3f})" if known else "-",
                 f"{r['far_fraction']:.1%}" if known else "-",
                 f"{r['bound_mean_rad']:.3f}",
+                f"{resolution:.1f} ({r['density_fsc05_angstrom']:.1f})" if resolution else "-",
             ]
         )
-    for n in sorted({found[0]["n"], TARGET}) if found[-1]["step"] == TOTAL else ():
-        more = n > found[0]["n"]
-        r = total(found, n, found[0]["n"])
-        title = f"{TOTAL}, **extrapolated**" if more else TOTAL
-        minutes = [f"{r[key]:,.1f}" for key in ("wall_minutes", "cpu_minutes")]
-        peak = "-" if more else f"{r['peak_memory_gb']:.1f}"
-        rows.append([title, f"{n:,}", *minutes, peak, "-", "-", "-"])
+    there = steps[0]["n"]
+    for name, last in TOTALS.items():
+        for n in sorted({there, TARGET}) if len(steps) >= last else ():
+            r = total(steps, name, n, there)
+            more = n > there
+            minutes = [f"{r[key]:,.0f}" for key in ("wall_minutes", "cpu_minutes")]
+            peak = "-" if more else f"{r['peak_memory_gb']:.1f}"
+            title = f"{name}, **extrapolated**" if more else name
+            rows.append([title, f"{n:,}", *minutes, peak, *"----"])
     return rows
 
 
@@ -210,7 +245,7 @@ def main():
     print(json.dumps(found, indent=1))
     header = [
         "step", "particles", "min", "CPU min", "peak memory so far, GB", "mean (median) error, rad",
-        "off by > 0.3 rad", "limit, rad",
+        "off by > 0.3 rad", "limit, rad", "half-maps (beside the density at 0.5), A",
     ]  # fmt: skip
     code = f"make bench-large{' ARGS=--poses' * arguments.poses}"
     records.write("large", found, header, table(found), code)
