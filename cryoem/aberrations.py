@@ -38,7 +38,7 @@ def _order(parity: Parity, index: int) -> tuple[int, int]:
 
 def zernike(
     parity: Parity, coefficients: ArrayLike, kx: ArrayLike, ky: ArrayLike
-) -> Float[np.ndarray, "*n y x"]:
+) -> Float[np.ndarray, "*n"]:
     """Sum Zernike polynomials of a spatial frequency.
 
     Parameters
@@ -47,11 +47,11 @@ def zernike(
     coefficients : (..., c) array, radians
         Of ``rlnOddZernike`` or ``rlnEvenZernike``: radial order by radial order, in each from the
         most negative azimuthal order (sines) to the most positive (cosines).
-    kx, ky : arrays that broadcast to (y, x), 1/angstrom
+    kx, ky : arrays that broadcast to (y, x), or to (k,), 1/angstrom
 
     Returns
     -------
-    (..., y, x) array, radians
+    (..., y, x) or (..., k) array, radians
 
     References
     ----------
@@ -67,7 +67,7 @@ def zernike(
             below = factorial(k) * factorial((n + m) // 2 - k) * factorial((n - m) // 2 - k)
             radial += (-1) ** k * factorial(n - k) / below * rho ** (n - 2 * k)
         term = radial * (np.cos(m * phi) if m >= 0 else np.sin(-m * phi))
-        total += coefficients[..., index, None, None] * term
+        total += np.multiply.outer(coefficients[..., index], term)
     return total
 
 

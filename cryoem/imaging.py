@@ -217,7 +217,8 @@ def ctf(
     phase_shift_degrees: ArrayLike = 0.0,
     b_factor_angstrom2: ArrayLike = 0.0,
     even_zernike: ArrayLike = (),
-) -> Float[np.ndarray, "n y half"]:
+    at: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Float[np.ndarray, "n ..."]:
     """Contrast transfer function with RELION's signs, on the half grid of ``rfft2``.
 
     Parameters
@@ -233,10 +234,12 @@ def ctf(
         Envelope ``exp(-B k^2 / 4)``.
     even_zernike : (c,) or (n, c) array, radians
         Of symmetric aberrations beyond these; see :func:`cryoem.aberrations.zernike`.
+    at : two (k,) int arrays, optional
+        Rows and columns of the grid that are wanted; by default all.
 
     Returns
     -------
-    (n, box_px, box_px // 2 + 1) float32 array
+    (n, box_px, box_px // 2 + 1) or (n, k) float32 array
         Positive at low frequency when under focus: for particles that are white on black, as
         RELION keeps them (recorded images are flipped first, :func:`flip_contrast`).
 
@@ -247,8 +250,12 @@ def ctf(
     if defocus_v_angstrom is None:
         defocus_v_angstrom = defocus_u_angstrom
 
+    ky, kx = np.meshgrid(fourier.frequencies(box_px), np.arange(box_px // 2 + 1), indexing="ij")
+    if at is not None:
+        ky, kx = ky[at], kx[at]
+
     def per_image(value: ArrayLike) -> np.ndarray:
-        return np.atleast_1d(np.asarray(value, dtype=np.float64))[:, None, None]
+        return np.atleast_1d(np.asarray(value, dtype=np.float64)).reshape(-1, *[1] * ky.ndim)
 
     du, dv, angle = map(per_image, (defocus_u_angstrom, defocus_v_angstrom, defocus_angle_degrees))
     wavelength = per_image(wavelength_angstrom(voltage_kv))
@@ -256,12 +263,11 @@ def ctf(
     w = per_image(amplitude_contrast)
     if not ((w >= 0) & (w < 1)).all():
         raise InputError(f"amplitude_contrast must lie in [0, 1), got {amplitude_contrast!r}")
-    ky = fourier.frequencies(box_px)[:, None]
-    kx = np.arange(box_px // 2 + 1)[None, :]
     extent = box_px * pixel_size_angstrom
     k2 = (kx**2 + ky**2) / extent**2
-    theta = np.arctan2(ky, kx)
-    z = -((du + dv) / 2 + (du - dv) / 2 * np.cos(2 * (theta - np.deg2rad(angle))))
+    z = -(du + dv) / 2
+    if (du != dv).any():
+        z = z - (du - dv) / 2 * np.cos(2 * (np.arctan2(ky, kx) - np.deg2rad(angle)))
     phase = (
         np.pi * wavelength * z * k2
         + np.pi / 2 * aberration * wavelength**3 * k2**2
@@ -270,7 +276,10 @@ def ctf(
     )
     if np.any(even_zernike):
         phase = phase + aberrations.zernike("even", even_zernike, kx / extent, ky / extent)
-    return (-np.sin(phase) * np.exp(-per_image(b_factor_angstrom2) * k2 / 4)).astype(np.float32)
+    found = -np.sin(phase)
+    if np.any(b_factor_angstrom2):
+        found *= np.exp(-per_image(b_factor_angstrom2) * k2 / 4)
+    return found.astype(np.float32)
 
 
 #: What may have been done to images already: see :class:`CtfParameters`.
@@ -351,13 +360,19 @@ class CtfParameters:
         """Those of some particles."""
         return CtfParameters(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
-    def values(self, box_px: int, pixel_size_angstrom: float) -> Float[np.ndarray, "n y x"]:
+    def values(
+        self,
+        box_px: int,
+        pixel_size_angstrom: float,
+        *,
+        at: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Float[np.ndarray, "n ..."]:
         """What of the density the images show, on the half grid of ``rfft2``; see :func:`ctf`."""
         parameters = {f.name: getattr(self, f.name) for f in fields(self)}
         scale, images = parameters.pop("scale"), parameters.pop("images")
-        found = ctf(box_px, pixel_size_angstrom, **parameters)
+        found = ctf(box_px, pixel_size_angstrom, at=at, **parameters)
         if (scale != 1).any():
-            found *= scale[:, None, None].astype(np.float32)
+            found *= scale.reshape(-1, *[1] * (found.ndim - 1)).astype(np.float32)
         for done, shown in (("phase flipped", np.abs), ("premultiplied", np.square)):
             if (rows := images == done).any():
                 found[rows] = shown(found[rows])

@@ -85,17 +85,18 @@ class Noise:
         """Per pixel, the mean of the optics groups."""
         return float(self.variances.mean())
 
-    def at(self, frequencies: np.ndarray) -> np.ndarray:
+    def at(self, frequencies: np.ndarray, groups: slice | np.ndarray = slice(None)) -> np.ndarray:
         """The power of each optics group at some frequencies, cycles per pixel: (g, ...)."""
-        return np.stack([np.interp(frequencies, self.frequencies, row) for row in self.power])
+        rows = self.power[groups]
+        return np.stack([np.interp(frequencies, self.frequencies, row) for row in rows])
 
-    def gain(self, frequencies: np.ndarray) -> np.ndarray:
+    def gain(self, frequencies: np.ndarray, groups: slice | np.ndarray = slice(None)) -> np.ndarray:
         """What whitens the noise and keeps its variance, at frequencies in cycles per pixel.
 
         One for each optics group, (g, ...); white noise it leaves alone.
         """
-        variances = self.variances.reshape(-1, *[1] * np.ndim(frequencies))
-        return np.sqrt(variances / self.at(frequencies)).astype(np.float32)
+        variances = self.variances[groups].reshape(-1, *[1] * np.ndim(frequencies))
+        return np.sqrt(variances / self.at(frequencies, groups)).astype(np.float32)
 
     def whitening(self, box_px: int) -> Float[np.ndarray, "g y x"]:
         """The gain on the half grid of ``rfft2``, (g, box_px, box_px // 2 + 1)."""

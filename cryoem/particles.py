@@ -331,14 +331,18 @@ class ParticleStack:
 
     # ----------------------------------------------------------------------------------
 
-    def ctf(self, rows: Rows = slice(None)) -> Float[np.ndarray, "m y x"] | None:
+    def ctf(
+        self, rows: Rows = slice(None), *, at: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> Float[np.ndarray, "m ..."] | None:
         """Contrast transfer functions of some particles, (m, size, size // 2 + 1), or None.
 
-        By default of all, which for many particles is more than memory holds.
+        By default of all, which for many particles is more than memory holds. ``at``: those rows
+        and columns alone, (m, k).
         """
         if self.ctf_parameters is None:
             return None
-        return self.ctf_parameters.select(rows).values(self.box_px, self.pixel_size_angstrom)
+        chosen = self.ctf_parameters.select(rows)
+        return chosen.values(self.box_px, self.pixel_size_angstrom, at=at)
 
     def whitening(self) -> Float[np.ndarray, "*n y x"] | None:
         """What whitens the images' noise, or None: unknown, or white.

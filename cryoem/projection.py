@@ -329,12 +329,23 @@ def _astra_backproject(images: np.ndarray, q: np.ndarray) -> np.ndarray:
     return values
 
 
-def astra_cgls(
-    images: np.ndarray, quaternions: ArrayLike, iterations: int
-) -> Float[np.ndarray, "z y x"]:
-    """ASTRA's CGLS: a (size, size, size) array; see :mod:`cryoem.reconstruction`."""
+def reconstruct_astra(
+    images: ArrayLike, quaternions: ArrayLike, *, voxel_size_angstrom: float, iterations: int = 30
+) -> Density:
+    """Reconstruct by ASTRA's CGLS on CUDA (no CTF, no shifts).
+
+    Raises
+    ------
+    MissingToolError
+        ASTRA or a CUDA GPU is missing.
+    """
+    images, q = check_images(images), rotations.check(quaternions)
+    if len(q) != len(images) or len(q) == 0:
+        raise InputError(
+            f"wanted one quaternion an image, at least one; got {len(q)} and {len(images)}"
+        )
     astra = _astra()
-    projections, volume = _astra_geometries(astra, quaternions, images.shape[1])
+    projections, volume = _astra_geometries(astra, q, images.shape[1])
     sinogram = np.ascontiguousarray(images.transpose(1, 0, 2))
     data = astra.data3d.create("-sino", projections, sinogram)
     result = astra.data3d.create("-vol", volume)
@@ -343,7 +354,7 @@ def astra_cgls(
     algorithm = astra.algorithm.create(config)
     try:
         astra.algorithm.run(algorithm, iterations)
-        return astra.data3d.get(result)
+        return Density(astra.data3d.get(result), voxel_size_angstrom)
     finally:
         astra.algorithm.delete(algorithm)
         astra.data3d.delete([data, result])

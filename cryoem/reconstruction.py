@@ -12,22 +12,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import scipy.fft
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.spatial.transform import Rotation
 
 from . import accelerator, fourier, projection, rotations, surveying, workers
 from .density import Density
 from .errors import InputError
-from .imaging import check_images
 from .noise import Noise
 from .particles import ParticleStack
+from .projection import reconstruct_astra
 from .symmetry import Group, group
 
 if TYPE_CHECKING:
@@ -41,7 +40,10 @@ LEAST = 1e-4
 NOISY, CLEAN = 12, 50
 #: Images in which noise is measured.
 SURVEYED = 300
-#: How many times what is back-projected at once a worker sums before it answers.
+#: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
+#: quarter more, is transformed.
+POINTS_AT_ONCE = 8_000_000
+#: How many times what is laid down together a worker sums before it answers.
 SENT = 4
 #: Width of the ball's soft edge, over the box.
 EDGE = 1 / 32
@@ -351,15 +353,36 @@ class _BackProjecting:
         # What all images have alike changes nothing but the meaning of the ridge.
         return (same * self.loud.mean(axis=0) / self.loud).astype(np.float32)
 
+    @property
+    def at_once(self) -> int:
+        """How many images are laid down together: they take no more memory than that grid."""
+        return max(1, max(POINTS_AT_ONCE, 2 * self.size**3) // len(self.slices.weights))
+
     def place(self, start: int, stack: ParticleStack) -> tuple[int, _Sums]:
         """Sums over a chunk's images."""
-        parts = self.slices.chunks(len(stack))
-        sums = self._sums(stack.select(parts[0]))
-        for rows in parts[1:]:
-            sums.add(self._sums(stack.select(rows)))
-        return start, sums
+        first, *others = (
+            self._sums(stack.select(slice(i, i + self.at_once)))
+            for i in range(0, len(stack), self.at_once)
+        )
+        for more in others:
+            first.add(more)
+        return start, first
 
-    def _sums(self, part: ParticleStack) -> _Sums:
+    def _sums(self, stack: ParticleStack) -> _Sums:
+        slices, size, shape = self.slices, self.size, (len(stack), len(self.slices.weights))
+        y, squared = np.empty(shape, np.complex64), np.empty(shape, np.float32)
+        sums = _Sums.of_nothing(size, shape[1])
+        for rows in slices.chunks(len(stack)):
+            y[rows], squared[rows] = self._weighted(stack.select(rows), sums)
+        edge = kernel_edge(size)
+        for g in self.others:
+            q = rotations.multiply(g, stack.oriented())
+            sums.right += slices.backproject(y, q, size)
+            sums.kernel += slices.backproject(squared, q, size, modes=edge)
+        return sums
+
+    def _weighted(self, part: ParticleStack, sums: _Sums) -> tuple[np.ndarray, np.ndarray]:
+        """What is back-projected, and the weights that it has; and its share of the powers."""
         slices, size = self.slices, self.size
         y = slices.from_images(part.images[:])
         gain, loud, a = self.weights, self.loud, np.ones((1, 1), np.float32)
@@ -369,19 +392,15 @@ class _BackProjecting:
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]
         if part.shifts_px.any():
-            y = y * np.exp(2j * np.pi / size * part.shifts_px @ slices.frequencies.T)
-        ctf = part.ctf()
+            turn = (2 * np.pi / size * part.shifts_px @ slices.frequencies.T).astype(np.float32)
+            y = y * np.exp(np.complex64(1j) * turn)
+        ctf = part.ctf(at=slices.index)
         if ctf is not None:
-            a = a * ctf[:, *slices.index]
+            a = a * ctf
         squared = np.broadcast_to(gain * a**2, y.shape)
-        power = np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
-        transfer = squared.sum(axis=0)
-        y = y * gain * a
-        edge = kernel_edge(size)
-        seen = [rotations.multiply(g, part.oriented()) for g in self.others]
-        right = reduce(np.add, (slices.backproject(y, q, size) for q in seen))
-        kernel = reduce(np.add, (slices.backproject(squared, q, size, modes=edge) for q in seen))
-        return _Sums(right, kernel, power, transfer)
+        sums.power += np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
+        sums.transfer += squared.sum(axis=0)
+        return y * gain * a, squared
 
 
 def _noise_over_signal(sums: _Sums, job: _BackProjecting) -> Float[np.ndarray, " shells"]:
@@ -411,7 +430,7 @@ def _back_projected(
     exact, others = _exact_part(orbit)
     job = _BackProjecting(size, stack.noise, others)
     sums = _Sums.of_nothing(size, len(job.slices.weights))
-    at_once = job.slices.at_once * (SENT if scheduler else 1)
+    at_once = job.at_once * (SENT if scheduler else 1)
     parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
     with (
         contextlib.closing(workers.worked(job, parts, scheduler)) as worked,
@@ -422,21 +441,3 @@ def _back_projected(
             bar.update(min(at_once, n - start))
     sums.right, sums.kernel = _summed(sums.right, exact), _summed(sums.kernel, exact)
     return sums, job
-
-
-def reconstruct_astra(
-    images: ArrayLike, quaternions: ArrayLike, *, voxel_size_angstrom: float, iterations: int = 30
-) -> Density:
-    """Reconstruct by ASTRA's CGLS on CUDA (no CTF, no shifts).
-
-    Raises
-    ------
-    MissingToolError
-        ASTRA or a CUDA GPU is missing.
-    """
-    images, q = check_images(images), rotations.check(quaternions)
-    if len(q) != len(images) or len(q) == 0:
-        raise InputError(
-            f"wanted one quaternion an image, at least one; got {len(q)} and {len(images)}"
-        )
-    return Density(projection.astra_cgls(images, q, iterations), voxel_size_angstrom)

@@ -191,8 +191,8 @@ def test_an_interruption_loses_the_chunk_in_work(network, path, whole, tmp_path)
     np.testing.assert_array_equal(kept.frame.right, found.frame.right)
 
 
-def test_chunks_finished_in_any_order_are_kept(network, in_file, path, whole, tmp_path):
-    orient(network, in_file, work=tmp_path, **OPTIONS)
+def test_chunks_finished_in_any_order_are_kept(network, path, whole, tmp_path):
+    orient(network, seen(path)[0], work=tmp_path, **OPTIONS)
     (tmp_path / "done.json").write_text("[[0, 10], [50, 60], [119, 120]]")
     rows = np.load(tmp_path / "particles.npy", mmap_mode="r+")
     rows["quaternions"][10:50] = rows["quaternions"][60:119] = 0
@@ -202,7 +202,7 @@ def test_chunks_finished_in_any_order_are_kept(network, in_file, path, whole, tm
     assert json.loads((tmp_path / "done.json").read_text()) == [[0, N]]
 
 
-def test_a_killed_process_is_continued(network, in_file, path, tmp_path):
+def test_a_killed_process_is_continued(network, path, tmp_path):
     stack, _ = seen(path, 65, die)
     (tmp_path / "run").write_bytes(pickle.dumps((network, stack, OPTIONS)))
     work = tmp_path / "work"
@@ -220,7 +220,7 @@ def test_a_killed_process_is_continued(network, in_file, path, tmp_path):
     # Against the same landmarks, without a pause.
     (tmp_path / "fresh").mkdir()
     shutil.copy(work / "landmarks.npz", tmp_path / "fresh")
-    assert_same(found, orient(network, in_file, work=tmp_path / "fresh", **OPTIONS))
+    assert_same(found, orient(network, seen(path)[0], work=tmp_path / "fresh", **OPTIONS))
 
 
 def die():
@@ -280,6 +280,28 @@ def test_the_folder_of_another_reference_is_refused(network, density, defocused,
     for reference in (other, None):
         with pytest.raises(InputError, match=r"reference_sha256.*another folder"):
             orient(network, defocused, work=tmp_path, reference=reference, **FEW)
+
+
+def test_the_folder_of_a_file_that_has_changed_is_refused(network, path, tmp_path):
+    mine = tmp_path / path.name
+    shutil.copy(path, mine)
+    orient(network, ParticleStack(open_array(mine), 7.0), work=tmp_path / "work", **OPTIONS)
+    rows = np.load(mine, mmap_mode="r+")
+    rows[-1] = rows[0]
+    rows.flush()
+    os.utime(mine, ns=(0, 12_345))  # however quickly
+    with pytest.raises(InputError, match=r"particles_sha256.*another folder"):
+        orient(network, ParticleStack(open_array(mine), 7.0), work=tmp_path / "work", **OPTIONS)
+
+
+def test_the_folder_of_other_images_is_refused_whichever_they_are(network, defocused, tmp_path):
+    """Only those of the landmarks were looked at."""
+    orient(network, defocused, work=tmp_path, **FEW)
+    for row in range(len(defocused)):
+        images = defocused.images[:].copy()
+        images[row] = images[row, ::-1]
+        with pytest.raises(InputError, match=r"particles_sha256.*another folder"):
+            orient(network, defocused.with_images(images), work=tmp_path, **FEW)
 
 
 @pytest.mark.parametrize(

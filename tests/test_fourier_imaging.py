@@ -311,6 +311,16 @@ def test_each_image_has_its_own_ctf():
     np.testing.assert_array_equal(together[1], alone[0])
 
 
+@pytest.mark.parametrize("more", [{}, {"even_zernike": (0.1, 0.2, 0, 0.3, 0, 0, -0.2)}])
+@pytest.mark.parametrize("v", [1e4, 1.2e4])
+def test_a_ctf_at_some_frequencies_is_that_of_all(v, more):
+    options = {"b_factor_angstrom2": [0.0, 50.0], "phase_shift_degrees": 20.0, **more}
+    all_of_it = imaging.ctf(BOX, PIXEL, [1e4, 2e4], [v, 2e4], [10, 0], **options)
+    at = np.array([0, 3, BOX - 1]), np.array([2, 0, BOX // 2])
+    some = imaging.ctf(BOX, PIXEL, [1e4, 2e4], [v, 2e4], [10, 0], **options, at=at)
+    np.testing.assert_allclose(some, all_of_it[:, *at], atol=1e-6)
+
+
 @pytest.mark.parametrize("box", [24, 25])
 def test_a_ctf_of_one_changes_nothing_and_of_minus_one_flips(box):
     images = np.random.default_rng(0).standard_normal((2, box, box)).astype(np.float32)

@@ -200,6 +200,21 @@ def test_a_small_group_that_is_loud_has_its_own_noise():
     assert loud / quiet == pytest.approx(16, rel=0.1)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_of_many_groups_each_has_its_own_noise_where_they_are_large_enough(monkeypatch, share):
+    """Beyond forty of them all were given the mean."""
+    monkeypatch.setattr("cryoem.refinement.fit.GROUPS", 1)
+    monkeypatch.setattr("cryoem.refinement.fit.SHARE", share)
+    group = np.arange(N) % 5
+    scale = np.sqrt(CLEAN.var() * np.where(group == 0, 16.0, 1.0))[:, None, None]
+    images = CLEAN + scale * np.random.default_rng(4).standard_normal(CLEAN.shape)
+    stack = ParticleStack(images, VOXEL, quaternions=TRUE, optics_group=group)
+    found = refine(stack, DENSITY, resolution_angstrom=12.0, search=Search(starts=1).near)
+    loud, *quiet = found.noise.power.mean(axis=1)
+    # Where so many would be too large a share of the particles, all have one.
+    assert loud / np.mean(quiet) == pytest.approx(16 if share == 1 else 1, rel=0.1)
+
+
 def test_a_map_believes_quiet_images_more():
     loud = Noise(np.array([[1.0, 1.0], [25.0, 25.0]]) * float(CLEAN.var()))
     group = np.arange(N) % 2

@@ -174,9 +174,13 @@ def test_images_in_files_give_the_map_of_those_in_memory(defocused, tmp_path, mo
         ImageStack, "_read", lambda self, rows: (most.append(len(rows)), read(self, rows))[1]
     )
     monkeypatch.setattr("cryoem.projection._POINTS_AT_ONCE", 20_000)
-    found = reconstruct(known.replace(images=open_array(tmp_path / "images.npy")), iterations=5)
-    assert sum(most) == N and max(most) < N / 4  # chunk by chunk
-    np.testing.assert_allclose(found.values, wanted, atol=1e-3 * np.abs(wanted).max())
+    in_file = known.replace(images=open_array(tmp_path / "images.npy"))
+    for together in (20_000, 50_000, 10**8):  # read chunk by chunk, some of them laid down together
+        monkeypatch.setattr(reconstruction, "POINTS_AT_ONCE", together)
+        found = reconstruct(in_file, iterations=5)
+        assert sum(most) == N and max(most) < N / 4
+        np.testing.assert_allclose(found.values, wanted, atol=1e-3 * np.abs(wanted).max())
+        most.clear()
 
 
 @pytest.mark.parametrize("in_files", [False, True])

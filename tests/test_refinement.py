@@ -822,21 +822,66 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
     np.testing.assert_allclose(turned, 0.01 * np.minimum(range(len(sought)), taken), atol=1e-6)
 
 
-def test_some_of_many_tell_whether_particles_lie_astray(asked, monkeypatch):
-    monkeypatch.setattr(halves, "ASKED", 20)
-    monkeypatch.setattr(halves, "_settled", lambda *_: True)
-    sought, shares = [], [0.02, 0.3, 0.005, 0.0]
+def test_what_is_held_out_is_asked_of_some_of_many(asked, monkeypatch):
+    judged = curves(corrected=20.0)
+    monkeypatch.setattr(maps, "half_map_fsc", lambda *_, **__: judged)
+    monkeypatch.setattr(elsewhere, "ASKED", 20)
+    refine_halves(particles(half_set=np.arange(N) % 2 + 1), rounds=2, search=JUDGE, seed=9)
+    *held_out, last = (stack for stack, *_ in asked[-5:])
+    assert [len(stack) for stack in (*held_out, last)] == [10, 10, 10, 10, N]
+    assert [set(stack.half_set) for stack in held_out] == [{1}, {2}] * 2
+    # Of few of one half, as many as there are.
+    uneven = np.where(np.arange(N) < 7, 2, 1)
+    some = elsewhere.asked(particles(half_set=uneven))
+    assert list(some[:7]) == [*range(7)] and len(some) == 17 and (np.diff(some) > 0).all()
 
-    def found_again(stack, given, *_, **__):
-        sought.append(len(stack))
-        assert rotations.distance(stack.oriented(), given.oriented()).max() < 1e-6  # row by row
-        return stack, shares[len(sought) - 1]
 
-    monkeypatch.setattr(halves, "found_again", found_again)
-    found = refine_halves(particles(half_set=np.arange(N) % 2 + 1), search=JUDGE, seed=9)
-    assert sought == [20, N, 20, N] and len(found.resolutions_angstrom) == 6
-    *held_out, last = (len(stack) for stack, *_ in asked[-5:])
-    assert (sum(held_out[:2]), sum(held_out[2:]), last) == (20, 20, N)
+def test_a_dark_image_does_not_end_a_search_for_particles_that_lie_astray():
+    """Of those that are tried most are odd: what is black they do not tell."""
+    images, _ = noisy(1.0)
+    images[:2] = -images[:2]  # one of either half
+    now = particles(images=images, shifts_px=SHIFTS, half_set=np.arange(N) % 2 + 1)
+    now = now.replace(contrast=np.ones(N))
+    found, moved = found_again(now, now)
+    assert moved < 0.05
+    np.testing.assert_allclose(rotations.distance(found.oriented(), TRUE)[2:], 0, atol=0.1)
+
+
+@pytest.mark.parametrize("known", ["contrast", "nothing"])
+def test_a_sample_tells_who_is_asked_whether_they_lie_astray(monkeypatch, known):
+    images, _ = noisy(1.0)
+    lost = np.arange(N) % 4 == 1
+    contrast = np.where(lost, 0.5, 1.0) + np.linspace(0, 0.2, N)
+    now = particles(
+        images=images, at=np.where(lost[:, None], off(TRUE, 2.0), TRUE), shifts_px=SHIFTS,
+        half_set=np.arange(N) // 2 % 2 + 1,
+    )  # fmt: skip
+    if known == "contrast":
+        now = now.replace(contrast=contrast)
+    monkeypatch.setattr(elsewhere, "ASKED", 40)
+    asked, likelier = [], elsewhere._likelier
+
+    def asking(stack, given, **options):
+        asked.append(stack)
+        return likelier(stack, given, **options)
+
+    monkeypatch.setattr(elsewhere, "_likelier", asking)
+    found, moved = found_again(now, now)
+    sample, others = asked
+    assert len(sample) == 40
+    error = rotations.distance(found.oriented(), TRUE)
+    assert (error[~lost] < 0.1).all()
+    if known == "contrast":  # of the lost a few may stay: those of the highest contrasts
+        assert others.contrast.max() < 0.71 and len(others) + 40 < 0.6 * N
+        assert np.mean(error[lost] < 0.2) > 0.8
+    else:
+        assert len(others) == N - 40 and (error[lost] < 0.2).all()
+    assert moved == np.mean(rotations.distance(found.oriented(), now.oriented()) > 0.3)
+    # Where none of them lies astray nobody else is asked.
+    asked.clear()
+    right = particles(images=images, shifts_px=SHIFTS, half_set=now.half_set)
+    assert found_again(right, right)[1] == 0
+    assert [len(stack) for stack in asked] == [40]
 
 
 def test_of_many_a_part_settles_first(monkeypatch):
@@ -936,9 +981,11 @@ def test_interrupted_and_called_again_it_goes_on(tmp_path, monkeypatch):
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"run with {next(iter(differing))} .* asked for"):
             refine_halves(given, work=tmp_path, **{**options, **differing})
-    other = given.with_images(2 * given.images[:])
-    with pytest.raises(InputError, match="run with images_sha256"):
-        refine_halves(other, work=tmp_path, **options)
+    for row in (1, N // 2):  # whichever it is
+        other = given.images[:].copy()
+        other[row] = -other[row]
+        with pytest.raises(InputError, match="run with images_sha256"):
+            refine_halves(given.with_images(other), work=tmp_path, **options)
     (tmp_path / "rounds.npz").write_bytes(b"not an archive")
     with pytest.raises(InputError, match=r"rounds\.npz: not rounds of a refinement"):
         refine_halves(given, work=tmp_path, **options)
@@ -965,9 +1012,12 @@ def test_what_was_brought_elsewhere_is_kept(asked, tmp_path, monkeypatch):
     moved = [rotations.distance(stack.oriented(), TRUE).mean() for stack in sought]
     np.testing.assert_allclose(moved, [0.0, 0.1, 0.2, 0.2], atol=1e-6)
     assert len(found.resolutions_angstrom) == 3
-    # Settled: called again, it only ends.
+    # Settled, and sought a last time: called again, it only ends.
     again, calls = refined_in_pieces(particles(), tmp_path, monkeypatch, (), **options)
     assert calls == 0 and again.resolutions_angstrom == found.resolutions_angstrom
+    assert len(sought) == 4
+    np.testing.assert_allclose(again.particles.quaternions, found.particles.quaternions, atol=1e-6)
+    assert rotations.distance(again.particles.quaternions, TRUE).mean() > 0.25
 
 
 def test_told_rounds_are_that_many(asked, monkeypatch):

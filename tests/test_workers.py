@@ -47,6 +47,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("cryoem.refinement.search.POINTS_AT_ONCE", 4000)
     monkeypatch.setattr("cryoem.refinement.fit.SENT", 2)
     monkeypatch.setattr("cryoem.projection._POINTS_AT_ONCE", 3000)
+    monkeypatch.setattr("cryoem.reconstruction.POINTS_AT_ONCE", 3000)
     monkeypatch.setattr("cryoem.reconstruction.SENT", 3)
 
 

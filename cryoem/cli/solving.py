@@ -254,6 +254,8 @@ def _state(particles_file: Path, reference: str | None, stack: ParticleStack) ->
     images = stack.images
     stacks = [layout.path for layout in images.layouts] if isinstance(images, ImageStack) else []
     known = [Path(reference)] if reference and os.path.exists(reference) else []
+    if particles_file.suffix == ".cs":  # it is read with these
+        known += particles_file.parent.glob("*passthrough*.cs")
     paths = sorted({os.path.realpath(path) for path in (particles_file, *stacks, *known)})
     return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
 

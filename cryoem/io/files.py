@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,8 @@ def sha256(path: PathLike) -> str:
     return digest.hexdigest()
 
 
-def sha256_of(*arrays: np.ndarray) -> str:
-    """Hexadecimal SHA-256 of what arrays hold."""
+def sha256_of(arrays: Iterable[np.ndarray]) -> str:
+    """Hexadecimal SHA-256 of what arrays hold, one after another."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)

@@ -17,7 +17,15 @@ from ..errors import InputError
 from . import files
 from .files import PathLike
 
-__all__ = ["ImageStack", "Layout", "NoImages", "layout", "open_array", "open_stack"]
+__all__ = [
+    "ImageStack",
+    "Layout",
+    "NoImages",
+    "layout",
+    "open_array",
+    "open_stack",
+    "told_apart",
+]
 
 
 @dataclass(frozen=True)
@@ -320,3 +328,16 @@ class ImageStack:
 
 def _rebuilt(arguments: tuple[Any, ...], options: dict[str, Any]) -> ImageStack:
     return ImageStack(*arguments, **options)
+
+
+def told_apart(images: Any) -> list[np.ndarray]:
+    """What tells images from others: they themselves in memory, else how their files stand.
+
+    Of each file its size and time, and which of its sections are which images. Empty where neither
+    is known.
+    """
+    if isinstance(images, ImageStack):
+        used, file = np.unique(images.file, return_inverse=True)
+        stats = [images.layouts[i].path.stat() for i in used]
+        return [np.array([(s.st_size, s.st_mtime_ns) for s in stats]), file, images.section]
+    return [images] if type(images) is np.ndarray else []

@@ -22,6 +22,7 @@ from .. import rotations, surveying, workers
 from ..density import Density
 from ..errors import InputError
 from ..io.files import PathLike, sha256_of
+from ..io.stacks import told_apart
 from ..particles import PER_PARTICLE, ParticleStack
 from ..version import __version__
 from .chunks import InMemory, Job, JsonValue, WorkFolder
@@ -183,8 +184,8 @@ def _settings(
     return {
         "version": __version__,
         "particles": [len(stack), *images.shape[1:]],
-        "particles_sha256": sha256_of(images),
-        "parameters_sha256": sha256_of(*_parameters(stack, job.centred)),
+        "particles_sha256": sha256_of([images, *told_apart(stack.images)]),
+        "parameters_sha256": sha256_of(_parameters(stack, job.centred)),
         "estimator": job.estimator.fingerprint,
         "reference_sha256": None if reference is None else sha256_of(reference.values),
         "landmarks": len(images),

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from .. import matching
+from .. import matching, rotations
 from ..density import Density
 from ..particles import ParticleStack
 from ..preprocessing import Preprocessing
 from ..symmetry import group
-from .fit import RefinedStack, refine
+from .fit import LEAST_CONTRAST, RefinedStack, refine
 from .search import Search
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["found_again"]
+__all__ = ["asked", "found_again"]
+
+#: Of more particles than this a random sample is asked; then those whose contrast is no higher than
+#: what this percentage of the sample's have that are brought elsewhere.
+ASKED, LOW = 4000, 95
 
 #: Detail that is matched: between these, angstrom, in this many periods of the mask's reach. What
 #: tells the sides of a small particle apart is finer. And the coarsest that anything is refined
@@ -37,8 +41,8 @@ LOCATED, APART, FEW, LIKELY = 20.0, 3 / 8, 4608, 5
 PLACES, WORTH, REFINED = 10, 8.0, 3
 #: Percentage of the particles that lie no farther off the middle of their frames.
 MOST = 95
-#: Particles that are tried together: of images in memory, each place takes a copy.
-AT_ONCE = 500
+#: Particles that are tried together.
+AT_ONCE = 4000
 
 
 def found_again(
@@ -58,11 +62,13 @@ def found_again(
     behind, coarse detail does not say which. Of those, the few that are likeliest once refined
     against detail of twice the resolution are refined to the end. Shifts that are tried are the
     given one, and those that coarse detail finds likely, as far from the middle as particles lie.
+    Of more than 4,000 particles so many at random are asked, then those alone that show as little
+    of what they are thought to show as those of the sample that are brought elsewhere.
 
     Parameters
     ----------
     stack : ParticleStack
-        With half-sets, where refinement has left them.
+        With half-sets, where refinement has left them, at the contrasts that it has found.
     given : ParticleStack
         The same with the shifts of the beginning: where a particle wrongly lies, its shift has been
         led astray too, by then or already there.
@@ -84,29 +90,80 @@ def found_again(
         Share of the particles that were brought elsewhere.
     """
     given = given.replace(noise=stack.noise)
+    q, shifts = stack.oriented().copy(), stack.shifts_px.copy()
+    likelier = partial(
+        _likelier, references=references, mask=mask, resolution_angstrom=resolution_angstrom,
+        search=search, symmetry=symmetry, scheduler=scheduler,
+        everywhere_px=_positions(shifts, LOCATED * APART / stack.pixel_size_angstrom),
+    )  # fmt: skip
+
+    def bring(rows: Int[np.ndarray, " r"]) -> np.ndarray:
+        q[rows], shifts[rows] = likelier(stack.select(rows), given.select(rows))
+        apart = group(symmetry).distance(q[rows], stack.oriented()[rows])
+        return np.asarray(apart > search.spread_rad)
+
+    sample = asked(stack)
+    moved = bring(sample)
+    total = moved.sum()
+    others = np.setdiff1d(np.arange(len(stack)), sample)
+    if moved.any() and stack.contrast is not None:
+        # An image that lies astray shows little of what it is thought to show.
+        low = np.percentile(stack.contrast[sample][moved], LOW)
+        others = others[stack.contrast[others] <= low]
+    if moved.any() and len(others):
+        total += bring(others).sum()
+    return stack.with_poses(q, shifts), float(total / len(stack))
+
+
+def asked(stack: ParticleStack) -> Int[np.ndarray, " r"]:
+    """Rows of 4,000 particles at random, as a mean wants at most, half of them of either half."""
+    if len(stack) <= ASKED:
+        return np.arange(len(stack))
+    rng = rotations.generator(0, "asked")
+    halves = [rng.permutation(stack.half(half))[: ASKED // 2] for half in (1, 2)]
+    return np.sort(np.concatenate(halves))
+
+
+def _likelier(
+    stack: ParticleStack,
+    given: ParticleStack,
+    *,
+    references: Sequence[Density],
+    mask: Float[np.ndarray, "m m m"],
+    resolution_angstrom: float,
+    search: Search,
+    symmetry: str,
+    scheduler: str | Client | None,
+    everywhere_px: Float[np.ndarray, "s 2"],
+) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, "n 2"]]:
+    """Where particles are likeliest: there, or where they are."""
     q, shifts, points = stack.oriented().copy(), stack.shifts_px.copy(), group(symmetry)
-    everywhere = _positions(shifts, LOCATED * APART / stack.pixel_size_angstrom)
     for half, reference in zip((1, 2), references, strict=True):
-        mine = stack.half(half)
+        mine = np.flatnonzero(stack.half_set == half)
+        if len(mine) == 0:
+            continue
         places, there_px, likely = _places(
-            given.select(mine), reference, mask, search, symmetry, resolution_angstrom, everywhere
-        )
-        known = np.broadcast_to(q[mine][:, None], places.shape)
-        apart = points.distance(places.reshape(-1, 4), known.reshape(-1, 4))
-        worth = (likely > likely[:, :1] - WORTH) & (apart.reshape(likely.shape) > search.spread_rad)
-        some = np.flatnonzero(worth.any(axis=1))
-        refined = partial(refine, density=reference, scheduler=scheduler)
-        for i in range(0, len(some), AT_ONCE):
-            part = some[i : i + AT_ONCE]
-            image, place = np.nonzero(worth[part])
-            at = given.select(mine[part][image])
+            given.select(mine), reference, mask, search, symmetry, resolution_angstrom,
+            everywhere_px,
+        )  # fmt: skip
+        # Those that are tried are mostly odd ones: what is usual they do not tell.
+        least = None if stack.contrast is None else LEAST_CONTRAST * np.median(stack.contrast[mine])
+        refined = partial(refine, density=reference, least_contrast=least, scheduler=scheduler)
+        for start in range(0, len(mine), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            here = mine[part]
+            known = np.broadcast_to(q[here][:, None], places[part].shape)
+            apart = points.distance(places[part].reshape(-1, 4), known.reshape(-1, 4))
+            worth = likely[part] > likely[part, :1] - WORTH
+            worth &= apart.reshape(worth.shape) > search.spread_rad
+            image, place = np.nonzero(worth)
+            if len(image) == 0:
+                continue
+            at = given.select(here[image])
             at = at.with_poses(places[part][image, place], there_px[part][image, place])
-            here = stack.select(mine[part])
-            found = _better(here, at, image, refined, resolution_angstrom, search)
-            rows = mine[part][found[0]]
-            q[rows], shifts[rows] = found[1:]
-    moved = points.distance(q, stack.oriented()) > search.spread_rad
-    return stack.with_poses(q, shifts), float(moved.mean())
+            found = _better(stack.select(here), at, image, refined, resolution_angstrom, search)
+            q[here[found[0]]], shifts[here[found[0]]] = found[1:]
+    return q, shifts
 
 
 def _better(

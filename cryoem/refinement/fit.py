@@ -34,8 +34,8 @@ LEAST_CONTRAST = 0.1
 #: From how many images, at most, the median contrast is taken.
 SAMPLE = 150
 #: How many images of an optics group tell the noise's spectrum, how many are too few to, and of how
-#: many groups at most so many are taken.
-NOISE_SAMPLE, ENOUGH, GROUPS = 60, 30, 20
+#: many groups so many are taken; of more groups fewer, if no more than this share of all.
+NOISE_SAMPLE, ENOUGH, GROUPS, SHARE = 60, 30, 20, 1 / 4
 #: Noise below this share of the images' power is as good as none.
 CLEAN = 1e-2
 #: How many times what a thread refines together is sent to a worker.
@@ -96,6 +96,7 @@ def refine(
     resolution_angstrom: float = 15.0,
     search: Search = DEFAULT,
     noise_variance: float | None = None,
+    least_contrast: float | None = None,
     scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> RefinedStack:
@@ -119,6 +120,9 @@ def refine(
     noise_variance : float, optional
         Per pixel; scales the spectrum. By default estimated from the residuals of all images; the
         refined parameters do not depend on it, their covariances do.
+    least_contrast : float, optional
+        No particle's falls below it. By default a tenth of the median of a random sample's where
+        they start, which must not be negative.
     scheduler : str or distributed.Client, optional
         The address of a Dask scheduler, or a client of one, whose workers refine; see
         :func:`cryoem.orient`. Default: this process, on all cores.
@@ -149,8 +153,10 @@ def refine(
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     stages = plan(density, box, resolution_angstrom, search)
     if stack.noise is None:
-        stack = stack.replace(noise=_residual_noise(stages, stack, search))
-    least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
+        stack = stack.replace(noise=_residual_noise(stages, stack, search, least_contrast))
+    least = least_contrast
+    if least is None:
+        least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
     q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
     job = _Refining(stages, search, least)
     at_once = stages.particles_at_once * (SENT if scheduler else 1)
@@ -192,17 +198,18 @@ def _observed(plan: Plan, stack: ParticleStack) -> tuple[np.ndarray, np.ndarray 
     Both are whitened. Where the noise is white, the latter is the CTF, or None.
     """
     images = plan.slices.from_images(stack.images[:])[:, plan.order]
-    ctf = stack.ctf()
-    transfer = None if ctf is None else ctf[:, *plan.slices.index][:, plan.order]
+    ky, kx = plan.slices.index
+    transfer = stack.ctf(at=(ky[plan.order], kx[plan.order]))
     if stack.noise is not None and not stack.noise.is_white:
         radius = np.linalg.norm(plan.frequencies, axis=1) / stack.box_px
-        gain = stack.noise.gain(radius)[stack.noise.of(stack.optics_group)]
+        groups, of = np.unique(stack.noise.of(stack.optics_group), return_inverse=True)
+        gain = stack.noise.gain(radius, groups)[of]
         images = images * gain
         transfer = gain if transfer is None else gain * transfer
     return images, transfer
 
 
-def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
+def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: float | None) -> Noise:
     """The noise's spectrum, from what refining a random sample leaves of its images.
 
     Beyond the plan's resolution, all of them.
@@ -210,19 +217,23 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search) -> Noise:
     groups = stack.optics_groups
     sample = stack.replace(noise=Noise.white(1.0))
     order = rotations.generator(0, "noise").permutation(len(stack))
-    of = [order[stack.optics_group[order] == g][:NOISE_SAMPLE] for g in range(groups)]
-    rows = np.concatenate(of)
-    if len(rows) > NOISE_SAMPLE * GROUPS:
-        rows = rotations.generator(1, "noise").choice(rows, NOISE_SAMPLE * GROUPS, replace=False)
+    most = max(NOISE_SAMPLE * GROUPS, int(SHARE * len(stack)))
+    each = min(NOISE_SAMPLE, max(ENOUGH, NOISE_SAMPLE * GROUPS // groups))
+    of = stack.optics_group[order]
+    nth = np.empty(len(of), int)  # of its group, in this order
+    by_group = np.argsort(of, kind="stable")
+    nth[by_group] = np.arange(len(of)) - np.searchsorted(of[by_group], of[by_group])
+    rows = order[nth < each][:most]
     if len(rows) < len(stack):
         sample = sample.select(np.sort(rows))
-    least = _least_contrast(plan, sample, wanted_positive=search.steps > 0)
+    if least is None:
+        least = _least_contrast(plan, sample, wanted_positive=search.steps > 0)
     shells = np.rint(np.linalg.norm(plan.slices.frequencies, axis=1)).astype(int)
     weights, box = plan.slices.weights, stack.box_px
     left, count, loud = np.zeros((groups, shells.max() + 1)), np.zeros(groups), 0.0
 
     def left_of(part: ParticleStack) -> tuple[np.ndarray, np.ndarray, float]:
-        q, shifts, grams, fit = _refined(plan, part, search, least)
+        q, shifts, grams, fit = _refined(plan, part, search, float(least))
         power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
         loud = float((power @ weights).sum())
         power[:, plan.order] = fit.residuals(q, shifts, fit.normal(grams)[1])

@@ -21,7 +21,7 @@ from ..io.files import PathLike
 from ..noise import Noise
 from ..particles import ParticleStack
 from ..rotations import Seed
-from .elsewhere import found_again
+from .elsewhere import asked, found_again
 from .fit import DEFAULT, RefinedStack, refine
 from .kept import Kept, Rounds, rescaled
 from .search import Search
@@ -39,8 +39,8 @@ FEWEST, MOST, SETTLED = 5, 15, 0.1
 #: Of twice so many particles and more, so many at random settle first, and all begin with their
 #: maps; all are then refined in so many rounds at least.
 PART, LAST = 10_000, 2
-#: Share of the particles, found elsewhere, of which maps are made anew; how many make a mean.
-ASTRAY, ASKED = 0.01, 4000
+#: Share of the particles, found elsewhere, of which maps are made anew.
+ASTRAY = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +165,18 @@ def refine_halves(
     )
     again = partial(found_again, search=search, symmetry=symmetry, scheduler=scheduler)
     steps = _Steps(maps_of, again, search, rounds, scheduler, progress)
-    so_far = steps.of_many(Rounds(None, given, (resolution_angstrom,)), work, told, seed)
+    kept = Kept(work, given, told)
+    so_far = steps.of_many(Rounds(None, given, (resolution_angstrom,)), kept, seed)
     separate, used = so_far.separate, so_far.used
     assert separate is not None  # there was at least one round
     now = rescaled(separate)
     last = maps_of(now)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
-    found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
-    everyone = _against_all(found, last, used[-1], search, scheduler)
+    if not so_far.sought:
+        found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
+        so_far = replace(so_far, now=found, ended=True, sought=True)
+        kept.write(so_far)
+    everyone = _against_all(so_far.now, last, used[-1], search, scheduler)
     return _ended(everyone, separate, last, held_out, used[1:], joined_angstrom)
 
 
@@ -195,17 +199,14 @@ class _Steps:
     scheduler: str | Client | None
     progress: bool
 
-    def of_many(
-        self, begin: Rounds, work: PathLike | None, told: dict[str, object], seed: Seed
-    ) -> Rounds:
+    def of_many(self, begin: Rounds, kept: Kept, seed: Seed) -> Rounds:
         """Those of all; of many a part settles first, and all begin with its maps."""
-        kept, first = Kept(work, begin.now, told), None
-        so_far, many = kept.read(), len(begin.now) >= 2 * PART
+        so_far, many, first = kept.read(), len(begin.now) >= 2 * PART, None
         if many and so_far is None:
             rng = rotations.generator(seed, "settles first")
             rows = np.sort(rng.permutation(len(begin.now))[:PART])
             some = replace(begin, now=begin.now.select(rows))
-            kept_part = Kept(work, some.now, told, part=True)
+            kept_part = kept.of_part(some.now)
             few = self.settled(some.now, kept_part.read() or some, kept_part, FEWEST)
             begin, first = replace(begin, used=few.used[-1:]), self.maps_of(few.now)
         return self.settled(begin.now, so_far or begin, kept, LAST if many else FEWEST, first)
@@ -244,20 +245,9 @@ class _Steps:
         done = Rounds(separate, rescaled(separate), used)
         settled = self.rounds is None and least <= done.count < MOST
         if settled and _settled(so_far.now, separate):
-            judged = now.references, now.snug, used[-1]
-            some = _some(len(given))
-            found, astray = self.again(done.now.select(some), given.select(some), *judged)
-            if astray < ASTRAY:
-                return replace(done, ended=True)
-            if len(some) < len(given):
-                found, _ = self.again(done.now, given, *judged)
-            return replace(done, now=found)
+            found, astray = self.again(done.now, given, now.references, now.snug, used[-1])
+            return replace(done, ended=True) if astray < ASTRAY else replace(done, now=found)
         return done
-
-
-def _some(n: int) -> np.ndarray:
-    """Rows of so many of ``n`` particles, at random, as a mean wants at most."""
-    return np.sort(rotations.generator(0, "asked").permutation(n)[:ASKED])
 
 
 def _settled(before: ParticleStack, after: RefinedStack) -> bool:
@@ -434,7 +424,7 @@ def _held_out(
     for half_map in (last.pair.second, last.pair.first):
         fine = masked(last.mask, _finer(maps.filtered(half_map, last.weight), cutoff))
         others.append(_finer(fine, cutoff))  # the mask spreads over shells
-    stack = stack.select(_some(len(stack)))
+    stack = stack.select(asked(stack))
     exchanged = stack.with_poses(np.roll(stack.oriented(), 1, axis=0))
     judge = Search(starts=1, steps=0)
     held_out, chance = (

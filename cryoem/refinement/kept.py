@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..io import files
+from ..io.stacks import told_apart
 from ..noise import Noise
 from ..particles import ParticleStack
 from ..version import __version__
@@ -26,7 +27,7 @@ _ROWS = (
     "shift_covariances", "chi2", "gain", "correlation",
 )  # fmt: skip
 _NUMBERS = ("noise_variance", "resolution_angstrom")
-#: Images that are looked at, to tell one stack from another.
+#: Images in files that are looked at, to tell one stack from another.
 LOOKED_AT = 64
 
 
@@ -43,13 +44,16 @@ class Rounds:
     used : tuple of float
         Resolutions, angstrom: that of the beginning, and of every round.
     ended : bool
-        Orientations have settled.
+        Orientations have settled, or there were as many rounds as were told.
+    sought : bool
+        Particles that lay astray have been sought a last time, by the map of the other half.
     """
 
     separate: RefinedStack | None
     now: ParticleStack
     used: tuple[float, ...]
     ended: bool = False
+    sought: bool = False
 
     @property
     def count(self) -> int:
@@ -81,10 +85,15 @@ class Kept:
         part: bool = False,
     ) -> None:
         self.path = None if folder is None else Path(folder) / FILES[part]
-        self.given, self.settings = given, dict(settings)
+        self.given, self.settings, self._made_of = given, dict(settings), (folder, settings)
         if self.path is not None:
             files.check_writable(self.path)
             self.settings |= _told(given)
+
+    def of_part(self, given: ParticleStack) -> Kept:
+        """The same for a part of the particles."""
+        folder, settings = self._made_of
+        return Kept(folder, given, settings, part=True)
 
     def read(self) -> Rounds | None:
         """What an earlier run has come to; None: there was none.
@@ -112,12 +121,12 @@ class Kept:
                 noise=Noise(arrays["power"]),
             )
             used = tuple(map(float, state["used"]))
-            ended = bool(state["ended"])
+            ended, sought = bool(state["ended"]), bool(state.get("sought", False))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.path}: not rounds of a refinement ({error})") from error
         files.same_run(self.path.parent, before, self.settings)
         now = rescaled(separate).with_poses(arrays["next"][:, :4], arrays["next"][:, 4:])
-        return Rounds(separate, now, used, ended)
+        return Rounds(separate, now, used, ended, sought)
 
     def write(self, rounds: Rounds) -> None:
         """Keep what the rounds have come to."""
@@ -129,6 +138,7 @@ class Kept:
             "settings": self.settings,
             "used": rounds.used,
             "ended": rounds.ended,
+            "sought": rounds.sought,
             **{name: getattr(separate, name) for name in _NUMBERS},
         }
         arrays = {name: getattr(separate, name) for name in _ROWS}
@@ -156,7 +166,7 @@ def _told(stack: ParticleStack) -> dict[str, object]:
     return {
         "version": __version__,
         "particles": [n, stack.box_px, stack.pixel_size_angstrom],
-        "images_sha256": files.sha256_of(stack.select(some).images[:]),
-        "poses_sha256": files.sha256_of(*poses),
-        "microscope_sha256": files.sha256_of(*known),
+        "images_sha256": files.sha256_of([stack.select(some).images[:], *told_apart(stack.images)]),
+        "poses_sha256": files.sha256_of(poses),
+        "microscope_sha256": files.sha256_of(known),
     }
