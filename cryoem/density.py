@@ -71,6 +71,13 @@ class Density:
             )
         return self.values.shape[0]
 
+    @property
+    def solvent_level(self) -> float:
+        """The median of the outermost voxels, where there is no particle."""
+        v = self.values
+        faces = (v[0], v[-1], v[:, 0], v[:, -1], v[:, :, 0], v[:, :, -1])
+        return float(np.median(np.concatenate([face.ravel() for face in faces])))
+
     def in_box(self, box_px: int) -> Density:
         """Return the density cropped or zero-padded about its origin to a cube of ``box_px``."""
         values = fourier.crop_or_pad(self.values, (box_px,) * 3)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 import json
@@ -5,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import dask
 import distributed
@@ -172,6 +174,17 @@ def test_info_tells_what_other_files_hold(folder, trained, tmp_path):
     assert found["notes"] == {"density": "a phantom"}
     np.savez(tmp_path / "other.npz", a=[1])
     assert "not an estimator" in run("info", tmp_path / "other.npz", code=1).stderr
+
+
+def test_constant_corners_are_said(folder, tmp_path):
+    few = read_particles(folder / "particles.star").select(slice(8))
+    n = few.box_px
+    disc = np.hypot(*np.mgrid[:n, :n] - n // 2) < n / 2 - 1
+    write_particles(tmp_path / "masked.star", few.with_images(few.images[:] * disc))
+    done = run("info", tmp_path / "masked.star", "--json")
+    assert json.loads(done.stdout)["snr"] is None
+    assert "masked.star: the corners of its images are constant" in done.stderr
+    assert "constant" not in run("info", folder / "particles.star").stderr
 
 
 def test_what_is_no_number_is_null_in_json_and_words_in_print(capsys):
@@ -358,6 +371,27 @@ def test_a_map_that_is_no_cube_is_padded_to_one(folder, tmp_path):
                "--reference", path)  # fmt: skip
     assert note in done.stderr and json.loads(done.stdout)["mean_fsc"] > 0.95
     assert json.loads(run("info", path, "--json").stdout)["shape_zyx"] == [24, 32, 32]
+
+
+def test_solvent_that_is_not_at_zero_is_taken_off(folder, tmp_path):
+    """It bent every pose, and nobody was told."""
+    cube = read_density(folder / "map.mrc")
+    for name, level in (("off.mrc", 0.1 * cube.values.max()), ("as_it_was.mrc", 0.0)):
+        write_density(tmp_path / name, dataclasses.replace(cube, values=cube.values + level))
+    with pytest.warns(UserWarning, match=r"off\.mrc: its solvent is at .*, not at zero; that is"):
+        found = options.open_map(tmp_path / "off.mrc", None)
+    np.testing.assert_allclose(found.values, cube.values, atol=1e-4 * cube.values.max())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = options.open_map(tmp_path / "as_it_was.mrc", None)
+    np.testing.assert_array_equal(found.values, cube.values)
+    refine = ("refine", folder / "particles.star", "-o", tmp_path / "r.star", "-q",
+              "--resolution", 30, "--map")  # fmt: skip
+    assert "its solvent is at" in run(*refine, tmp_path / "off.mrc").stderr
+    off = read_particles(tmp_path / "r.star").quaternions
+    run(*refine, tmp_path / "as_it_was.mrc")
+    apart = rotations.distance(off, read_particles(tmp_path / "r.star").quaternions)
+    assert apart.max() < 1e-3
 
 
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
@@ -777,6 +811,7 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
     run(*solve)
     assert [(out / name).stat().st_mtime_ns for name in steps] == before
     assert (out / "refined.star").exists()
+    assert "refined.star: is there already" in run(*solve).stderr
     assert "seed differ" in run(*solve, "--seed", "7", code=1).output
     for more, told in (
         (["--images", "400"], "are all of the 300 particles"),
@@ -799,7 +834,10 @@ def test_a_network_learns_where_it_pays_and_can(asked, keras, classes, learned, 
     monkeypatch.setattr(solving.importlib.util, "find_spec", lambda name: keras or None)
     told = initial.Told(None, 8, classes, None, None, None, 1000, None, 0)
     many, few = range(1000 + solving.WORTH), range(999 + solving.WORTH)
-    assert solving._images_to_learn(asked, told, many) == learned
+    missing = not keras and asked is None
+    says = pytest.warns(UserWarning, match="Keras is not") if missing else contextlib.nullcontext()
+    with says:
+        assert solving._images_to_learn(asked, told, many) == learned
     if asked is None:
         assert solving._images_to_learn(None, told, few) == 0
 

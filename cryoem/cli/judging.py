@@ -173,6 +173,11 @@ def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, 
     found = _surveyed(stack, seed)
     if found["contrast"] == "black on white":
         warnings.warn(f"{path}: the commands turn these images as they read them", stacklevel=2)
+    if "noise_power_by_angstrom" not in found:
+        warnings.warn(
+            f"{path}: the corners of its images are constant: their noise cannot be measured",
+            stacklevel=2,
+        )
     return {**_told_of(stack), **found}
 
 

@@ -252,13 +252,23 @@ def open_oriented(path: Path, quiet: bool, pixel_size: float | None = None) -> P
     return stack
 
 
+#: Solvent that is farther off zero than this share of a map's peak is said to be.
+LEVEL = 5e-3
+
+
 def open_map(
     path: Path, voxel_size: float | None, particles: ParticleStack | None = None
 ) -> Density:
     """Read a map as a cube, and say where its header may be wrong for these particles."""
-    from ..density import read_density
+    from ..density import Density, read_density
 
     cube = read_density(path, voxel_size_angstrom=voxel_size)
+    level = cube.solvent_level
+    if abs(level) > LEVEL * abs(cube.values - level).max():
+        warnings.warn(
+            f"{path}: its solvent is at {level:.3g}, not at zero; that is taken off", stacklevel=2
+        )
+        cube = Density(cube.values - level, cube.voxel_size_angstrom)
     pixel = 1.0 if particles is None else particles.pixel_size_angstrom
     if voxel_size is None and cube.voxel_size_angstrom == 1 and abs(pixel - 1) > 0.01:
         warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def solve_particles(
     all the others (oriented.star).
 
     Interrupted and called again, it goes on after what is done. Where the images do not agree on a
-    map, the exit code is 3. With --scheduler its workers do every step but the network's learning.
+    map, the exit code is 3. With --scheduler its workers compare images with projections,
+    refine and back-project; the network learns here, and maps are judged here.
     """
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = open_particles(particles_file, quiet, pixel_size)
@@ -144,7 +146,7 @@ def solve_particles(
         if not found:
             raise typer.Exit(NO_MAP)
         known = found[0]
-        _remember(note, told, known)
+        _remember(note, {**told, "found": known})
     else:
         say(quiet, f"{folder / known.file}: is there already")
     start = plan.at(known.file)
@@ -157,8 +159,16 @@ def _images_to_learn(learn: int | None, asked: Told, stack: ParticleStack) -> in
     """How many images a network is trained on; 0: there is none, the likelihood places all."""
     others = len(stack) - asked.images
     if learn is None:
-        able = asked.classes == 1 and importlib.util.find_spec("keras") is not None
-        return IMAGES if others >= WORTH and able else 0
+        if others < WORTH or asked.classes > 1:
+            return 0
+        if importlib.util.find_spec("keras") is not None:
+            return IMAGES
+        warnings.warn(
+            f"{others:,} particles are placed by their likelihood, in memory and slowly: Keras is "
+            "not installed, and no network learns to place them; pip install 'cryoem[tensorflow]'",
+            stacklevel=2,
+        )
+        return 0
     if learn and asked.classes > 1:
         raise InputError("--learn: a network knows one map; wanted no --classes beside it")
     if learn and others < 1:
@@ -201,10 +211,17 @@ class _Plan:
 
 def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> None:
     """Refine what an earlier step wrote; its images have been turned as they should be."""
+    refined, note = plan.at("refined.star"), plan.at("solve.json")
+    before = json.loads(note.read_text(encoding="utf-8"))
+    asked = {"start": start.name, "rounds": rounds}
+    if refined.exists() and before.get("refined") == asked:
+        say(plan.quiet, f"{refined}: is there already")
+        return
     refine_particles(
-        start, plan.at("refined.star"), rounds=rounds, symmetry=symmetry, invert=False,
+        start, refined, rounds=rounds, symmetry=symmetry, invert=False,
         scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
     )  # fmt: skip
+    _remember(note, {**before, "refined": asked})
 
 
 def _placed(
@@ -278,9 +295,9 @@ def _known(note: Path, told: Mapping[str, object]) -> Found | None:
     return found
 
 
-def _remember(note: Path, told: Mapping[str, object], found: Found) -> None:
-    """Write down what was found, and with what."""
+def _remember(note: Path, told: Mapping[str, object]) -> None:
+    """Write down what was done, and with what."""
     from ..io import files
 
     with files.atomic(note) as temporary:
-        temporary.write_text(json.dumps({**told, "found": found}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(told, indent=1), encoding="utf-8")

@@ -154,9 +154,7 @@ def refine(
     stages = plan(density, box, resolution_angstrom, search)
     if stack.noise is None:
         stack = stack.replace(noise=_residual_noise(stages, stack, search, least_contrast))
-    least = least_contrast
-    if least is None:
-        least = _least_contrast(stages, stack, wanted_positive=search.steps > 0)
+    least = _least_contrast(stages, stack, search, least_contrast)
     q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
     job = _Refining(stages, search, least)
     at_once = stages.particles_at_once * (SENT if scheduler else 1)
@@ -226,14 +224,13 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: flo
     rows = order[nth < each][:most]
     if len(rows) < len(stack):
         sample = sample.select(np.sort(rows))
-    if least is None:
-        least = _least_contrast(plan, sample, wanted_positive=search.steps > 0)
+    least = _least_contrast(plan, sample, search, least)
     shells = np.rint(np.linalg.norm(plan.slices.frequencies, axis=1)).astype(int)
     weights, box = plan.slices.weights, stack.box_px
     left, count, loud = np.zeros((groups, shells.max() + 1)), np.zeros(groups), 0.0
 
     def left_of(part: ParticleStack) -> tuple[np.ndarray, np.ndarray, float]:
-        q, shifts, grams, fit = _refined(plan, part, search, float(least))
+        q, shifts, grams, fit = _refined(plan, part, search, least)
         power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
         loud = float((power @ weights).sum())
         power[:, plan.order] = fit.residuals(q, shifts, fit.normal(grams)[1])
@@ -305,8 +302,10 @@ def _refined(
     return q, shifts, grams, fit
 
 
-def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) -> float:
-    """The floor of the contrasts, from how a random sample correlates where it starts."""
+def _least_contrast(plan: Plan, stack: ParticleStack, search: Search, told: float | None) -> float:
+    """The floor of the contrasts: as told, or by how a random sample correlates where it starts."""
+    if told is not None:
+        return told
     n = len(stack)
     rows = np.arange(n)
     if n > SAMPLE:
@@ -324,10 +323,11 @@ def _least_contrast(plan: Plan, stack: ParticleStack, *, wanted_positive: bool) 
         raise InputError("the density is zero at the resolution that is used")
     # Beside what noise of the images' own power would give, in standard deviations.
     z = my.sum() / max(np.sqrt(np.sum(mm * yy) / plan.weights[: stage.count].sum()), 1e-30)
-    if wanted_positive and z < -6:
+    if search.steps > 0 and z < -6:
         raise InputError(
-            "the images correlate negatively with the density: black and white are exchanged; "
-            "wanted white particles (--invert, or ParticleStack.inverted, turns them)"
+            "the images correlate negatively with the density: black and white are exchanged, in "
+            "the images or in the density; wanted white particles (--invert, or "
+            "ParticleStack.inverted, turns them) and a density that is positive"
         )
     typical = np.median(my / np.maximum(mm, 1e-30))
     return LEAST_CONTRAST * max(typical, 0.01 * float(np.sqrt(yy.sum() / mm.sum())))
