@@ -1538,3 +1538,28 @@ def test_changed_images_never_replace_those_that_they_were_made_from(written):
     write_particles(written.with_name("turned.star"), stack.with_images(-stack.images[:]))
     turned = read_particles(written.with_name("turned.star"))
     np.testing.assert_array_equal(turned.images[:], -stack.images[:])
+
+
+@pytest.mark.parametrize("kind", ["stack alone", "some rows", "another's images"])
+def test_files_of_images_are_never_replaced_by_what_was_made_of_them(written, tmp_path, kind):
+    (tmp_path / "b").mkdir()
+    other = tmp_path / "b" / "other.mrcs"
+    shutil.copy(written.with_suffix(".mrcs"), other)
+    if kind == "stack alone":
+        stack = read_particles(other)
+    elif kind == "some rows":  # none of which lies in the file
+        apart = [f"{i + 1}@{'b/other' if i > 3 else 'particles'}.mrcs" for i in range(6)]
+        stack = read_particles(rewritten(written, names(apart))).select(slice(4))
+    else:
+        stack = read_particles(written).with_images(read_particles(other).images)
+    before = other.read_bytes()
+    for made in (
+        stack.with_images(-stack.images[:]),
+        stack.select(slice(3)).with_images(IMAGES[:3]),
+    ):
+        again = made.with_poses(Q[: len(made)]).select(slice(2)).with_images(made.images[:2])
+        for changed in (made, again):
+            with pytest.raises(InputError, match=r"other\.mrcs: holds .*would be overwritten"):
+                write_particles(tmp_path / "b" / "other.star", changed)
+            assert write_particles(tmp_path / "new.star", changed) == tmp_path / "new.mrcs"
+    assert other.read_bytes() == before

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import rotations
 from ..errors import InputError
-from ..particles import CtfParameters, ParticleFile, ParticleStack
+from ..particles import CtfParameters, ParticleFile, ParticleStack, files_of
 from ..rotations import RELION_ANGLES
 from . import files, stacks
 from .aberrations import (
@@ -287,14 +287,18 @@ def _tell_signs(path: Path, stack: ParticleStack, optics: Table, table: Table) -
 
 def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
     """Refuse a stack that holds the images which the particles came from."""
-    if stack.origin is None or not beside.exists():
+    if not beside.exists():
         return
-    folders = [*folders_of(stack.origin.path), Path.cwd()]
-    names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
-    if any(found.samefile(beside) for name in names if (found := find_stack(name, folders))):
+    made_from = [*stack.made_from, *files_of(stack.images)]
+    if stack.origin is not None:  # images may have been given to particles read without theirs
+        folders = [*folders_of(stack.origin.path), Path.cwd()]
+        names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
+        made_from += [found for name in names if (found := find_stack(name, folders))]
+    if any(path.exists() and path.samefile(beside) for path in made_from):
+        whose = "images" if stack.origin is None else f"the images of {stack.origin.path}"
         raise InputError(
-            f"{beside}: holds the images of {stack.origin.path}, which these were made from, and "
-            "would be overwritten; wanted another name for the STAR file"
+            f"{beside}: holds {whose}, which these were made from, and would be overwritten; "
+            "wanted another name for the STAR file"
         )
 
 
