@@ -380,6 +380,43 @@ def test_a_name_that_no_file_can_hold_is_refused(written, tmp_path, name):
     assert not (tmp_path / "a.star").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "texts", "kind"),
+    [
+        ("rlnGroupName", ["1.10", "1.1", "1e3", "1000", "2.0", "2"], "O"),
+        ("rlnMicrographName", ["1.10", "1.1", "7", "007", "+7", "7."], "O"),
+        ("rlnCtfImage", ["1", "2", "3", "4", "5", "6"], "O"),
+        ("myLabel", ["1.10", "1.1", "1.2", "1.3", "1.4", "1.5"], "O"),
+        ("myLabel", ["2.0", "2", "2.5", "3", "4", "5"], "O"),
+        ("myLabel", ["0.1234567890123456789", "1.5", "2.5", "3.5", "4.5", "5.5"], "O"),
+        ("uid", [str(2**64 - 1), str(2**63), "1", "2", "3", "4"], "u"),
+        ("uid", [str(2**63), "-1", "1", "2", "3", "4"], "O"),
+        ("uid", [str(2**64), "0", "1", "2", "3", "4"], "O"),
+        ("myScore", ["0.5", "1e-12", "-2.25", "3.0", "1e+20", "0.1"], "f"),
+    ],
+)
+def test_a_column_stays_as_it_stands_whatever_it_looks_like(written, tmp_path, name, texts, kind):
+    lines = written.read_text().replace("#11\n", f"#11\n_{name} #12\n").split("\n")
+    rows = iter(texts)
+    lines = [f"{line}\t{next(rows)}" if "@" in line else line for line in lines]
+    written.write_text("\n".join(lines))
+    stack = read_particles(written)
+    assert stack.columns[name].dtype.kind == kind
+    for part, wanted in ((stack, texts), (stack.select(slice(2)), texts[:2])):
+        write_particles(tmp_path / "new.star", part)
+        found = columns_of((tmp_path / "new.star").read_text())["particles"][f"_{name}"]
+        assert found == wanted
+
+
+def test_decimals_of_relions_columns_are_numbers(written):
+    text = written.read_text().replace("#11\n", "#11\n_rlnNormCorrection #12\n_cryoemScore #13\n")
+    written.write_text(re.sub(r"(?m)^(\d+@.*)$", "\\1\t0.770000\t1.50", text))
+    found = read_particles(written).columns
+    assert (
+        list(found["rlnNormCorrection"]) == [0.77] * 6 and list(found["cryoemScore"]) == [1.5] * 6
+    )
+
+
 @pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_rows_are_read_as_relion_reads_them(written, head, end):
