@@ -271,6 +271,29 @@ def test_groups_of_a_relion_30_file_follow_its_rows(written, tmp_path):
     assert list(back.optics_group) == [0, 1, 1, 0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("own", "numbers", "groups", "names"),
+    [
+        ([4, 2, 4, 2, 9, 9], [4, 2, 4, 2, 9, 9], [4, 2, 9], ["4", "2", "9"]),
+        ([1, 1, 1, 2, 2, 2], [1, 3, 3, 2, 4, 4], [1, 3, 2, 4], ["1", "1_3", "2", "2_4"]),
+    ],
+)
+def test_groups_that_a_relion_30_file_has_are_kept(written, tmp_path, own, numbers, groups, names):
+    def change(blocks):
+        blocks[""]["rlnOpticsGroup"] = own
+        blocks[""]["rlnVoltage"] = [200, 300, 300, 200, 300, 300]
+        if own[0] == 4:
+            blocks[""]["rlnVoltage"] = [200, 300, 200, 300, 200, 200]
+
+    back = read_particles(rewritten(relion30(tmp_path), change))
+    assert list(back.columns["rlnOpticsGroup"]) == numbers
+    optics = back.origin.optics
+    assert list(optics["rlnOpticsGroup"]) == groups
+    assert list(optics["rlnOpticsGroupName"]) == [f"opticsGroup{name}" for name in names]
+    wanted = [200, 300, 200, 300, 200, 200] if own[0] == 4 else [200, 300, 300, 200, 300, 300]
+    np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, wanted)
+
+
 STRANGE = """# version 30001
 
 data_general
@@ -1127,6 +1150,78 @@ def test_the_scale_of_the_ctf_is_used(written, tmp_path):
     )
 
 
+def flagged_without_defocus(blocks):
+    drop("particles", *DEFOCUS)(blocks)
+    put("optics", "rlnCtfDataAreCtfPremultiplied", 1)(blocks)
+
+
+def contradicting(blocks):
+    put("particles", "rlnVoltage", 200.0)(blocks)
+    put("particles", "rlnCtfDataAreCtfPremultiplied", 1, row=4)(blocks)
+    put("optics", "rlnCtfDataAreCtfPremultiplied", 1)(blocks)
+    put("particles", "rlnOddZernike", "[0,0.5]")(blocks)
+    put("optics", "rlnOddZernike", "[0,0.5]")(blocks)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (flagged_without_defocus, "images are premultiplied (row 1), and no column rlnDefocusU"),
+        (lambda b: drop("particles", "rlnDefocusAngle")(b), "rlnDefocusV are up to 1000 A apart"),
+        (contradicting, "followed: rlnVoltage (200.0 in row 1, 300.0 in its group), "
+         "rlnCtfDataAreCtfPremultiplied (0 in row 1, 1 in its group)"),
+    ],
+)  # fmt: skip
+def test_a_ctf_that_is_told_in_part_or_twice_is_said(written, tmp_path, change, said):
+    with pytest.warns(UserWarning, match=re.escape(said)) as caught:
+        stack = read_particles(rewritten(written, change))
+    assert len(caught) == 1 and str(written) in str(caught[0].message)
+    if change is contradicting:
+        assert set(stack.ctf_parameters.voltage_kv) == {200}
+        assert list(stack.ctf_parameters.images) == [*["as seen"] * 4, "premultiplied", "as seen"]
+        write_particles(tmp_path / "new.star", stack)
+        assert list(starfile.read(tmp_path / "new.star")["optics"]["rlnVoltage"]) == [200]
+    elif change is flagged_without_defocus:
+        assert stack.ctf_parameters is None
+    else:
+        assert not stack.ctf_parameters.defocus_angle_degrees.any()
+
+
+def test_a_small_astigmatism_needs_no_angle(written):
+    def change(blocks):
+        put("particles", "rlnDefocusV", 1e4)(blocks)
+        put("particles", "rlnDefocusU", 10000.5)(blocks)
+        drop("particles", "rlnDefocusAngle")(blocks)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_particles(rewritten(written, change))
+
+
+def test_the_defocus_of_an_optics_group_is_its_particles(written, tmp_path):
+    def change(blocks):
+        drop("particles", *DEFOCUS)(blocks)
+        two_groups(blocks)
+        blocks["optics"] = blocks["optics"].assign(
+            rlnDefocusU=[1e4, 2e4], rlnDefocusV=[1.1e4, 2.1e4], rlnDefocusAngle=[10.0, 20.0]
+        )
+
+    stack, new = read_particles(rewritten(written, change)), tmp_path / "new.star"
+    first = np.array([2e4, 1e4, 1e4, 2e4, 1e4, 1e4])
+    np.testing.assert_array_equal(stack.ctf_parameters.defocus_u_angstrom, first)
+    np.testing.assert_array_equal(stack.ctf_parameters.defocus_v_angstrom, first + 1000)
+    write_particles(new, stack)
+    assert "rlnDefocusU" not in read_particles(new).columns
+    # What the particles say otherwise stands in one place, and what is forgotten in none.
+    other = CtfParameters(*DEFOCUS.values(), voltage_kv=stack.ctf_parameters.voltage_kv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_particles(new, stack.replace(ctf_parameters=other))
+        np.testing.assert_array_equal(read_particles(new).ctf(), other.values(12, PIXEL))
+        write_particles(new, stack.replace(ctf_parameters=None))
+        assert read_particles(new).ctf_parameters is None
+
+
 def in_pixels(blocks):
     table = blocks["particles"]
     for axis in "XY":
@@ -1166,6 +1261,8 @@ def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
         ("optics", {"ctf/trefoil_A": "0,-3.5", "ctf/tilt_A": "0,0"}, ["ctf/trefoil_A (-3.5)"]),
         ("optics", {"rlnBeamTiltX": 0.3, "rlnOddZernike": "[0,0,-3.5,0]", "rlnMagMat00": 1.007,
                     "rlnEvenZernike": "[0,1]"}, []),
+        ("particles", {"rlnIsFlip": 1}, ["rlnIsFlip (1)"]),
+        ("particles", {"rlnIsFlip": 0}, []),
         ("particles", {"otherIsPhaseFlipped": "True"}, ["otherIsPhaseFlipped (1)"]),
         ("particles", {"rlnAnglePsiFlipRatio": 0.5, "rlnNormCorrection": 0.7}, []),
         ("optics", {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnMagMat11": 1,
@@ -1348,6 +1445,11 @@ def other_pixel_size(blocks):
     blocks["optics"]["rlnOpticsGroupName"] = ["opticsGroup1", "second"]
 
 
+def repeated_group(blocks):
+    two_groups(blocks)
+    blocks["optics"] = blocks["optics"].iloc[[0, 1, 0]]
+
+
 def no_rows(blocks):
     blocks["particles"] = blocks["particles"].iloc[:0]
 
@@ -1362,6 +1464,8 @@ def no_rows(blocks):
         (drop("particles", "rlnImageName"), "rlnImageName"),
         (drop("optics", "rlnVoltage"), "rlnVoltage"),
         (drop("particles", "rlnDefocusV"), "rlnDefocusV"),
+        (drop("particles", "rlnDefocusU"), "has defocus, but no column rlnDefocusU"),
+        (repeated_group, "data_optics: rows 1 and 3, column rlnOpticsGroup: got 1 in both"),
         (
             other_pixel_size,
             r"row 2: rlnImagePixelSize is 3.67 A.*\(opticsGroup1\).*1 \(second\).*one pixel size",

@@ -29,6 +29,7 @@ from .optics import (
     MICROSCOPE,
     ctf_columns,
     ctf_parameters,
+    note_contradictions,
     note_header_pixels,
     note_unused,
     optics_rows,
@@ -126,6 +127,7 @@ def read_particles(
         origins = [numbers(path, table, n) if n in table else zeros for n in ORIGINS]
         shifts = -np.stack(origins, axis=1) / pixel_size
     note_unused(path, optics, table)
+    note_contradictions(path, optics, table, group)
     found, which = aberrations(path, optics, table, group, pixel_size)
     if isinstance(opened, ImageStack):
         opened = opened.without_aberrations(found, which)
@@ -230,9 +232,9 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     if stack.origin is None:  # these come first, as RELION writes them
         first = np.zeros(0)
         table = {"rlnImageName": first, "rlnOpticsGroup": first, **table}
-    for names in _unknown(stack):
-        for name in names:
-            del table[name]
+    for name in [*_unknown(stack, optics)]:
+        table.pop(name, None)
+        optics.pop(name, None)
     table.update(_known_columns(stack, optics))
     blocks = {"optics": optics, "particles": table}
     others = () if stack.origin is None else stack.origin.other_blocks
@@ -302,11 +304,11 @@ def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
         )
 
 
-def _unknown(stack: ParticleStack) -> Iterator[tuple[str, ...]]:
+def _unknown(stack: ParticleStack, optics: Table) -> Iterator[str]:
     """Columns of what the file told and the stack no longer knows."""
     for field, names in NEEDED.items():
-        if getattr(stack, field) is None and all(name in stack.columns for name in names):
-            yield names
+        if getattr(stack, field) is None and {*names} <= {*stack.columns, *optics}:
+            yield from names
 
 
 def _known_columns(stack: ParticleStack, optics: Table) -> Table:
@@ -380,10 +382,11 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
         raise InputError(f"{path}: optics_group {group.max()} of {groups} groups, counted from 0")
     first = np.array([np.argmax(group == g) for g in range(groups)])
     for name in MICROSCOPE if parameters is not None else ():
-        if stack.origin is not None and name in stack.columns:
-            continue
         values = getattr(parameters, CTF[name][0])
-        _check_alike(path, name, values, first[group])
+        if stack.origin is None or name not in stack.columns:
+            _check_alike(path, name, values, first[group])
+        elif name not in table:
+            continue
         if name not in table or not same(table[name][group], values):
             table[name] = values[first]
     if stack.origin is None:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -223,6 +224,10 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
         if length(particles) == 0:
             raise InputError(f"{path}: no particles")
         if "optics" not in blocks:
+            if "rlnOpticsGroup" in particles:
+                groups = numbers(path, particles, "rlnOpticsGroup")
+                whole = groups.astype(np.int64)
+                particles["rlnOpticsGroup"] = whole if (whole == groups).all() else groups
             optics, particles = split_optics(particles)
         else:
             optics = _table(f"{path}: data_optics: ", blocks.pop("optics"))
@@ -250,7 +255,7 @@ def _blocks(path: Path) -> dict[str, list[bytes]]:
                 f"got {line[:40].decode(errors='replace')!r})"
             )
     blocks: dict[str, list[bytes]] = {}
-    for start, stop in pairwise([*starts, len(lines)]):
+    for start, stop in itertools.pairwise([*starts, len(lines)]):
         found = _BLOCK.fullmatch(lines[start])
         assert found is not None
         name = found[1].decode(errors="replace")
@@ -345,7 +350,7 @@ def _values(line: bytes, *, comments: bool = False) -> list[bytes]:
         return line.split()
     found: Iterable[re.Match[bytes]] = _VALUE.finditer(line)
     if comments:
-        found = takewhile(lambda value: not value[0].startswith(b"#"), found)
+        found = itertools.takewhile(lambda value: not value[0].startswith(b"#"), found)
     return [value[value.lastindex or 0] for value in found]
 
 
@@ -391,19 +396,27 @@ def split_optics(table: Table) -> tuple[Table, Table]:
     Returns
     -------
     optics, particles : Table
-        Groups are numbered from 1 in the order of their first particles.
+        Groups have the numbers that rows give them. A group of several microscopes is split: all
+        but its first, and groups without numbers, are numbered on in the order of their first
+        particles.
     """
     names = [name for name in OPTICS if name in table]
-    groups: dict[tuple[object, ...], int] = {}
-    rows = zip(*(table[name].tolist() for name in names), strict=True)
-    number = [groups.setdefault(row, len(groups) + 1) for row in rows] or [1] * length(table)
+    numbered = table.get("rlnOpticsGroup", np.zeros(length(table), int)).tolist()
+    rows = list(zip(numbered, *(table[name].tolist() for name in names), strict=True))
+    free = itertools.count(int(max(numbered)) + 1)
+    groups: dict[tuple[Any, ...], tuple[Any, str]] = {}
+    taken = set() if "rlnOpticsGroup" in table else {0}
+    for row in dict.fromkeys(rows):
+        number = next(free) if row[0] in taken else row[0]
+        within = f"{row[0]}_" if row[0] in taken and "rlnOpticsGroup" in table else ""
+        groups[row] = number, f"opticsGroup{within}{number}"
+        taken.add(row[0])
+    found = list(zip(*groups.values(), strict=True))
     optics: Table = {
-        "rlnOpticsGroup": np.arange(max(len(groups), 1)) + 1,
-        "rlnOpticsGroupName": np.array(
-            [f"opticsGroup{i + 1}" for i in range(max(len(groups), 1))], object
-        ),
+        "rlnOpticsGroup": np.array(found[0]),
+        "rlnOpticsGroupName": np.array(found[1], object),
     }
     for i, name in enumerate(names):
-        optics[name] = np.array([row[i] for row in groups], table[name].dtype)
+        optics[name] = np.array([row[i + 1] for row in groups], table[name].dtype)
     particles = {name: column for name, column in table.items() if name not in names}
-    return optics, {**particles, "rlnOpticsGroup": np.array(number)}
+    return optics, {**particles, "rlnOpticsGroup": np.array([groups[row][0] for row in rows])}
