@@ -45,6 +45,7 @@ from cryoem import (
     write_particles,
 )
 from cryoem.errors import InputError, StorageError
+from cryoem.half_sets import particles_of
 from cryoem.io import files, star
 from cryoem.io.stacks import ImageStack
 from cryoem.particles import CtfParameters
@@ -843,6 +844,35 @@ def test_names_are_relative_as_users_have_them(written, tmp_path, monkeypatch, p
     np.testing.assert_array_equal(read_particles(folder / "new.star").images, IMAGES)
     kept = read_particles(folder / "new.star").columns["rlnImageName"][0]
     assert (kept == "1@Extract/particles.mrcs") == (place != "working directory")
+
+
+@pytest.mark.parametrize("kind", ["star", "cs", "written", "one image"])
+def test_the_first_at_sign_of_a_name_ends_its_number(written, tmp_path, kind):
+    folder = tmp_path / "7@us@er"
+    folder.mkdir()
+    stack = folder / "p@1.mrcs"
+    shutil.copy(written.with_suffix(".mrcs"), stack)
+    wanted = IMAGES
+    if kind == "star":
+        path = rewritten(written, names([f"{i + 1:06d}@7@us@er/p@1.mrcs" for i in range(6)]))
+    elif kind == "cs":
+        path = cryosparc(tmp_path, stack=b">7@us@er/p@1.mrcs")
+    elif kind == "written":
+        path = folder / "sim@9A.star"
+        write_particles(path, in_memory())
+    else:
+        mrcfile.write(tmp_path / "a@1.mrc", IMAGES[0])
+        mrcfile.write(folder / "b.mrc", IMAGES[1])
+        path = rewritten(written, names(["a@1.mrc", "1@7@us@er/b.mrc", *["a@1.mrc"] * 4]))
+        wanted = IMAGES[[0, 1, 0, 0, 0, 0]]
+    particles = read_particles(path)
+    np.testing.assert_array_equal(particles.images[:], wanted)
+    assert len(set(particles_of(particles.columns, 6))) == (2 if kind == "one image" else 6)
+    for new in (tmp_path / "new@.star", tmp_path / "elsewhere" / "new.star"):
+        write_particles(new, particles)
+        np.testing.assert_array_equal(read_particles(new).images[:], wanted)
+        told = starfile.read(new)["particles"]["rlnImageName"]
+        assert all(re.match("[0-9]+@", name) for name in told)
 
 
 def test_another_stack_of_the_same_name_is_not_taken_for_the_right_one(written, tmp_path):

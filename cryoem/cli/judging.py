@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
+from ..half_sets import image_of
 from .options import (
     Json,
     MapVoxelSize,
@@ -111,7 +112,7 @@ def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:
     found: list[tuple[object, ...]] = []
     parts: dict[str, tuple[str, ...]] = {}
     for name in map(str, particles.columns.get("rlnImageName", ())):
-        number, _, stack = name.rpartition("@")
+        number, stack = image_of(name)
         if stack not in parts:
             parts[stack] = Path(os.path.normpath(stack)).parts[::-1]
         found.append((int(number or 1), *parts[stack]))
@@ -182,7 +183,7 @@ def _told_of(stack: ParticleStack) -> dict[str, object]:
     from ..surveying import told
 
     optics = {} if stack.origin is None else stack.origin.optics
-    names = {str(name).rpartition("@")[2] for name in stack.columns.get("rlnImageName", ["@"])}
+    names = {image_of(str(name))[1] for name in stack.columns.get("rlnImageName", [""])}
     return {
         "kind": "particles" if stack.origin else "images alone",
         "particles": len(stack),

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import rotations
 from ..errors import InputError
+from ..half_sets import image_of
 from ..particles import CtfParameters, ParticleFile, ParticleStack, files_of
 from ..rotations import RELION_ANGLES
 from . import files, stacks
@@ -294,7 +295,7 @@ def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
     made_from = [*stack.made_from, *files_of(stack.images)]
     if stack.origin is not None:  # images may have been given to particles read without theirs
         folders = [*folders_of(stack.origin.path), Path.cwd()]
-        names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
+        names = {image_of(str(n))[1] for n in stack.columns.get("rlnImageName", ())}
         made_from += [found for name in names if (found := find_stack(name, folders))]
     if any(path.exists() and path.samefile(beside) for path in made_from):
         whose = "images" if stack.origin is None else f"the images of {stack.origin.path}"
