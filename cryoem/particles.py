@@ -8,6 +8,7 @@ or lie in files; what is asked for is read when it is asked for.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -161,6 +162,8 @@ class ParticleStack:
         elif name == "columns":
             value = {column: np.asarray(values) for column, values in (value or {}).items()}
             for column, values in value.items():
+                if not re.fullmatch(r"[^\s\x00-\x1f\x7f\ud800-\udfff]+", column, re.ASCII):
+                    raise InputError(f"columns: {column!r} is no name; wanted one without blanks")
                 if values.shape != (n,):
                     raise InputError(f"column {column} must hold {n} values, got {values.shape}")
         elif value is None:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import gemmi
 import mrcfile
 import numpy as np
+import numpy.lib.recfunctions
 import pandas as pd
 import pytest
 import starfile
@@ -207,6 +208,48 @@ def test_passthrough_files_that_contradict_each_other_are_refused(
         read_particles(path)
         return
     says = rf"J1_particles\.cs: J1_passthrough_others\.cs and J1_passthrough_particles\.cs.*{field}"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize("field", ["alignments3D/psize_A", "blob/psize_A"])
+@pytest.mark.parametrize("value", [0, np.nan, -3.67, np.inf])
+def test_an_alignment_without_pixels_is_refused(written, tmp_path, value, field):
+    path = cryosparc(tmp_path)
+    data = np.load(path)
+    data[field][2] = value
+    if field == "blob/psize_A":
+        fields = [name for name in data.dtype.names if name != "alignments3D/psize_A"]
+        data = np.lib.recfunctions.repack_fields(data[fields])
+    saved(path, data)
+    says = rf"J1_particles\.cs: row 3, field {field}: got {value:g}, wanted"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize("field", ["ctf/df1_A", "blob/path", "ctf/exp_group_id", None])
+def test_a_particle_that_a_passthrough_holds_twice_is_told_alike(written, tmp_path, field):
+    path = cryosparc(tmp_path, passthrough=True)
+    beside = tmp_path / "J1_passthrough_particles.cs"
+    data = np.load(beside)
+    other = data[[2, 4]].copy()
+    if field is not None:
+        other[field][1] = b"other.mrcs" if field == "blob/path" else other[field][1] + 1
+    saved(beside, np.concatenate([data, other]))
+    if field in (None, "ctf/exp_group_id"):  # nothing comes of it
+        np.testing.assert_array_equal(read_particles(path).images[:], IMAGES)
+        return
+    says = rf"passthrough_particles\.cs: rows 5 and 8 give different values of {field} to one.* 9;"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize("passthrough", [False, True])
+def test_a_cryosparc_text_that_no_star_file_can_hold_is_refused(written, tmp_path, passthrough):
+    names = np.array([b"m.mrc", b"a\nb.mrc", *[b"m.mrc"] * 4])
+    more = {"location/micrograph_path": (names, "S16")}
+    path = cryosparc(tmp_path, passthrough=passthrough, more=more)
+    says = r"J1_particles\.cs: field location/micrograph_path, row 2: 'a\\nb\.mrc' cannot stand"
     with pytest.raises(InputError, match=says):
         read_particles(path)
 
@@ -1329,6 +1372,21 @@ def test_what_cryosparc_knows_and_is_not_used_is_said(written, tmp_path):
     }
     with pytest.warns(UserWarning, match=r"J1_particles\.cs: .*not used: ctf/tilt_A \(0.4\)$"):
         read_particles(cryosparc(tmp_path, more=more))
+    more = {
+        "ctf/scale_const": (np.arange(n) % 2, "f4"),
+        "alignments3D/alpha": (np.linspace(0.8, 1.1, n), "f4"),
+        "alignments2D/shift": (np.full((n, 2), [0, -3]), ("f4", (2,))),
+    }
+    path = cryosparc(tmp_path, more=more)
+    with pytest.warns(UserWarning, match=r"not used: alignments3D/alpha \(0.8\)$"):
+        read_particles(path)
+    data = np.load(path)
+    data["ctf/scale_const"] = 5
+    fields = [name for name in data.dtype.names if name != "alignments3D/shift"]
+    saved(path, np.lib.recfunctions.repack_fields(data[fields]))
+    says = r"ctf/scale_const \(5\), alignments3D/alpha \(0.8\), alignments2D/shift \(-3\)$"
+    with pytest.warns(UserWarning, match=says):
+        read_particles(path)
 
 
 # --------------------------------------------------------------------------------------

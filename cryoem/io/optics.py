@@ -56,11 +56,14 @@ DONE = {
 }
 
 #: Columns that are not used, and what they say where that changes nothing.
-UNUSED = {
+UNUSED: dict[str, float | tuple[float, ...]] = {
     "rlnIsFlip": 0.0,
     "rlnOriginZ": 0.0,
     "rlnOriginZAngst": 0.0,
+    "alignments2D/shift": 0.0,
+    "alignments3D/alpha": 1.0,
     "ctf/scale": 1.0,
+    "ctf/scale_const": (0.0, 1.0),
     "ctf/shift_A": 0.0,
     "ctf/tilt_A": 0.0,
     "ctf/trefoil_A": 0.0,
@@ -291,7 +294,7 @@ def note_unused(path: Path, optics: Table, table: Table) -> None:
     for told in (optics, table):
         for name, column in told.items():
             usual = UNUSED.get(name)
-            if name in DONE.values():
+            if name in DONE.values() or (name == "alignments2D/shift" and ORIGINS[0] in table):
                 continue
             if usual is None and TOLD_OTHERWISE.search(name):
                 usual = 0.0
@@ -311,13 +314,18 @@ def told_aberrations(optics: Mapping[str, np.ndarray], table: Mapping[str, np.nd
     return ", ".join(_unusual(optics, usual) + _unusual(table, usual)) or "none"
 
 
-def _unusual(told: Mapping[str, np.ndarray], usual: Mapping[str, float]) -> list[str]:
+def _unusual(
+    told: Mapping[str, np.ndarray], usual: Mapping[str, float | tuple[float, ...]]
+) -> list[str]:
     """Columns that say something else than usual, with the value that is farthest from it."""
     found = []
     for name, column in told.items():
-        off = _all_numbers(column) - usual[name] if name in usual else np.zeros(1)
-        if np.abs(off).max() > 1e-4:
-            found.append(f"{name} ({usual[name] + off[np.abs(off).argmax()]:g})")
+        if name not in usual:
+            continue
+        values = _all_numbers(column)
+        off = np.min([np.abs(values - one) for one in np.atleast_1d(usual[name])], axis=0)
+        if off.max() > 1e-4:
+            found.append(f"{name} ({values[off.argmax()]:g})")
     return found
 
 
