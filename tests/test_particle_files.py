@@ -1326,6 +1326,25 @@ def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
         read_particles(written)
 
 
+@pytest.mark.parametrize("kind", [relion31, relion30, cryosparc])
+def test_an_origin_outside_its_image_is_said(written, tmp_path, kind):
+    path = kind(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_particles(path)
+    if kind is cryosparc:
+        data = np.load(path)
+        data["alignments3D/shift"][4] = 0, -3.01  # of twice the size
+        saved(path, data)
+    else:
+        name, unit = ("rlnOriginYAngst", PIXEL) if kind is relion31 else ("rlnOriginY", 1)
+        block = "particles" if kind is relion31 else ""
+        rewritten(path, put(block, name, -6.02 * unit, row=4))
+    says = r"\.(star|cs): origins of 1 of 6 particles lie outside.* 12 px.*row 5, .*-6.02\) px"
+    with pytest.warns(UserWarning, match=says):
+        read_particles(path)
+
+
 @pytest.mark.parametrize(
     ("block", "columns", "noted"),
     [
@@ -1538,6 +1557,11 @@ def repeated_group(blocks):
     blocks["optics"] = blocks["optics"].iloc[[0, 1, 0]]
 
 
+def only_x_in_pixels(blocks):
+    in_pixels(blocks)
+    drop("particles", "rlnOriginY", "rlnOriginXAngst", "rlnOriginYAngst")(blocks)
+
+
 def no_rows(blocks):
     blocks["particles"] = blocks["particles"].iloc[:0]
 
@@ -1552,6 +1576,11 @@ def no_rows(blocks):
         (drop("particles", "rlnImageName"), "rlnImageName"),
         (drop("optics", "rlnVoltage"), "rlnVoltage"),
         (drop("particles", "rlnDefocusV"), "rlnDefocusV"),
+        (
+            drop("particles", "rlnOriginXAngst"),
+            "has rlnOriginYAngst, but no column rlnOriginXAngst",
+        ),
+        (only_x_in_pixels, "has rlnOriginX, but no column rlnOriginY"),
         (drop("particles", "rlnDefocusU"), "has defocus, but no column rlnDefocusU"),
         (repeated_group, "data_optics: rows 1 and 3, column rlnOpticsGroup: got 1 in both"),
         (

@@ -23,6 +23,7 @@ __all__ = [
     "ctf_parameters",
     "note_contradictions",
     "note_header_pixels",
+    "note_outside",
     "note_unused",
     "optics_rows",
     "pixel_sizes",
@@ -180,7 +181,12 @@ def note_header_pixels(path: Path, images: ImageStack, pixel_size: float) -> Non
 
 def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
     """The particles with origins in angstrom, where the file has them in pixels."""
-    for old, new in zip(("rlnOriginX", "rlnOriginY"), ORIGINS, strict=True):
+    pixels = ("rlnOriginX", "rlnOriginY")
+    told = [name for name in (*pixels, *ORIGINS) if name in table]
+    if len({name.removesuffix("Angst") for name in told}) == 1:
+        other = told[0].translate(str.maketrans("XY", "YX"))
+        raise InputError(f"{path}: has {told[0]}, but no column {other}")
+    for old, new in zip(pixels, ORIGINS, strict=True):
         if old not in table:
             continue
         origin = numbers(path, table, old) * sizes
@@ -198,6 +204,20 @@ def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
             )
         table = {name: column for name, column in table.items() if name != old}
     return table
+
+
+def note_outside(path: Path, shifts_px: np.ndarray, box_px: int) -> None:
+    """Say which particles' origins lie outside their images."""
+    outside = (np.abs(shifts_px) > box_px / 2).any(axis=1)
+    if box_px and outside.any():
+        row = int(np.argmax(outside))
+        x, y = -shifts_px[row]
+        warnings.warn(
+            f"{path}: origins of {outside.sum():,} of {len(outside):,} particles lie outside their "
+            f"images of {box_px} px, such as that of row {row + 1}, ({x:g}, {y:g}) px from the "
+            "middle",
+            stacklevel=3,
+        )
 
 
 def ctf_parameters(

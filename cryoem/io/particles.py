@@ -32,6 +32,7 @@ from .optics import (
     ctf_parameters,
     note_contradictions,
     note_header_pixels,
+    note_outside,
     note_unused,
     optics_rows,
     pixel_sizes,
@@ -123,10 +124,9 @@ def read_particles(
     quaternions, shifts = None, np.zeros((len(group), 2))
     if all(name in table for name in RELION_ANGLES):
         quaternions = rotations.from_relion(*(numbers(path, table, n) for n in RELION_ANGLES))
-    if any(name in table for name in ORIGINS):
-        zeros = np.zeros(len(group))
-        origins = [numbers(path, table, n) if n in table else zeros for n in ORIGINS]
-        shifts = -np.stack(origins, axis=1) / pixel_size
+    if ORIGINS[0] in table:
+        shifts = -np.stack([numbers(path, table, n) for n in ORIGINS], axis=1) / pixel_size
+    note_outside(path, shifts, opened.shape[1])
     note_unused(path, optics, table)
     note_contradictions(path, optics, table, group)
     found, which = aberrations(path, optics, table, group, pixel_size)
@@ -298,10 +298,10 @@ def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
         names = {image_of(str(n))[1] for n in stack.columns.get("rlnImageName", ())}
         made_from += [found for name in names if (found := find_stack(name, folders))]
     if any(path.exists() and path.samefile(beside) for path in made_from):
-        whose = "images" if stack.origin is None else f"the images of {stack.origin.path}"
+        whose = "" if stack.origin is None else f" of {stack.origin.path}"
         raise InputError(
-            f"{beside}: holds {whose}, which these were made from, and would be overwritten; "
-            "wanted another name for the STAR file"
+            f"{beside}: holds the images{whose} that these were made from, and would be "
+            "overwritten; wanted another name for the STAR file"
         )
 
 
