@@ -92,7 +92,9 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
                     "are judged",
                     stacklevel=2,
                 )
-            return np.array([row[name] for name in mine])
+            rows = np.array([row[name] for name in mine])
+            _refuse_other_images(path, particles, truth, known, rows)
+            return rows
         if len(alone) == len(mine):
             why = "they share no image name"
             break
@@ -105,6 +107,45 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
         raise InputError(f"{path} has {len(particles)} rows, {truth} has {len(known)}, and {why}")
     warnings.warn(f"{path} and {truth} are paired by row: {why}", stacklevel=2)
     return np.arange(len(particles))
+
+
+#: How far an image resembles itself at least where it was scaled, inverted or kept in fewer digits.
+ALIKE = 0.99
+
+
+def _refuse_other_images(
+    path: Path, particles: ParticleStack, truth: Path, known: ParticleStack, rows: np.ndarray
+) -> None:
+    """Refuse pairs of one name whose files hold different images: the first, last of two files."""
+    from ..io.stacks import ImageStack
+
+    mine, theirs = particles.images, known.images
+    if not (isinstance(mine, ImageStack) and isinstance(theirs, ImageStack)):
+        return
+    files = np.stack([mine.file, theirs.file[rows]], axis=1)
+    first = np.unique(files, axis=0, return_index=True)[1]
+    last = len(rows) - 1 - np.unique(files[::-1], axis=0, return_index=True)[1]
+    for i in np.concatenate([first, last]).tolist():
+        here, there = mine.layouts[mine.file[i]], theirs.layouts[theirs.file[rows[i]]]
+        if here.path.samefile(there.path):
+            continue
+        one, other = here.mapped()[mine.section[i]], there.mapped()[theirs.section[rows[i]]]
+        if not _alike(np.array(one, np.float64), np.array(other, np.float64)):
+            raise InputError(
+                f"{path}: row {i + 1} and row {rows[i] + 1} of {truth} have one image name, but "
+                f"{here.path} and {there.path} hold different images; wanted names that tell them "
+                "apart"
+            )
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether these are one image, whatever its grey values."""
+    if one.shape != other.shape:
+        return False
+    one, other = one - one.mean(), other - other.mean()
+    return abs(float(np.vdot(one, other))) >= ALIKE * float(
+        np.linalg.norm(one) * np.linalg.norm(other)
+    )
 
 
 def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:
