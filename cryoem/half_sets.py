@@ -13,7 +13,7 @@ from . import rotations
 from .errors import InputError
 from .rotations import Seed
 
-__all__ = ["particles_of", "random_half_sets", "split_particles"]
+__all__ = ["image_of", "particles_of", "random_half_sets", "split_particles"]
 
 #: Pixels of a micrograph within which two images show one particle.
 NEAR_PX = 1.0
@@ -85,13 +85,22 @@ def split_particles(
     return np.array(both, int).reshape(-1, 2)
 
 
+def image_of(name: str) -> tuple[str, str]:
+    """The number and the stack of an image name as ``000001@stack.mrcs``; no number: ``""``.
+
+    The first ``@`` ends the number, as RELION has it; paths may hold others.
+    """
+    digits, _, stack = name.partition("@")
+    return (digits, stack) if digits.isdecimal() and digits.isascii() else ("", name)
+
+
 def _images(names: Iterable[object]) -> np.ndarray:
     """Numbers of image names, alike for ``1@a.mrcs`` and ``000001@./a.mrcs``."""
     stacks: dict[str, str] = {}
     known: dict[tuple[str, str], int] = {}
     found = []
     for name in map(str, names):
-        digits, _, stack = name.rpartition("@")
+        digits, stack = image_of(name)
         if stack not in stacks:
             stacks[stack] = os.path.normpath(stack)
         found.append(known.setdefault((digits.lstrip("0"), stacks[stack]), len(known)))

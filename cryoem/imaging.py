@@ -6,6 +6,7 @@ Each is a function of arrays and a generator. Images are (n, size, size), ``[y, 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -22,6 +23,7 @@ __all__ = [
     "apply_ctf",
     "background_planes",
     "check_images",
+    "check_stack",
     "crop",
     "ctf",
     "downsample",
@@ -47,6 +49,18 @@ def check_images(images: ArrayLike, name: str = "images") -> Float[np.ndarray, "
     bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2))))
     if len(bad):
         raise InputError(f"{name} must be finite: image {bad[0]} is not ({len(bad)} are not)")
+    return images
+
+
+def check_stack(images: Any) -> Any:
+    """Return the images of a stack: arrays as :func:`check_images`, others by their shape alone."""
+    if images is None:
+        raise InputError("a particle stack needs images")
+    if isinstance(images, (np.ndarray, list, tuple)) and not isinstance(images, np.memmap):
+        return check_images(images)
+    shape = images.shape
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise InputError(f"images must have shape (n, size, size), got {tuple(shape)}")
     return images
 
 

@@ -8,6 +8,7 @@ or lie in files; what is asked for is read when it is asked for.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -107,6 +108,8 @@ class ParticleStack:
         Further columns of a particle file, by their names there, in order.
     origin : ParticleFile or None
         Where the stack was read from.
+    made_from : tuple of Path
+        Files of the images that these replaced, which no writer replaces.
     """
 
     images: Images = field(metadata=PER_PARTICLE)
@@ -121,6 +124,7 @@ class ParticleStack:
     noise: Noise | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict, metadata=PER_PARTICLE)
     origin: ParticleFile | None = None
+    made_from: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for f in fields(ParticleStack):
@@ -143,7 +147,7 @@ class ParticleStack:
     def _checked(self, name: str, value: Any) -> Any:
         """A field's value as it is kept, or what is wrong with it."""
         if name == "images":
-            return _checked_images(value)
+            return imaging.check_stack(value)
         if name == "pixel_size_angstrom":
             if not (np.isfinite(value) and value > 0):
                 raise InputError(f"pixel_size_angstrom must be positive, got {value}")
@@ -158,6 +162,8 @@ class ParticleStack:
         elif name == "columns":
             value = {column: np.asarray(values) for column, values in (value or {}).items()}
             for column, values in value.items():
+                if not re.fullmatch(r"[^\s\x00-\x1f\x7f\ud800-\udfff]+", column, re.ASCII):
+                    raise InputError(f"columns: {column!r} is no name; wanted one without blanks")
                 if values.shape != (n,):
                     raise InputError(f"column {column} must hold {n} values, got {values.shape}")
         elif value is None:
@@ -191,6 +197,8 @@ class ParticleStack:
             if name not in {f.name for f in fields(self)}:
                 raise InputError(f"a particle stack has no {name}")
             object.__setattr__(new, name, self._checked(name, value))
+        if "images" in changes:
+            object.__setattr__(new, "made_from", (*{*self.made_from, *files_of(self.images)},))
         if len(new) != len(self):
             raise InputError(f"images: wanted {len(self)}, one a particle, got {len(new)}")
         return new
@@ -206,10 +214,8 @@ class ParticleStack:
         names = {f.name for f in fields(ParticleStack)}
         known = self.replace(**{name: more[name] for name in more.keys() & names})
         new = object.__new__(kind)
-        for name in names:
-            object.__setattr__(new, name, getattr(known, name))
-        for name in more.keys() - names:
-            object.__setattr__(new, name, more[name])
+        own = {name: more[name] for name in more.keys() - names}
+        vars(new).update({name: getattr(known, name) for name in names} | own)
         return new
 
     def select(self, rows: Rows) -> Self:
@@ -434,15 +440,9 @@ def _changed(images: Any, now: Callable[[np.ndarray], np.ndarray], later: str) -
     return getattr(lazy, later)()
 
 
-def _checked_images(images: Any) -> Images:
-    if images is None:
-        raise InputError("a particle stack needs images")
-    if isinstance(images, (np.ndarray, list, tuple)) and not isinstance(images, np.memmap):
-        return imaging.check_images(images)
-    shape = images.shape
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise InputError(f"images must have shape (n, size, size), got {tuple(shape)}")
-    return images
+def files_of(images: Any) -> tuple[Path, ...]:
+    """The files that images lie in."""
+    return tuple(layout.path for layout in getattr(images, "layouts", ()))
 
 
 def _finite(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:

@@ -332,6 +332,36 @@ def test_orientations_of_other_images_are_not_compared(folder, tmp_path):
     assert "4 images are only in" in said and "0 only in" in said and "1.star shows 0000" in said
 
 
+@pytest.mark.parametrize("kind", ["reversed", "smaller", "last", "turned"])
+def test_images_of_one_name_in_two_folders_are_told_apart(folder, tmp_path, kind):
+    images = mrcfile.read(folder / "particles.mrcs")[:30]
+    other = {
+        "reversed": images[::-1],
+        "smaller": images[:, 4:-4, 4:-4],
+        "last": np.concatenate([images[:-1], images[:1]]),
+        "turned": (7 - 2 * images).astype(np.float16),
+    }[kind]
+    for name, values in (("A", images), ("B", other)):
+        (tmp_path / name).mkdir()
+        with mrcfile.new(tmp_path / name / "x.mrcs") as mrc:
+            mrc.set_data(values)
+            mrc.set_image_stack()
+            mrc.voxel_size = read_particles(folder / "particles.star").pixel_size_angstrom
+    first, second = (
+        with_names(folder, tmp_path / f"{name}.star", lambda n, s, name=name: f"{n}@{name}/x.mrcs")
+        for name in "AB"
+    )
+    size = re.compile(rf"\b{images.shape[1]}\b(?=\t2\n)")
+    second.write_text(size.sub(str(other.shape[1]), second.read_text(), count=1))
+    if kind == "turned":  # moved and written anew
+        done = run("evaluate", first, "--truth", second, "--json")
+        assert json.loads(done.stdout)["unaligned_mean_rad"] == 0
+        return
+    said = run("evaluate", first, "--truth", second, code=1).stderr
+    row = 30 if kind == "last" else 1
+    assert f"row {row} and row {row} of" in said and "hold different images" in said
+
+
 def test_what_a_map_does_not_say_is_noted_and_can_be_told(folder, tmp_path):
     cube = read_density(folder / "map.mrc")
     write_density(tmp_path / "one.mrc", dataclasses.replace(cube, voxel_size_angstrom=1.0))

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import gemmi
 import mrcfile
 import numpy as np
+import numpy.lib.recfunctions
 import pandas as pd
 import pytest
 import starfile
@@ -45,6 +46,7 @@ from cryoem import (
     write_particles,
 )
 from cryoem.errors import InputError, StorageError
+from cryoem.half_sets import particles_of
 from cryoem.io import files, star
 from cryoem.io.stacks import ImageStack
 from cryoem.particles import CtfParameters
@@ -210,6 +212,48 @@ def test_passthrough_files_that_contradict_each_other_are_refused(
         read_particles(path)
 
 
+@pytest.mark.parametrize("field", ["alignments3D/psize_A", "blob/psize_A"])
+@pytest.mark.parametrize("value", [0, np.nan, -3.67, np.inf])
+def test_an_alignment_without_pixels_is_refused(written, tmp_path, value, field):
+    path = cryosparc(tmp_path)
+    data = np.load(path)
+    data[field][2] = value
+    if field == "blob/psize_A":
+        fields = [name for name in data.dtype.names if name != "alignments3D/psize_A"]
+        data = np.lib.recfunctions.repack_fields(data[fields])
+    saved(path, data)
+    says = rf"J1_particles\.cs: row 3, field {field}: got {value:g}, wanted"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize("field", ["ctf/df1_A", "blob/path", "ctf/exp_group_id", None])
+def test_a_particle_that_a_passthrough_holds_twice_is_told_alike(written, tmp_path, field):
+    path = cryosparc(tmp_path, passthrough=True)
+    beside = tmp_path / "J1_passthrough_particles.cs"
+    data = np.load(beside)
+    other = data[[2, 4]].copy()
+    if field is not None:
+        other[field][1] = b"other.mrcs" if field == "blob/path" else other[field][1] + 1
+    saved(beside, np.concatenate([data, other]))
+    if field in (None, "ctf/exp_group_id"):  # nothing comes of it
+        np.testing.assert_array_equal(read_particles(path).images[:], IMAGES)
+        return
+    says = rf"passthrough_particles\.cs: rows 5 and 8 give different values of {field} to one.* 9;"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
+@pytest.mark.parametrize("passthrough", [False, True])
+def test_a_cryosparc_text_that_no_star_file_can_hold_is_refused(written, tmp_path, passthrough):
+    names = np.array([b"m.mrc", b"a\nb.mrc", *[b"m.mrc"] * 4])
+    more = {"location/micrograph_path": (names, "S16")}
+    path = cryosparc(tmp_path, passthrough=passthrough, more=more)
+    says = r"J1_particles\.cs: field location/micrograph_path, row 2: 'a\\nb\.mrc' cannot stand"
+    with pytest.raises(InputError, match=says):
+        read_particles(path)
+
+
 def test_the_places_of_cryosparcs_particles_are_relions(written, tmp_path):
     more = {
         "location/micrograph_path": (np.full(6, b"m.mrc"), "S8"),
@@ -269,6 +313,29 @@ def test_groups_of_a_relion_30_file_follow_its_rows(written, tmp_path):
     np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, [200, 300, 300, 200, 300, 300])
     assert list(back.columns["rlnOpticsGroup"]) == [1, 2, 2, 1, 2, 2]
     assert list(back.optics_group) == [0, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("own", "numbers", "groups", "names"),
+    [
+        ([4, 2, 4, 2, 9, 9], [4, 2, 4, 2, 9, 9], [4, 2, 9], ["4", "2", "9"]),
+        ([1, 1, 1, 2, 2, 2], [1, 3, 3, 2, 4, 4], [1, 3, 2, 4], ["1", "1_3", "2", "2_4"]),
+    ],
+)
+def test_groups_that_a_relion_30_file_has_are_kept(written, tmp_path, own, numbers, groups, names):
+    def change(blocks):
+        blocks[""]["rlnOpticsGroup"] = own
+        blocks[""]["rlnVoltage"] = [200, 300, 300, 200, 300, 300]
+        if own[0] == 4:
+            blocks[""]["rlnVoltage"] = [200, 300, 200, 300, 200, 200]
+
+    back = read_particles(rewritten(relion30(tmp_path), change))
+    assert list(back.columns["rlnOpticsGroup"]) == numbers
+    optics = back.origin.optics
+    assert list(optics["rlnOpticsGroup"]) == groups
+    assert list(optics["rlnOpticsGroupName"]) == [f"opticsGroup{name}" for name in names]
+    wanted = [200, 300, 200, 300, 200, 200] if own[0] == 4 else [200, 300, 300, 200, 300, 300]
+    np.testing.assert_array_equal(back.ctf_parameters.voltage_kv, wanted)
 
 
 STRANGE = """# version 30001
@@ -378,6 +445,43 @@ def test_a_name_that_no_file_can_hold_is_refused(written, tmp_path, name):
     with pytest.raises(InputError, match=r"a\.star: data_particles: column myName, row 2: .*stand"):
         write_particles(tmp_path / "a.star", particles)
     assert not (tmp_path / "a.star").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "kind"),
+    [
+        ("rlnGroupName", ["1.10", "1.1", "1e3", "1000", "2.0", "2"], "O"),
+        ("rlnMicrographName", ["1.10", "1.1", "7", "007", "+7", "7."], "O"),
+        ("rlnCtfImage", ["1", "2", "3", "4", "5", "6"], "O"),
+        ("myLabel", ["1.10", "1.1", "1.2", "1.3", "1.4", "1.5"], "O"),
+        ("myLabel", ["2.0", "2", "2.5", "3", "4", "5"], "O"),
+        ("myLabel", ["0.1234567890123456789", "1.5", "2.5", "3.5", "4.5", "5.5"], "O"),
+        ("uid", [str(2**64 - 1), str(2**63), "1", "2", "3", "4"], "u"),
+        ("uid", [str(2**63), "-1", "1", "2", "3", "4"], "O"),
+        ("uid", [str(2**64), "0", "1", "2", "3", "4"], "O"),
+        ("myScore", ["0.5", "1e-12", "-2.25", "3.0", "1e+20", "0.1"], "f"),
+    ],
+)
+def test_a_column_stays_as_it_stands_whatever_it_looks_like(written, tmp_path, name, texts, kind):
+    lines = written.read_text().replace("#11\n", f"#11\n_{name} #12\n").split("\n")
+    rows = iter(texts)
+    lines = [f"{line}\t{next(rows)}" if "@" in line else line for line in lines]
+    written.write_text("\n".join(lines))
+    stack = read_particles(written)
+    assert stack.columns[name].dtype.kind == kind
+    for part, wanted in ((stack, texts), (stack.select(slice(2)), texts[:2])):
+        write_particles(tmp_path / "new.star", part)
+        found = columns_of((tmp_path / "new.star").read_text())["particles"][f"_{name}"]
+        assert found == wanted
+
+
+def test_decimals_of_relions_columns_are_numbers(written):
+    text = written.read_text().replace("#11\n", "#11\n_rlnNormCorrection #12\n_cryoemScore #13\n")
+    written.write_text(re.sub(r"(?m)^(\d+@.*)$", "\\1\t0.770000\t1.50", text))
+    found = read_particles(written).columns
+    assert (
+        list(found["rlnNormCorrection"]) == [0.77] * 6 and list(found["cryoemScore"]) == [1.5] * 6
+    )
 
 
 @pytest.mark.parametrize("head", [b"", b"\xef\xbb\xbf"])
@@ -785,6 +889,35 @@ def test_names_are_relative_as_users_have_them(written, tmp_path, monkeypatch, p
     assert (kept == "1@Extract/particles.mrcs") == (place != "working directory")
 
 
+@pytest.mark.parametrize("kind", ["star", "cs", "written", "one image"])
+def test_the_first_at_sign_of_a_name_ends_its_number(written, tmp_path, kind):
+    folder = tmp_path / "7@us@er"
+    folder.mkdir()
+    stack = folder / "p@1.mrcs"
+    shutil.copy(written.with_suffix(".mrcs"), stack)
+    wanted = IMAGES
+    if kind == "star":
+        path = rewritten(written, names([f"{i + 1:06d}@7@us@er/p@1.mrcs" for i in range(6)]))
+    elif kind == "cs":
+        path = cryosparc(tmp_path, stack=b">7@us@er/p@1.mrcs")
+    elif kind == "written":
+        path = folder / "sim@9A.star"
+        write_particles(path, in_memory())
+    else:
+        mrcfile.write(tmp_path / "a@1.mrc", IMAGES[0])
+        mrcfile.write(folder / "b.mrc", IMAGES[1])
+        path = rewritten(written, names(["a@1.mrc", "1@7@us@er/b.mrc", *["a@1.mrc"] * 4]))
+        wanted = IMAGES[[0, 1, 0, 0, 0, 0]]
+    particles = read_particles(path)
+    np.testing.assert_array_equal(particles.images[:], wanted)
+    assert len(set(particles_of(particles.columns, 6))) == (2 if kind == "one image" else 6)
+    for new in (tmp_path / "new@.star", tmp_path / "elsewhere" / "new.star"):
+        write_particles(new, particles)
+        np.testing.assert_array_equal(read_particles(new).images[:], wanted)
+        told = starfile.read(new)["particles"]["rlnImageName"]
+        assert all(re.match("[0-9]+@", name) for name in told)
+
+
 def test_another_stack_of_the_same_name_is_not_taken_for_the_right_one(written, tmp_path):
     (tmp_path / "b").mkdir()
     mrcfile.write(tmp_path / "b" / "particles.mrcs", -IMAGES)
@@ -1090,6 +1223,78 @@ def test_the_scale_of_the_ctf_is_used(written, tmp_path):
     )
 
 
+def flagged_without_defocus(blocks):
+    drop("particles", *DEFOCUS)(blocks)
+    put("optics", "rlnCtfDataAreCtfPremultiplied", 1)(blocks)
+
+
+def contradicting(blocks):
+    put("particles", "rlnVoltage", 200.0)(blocks)
+    put("particles", "rlnCtfDataAreCtfPremultiplied", 1, row=4)(blocks)
+    put("optics", "rlnCtfDataAreCtfPremultiplied", 1)(blocks)
+    put("particles", "rlnOddZernike", "[0,0.5]")(blocks)
+    put("optics", "rlnOddZernike", "[0,0.5]")(blocks)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (flagged_without_defocus, "images are premultiplied (row 1), and no column rlnDefocusU"),
+        (lambda b: drop("particles", "rlnDefocusAngle")(b), "rlnDefocusV are up to 1000 A apart"),
+        (contradicting, "followed: rlnVoltage (200.0 in row 1, 300.0 in its group), "
+         "rlnCtfDataAreCtfPremultiplied (0 in row 1, 1 in its group)"),
+    ],
+)  # fmt: skip
+def test_a_ctf_that_is_told_in_part_or_twice_is_said(written, tmp_path, change, said):
+    with pytest.warns(UserWarning, match=re.escape(said)) as caught:
+        stack = read_particles(rewritten(written, change))
+    assert len(caught) == 1 and str(written) in str(caught[0].message)
+    if change is contradicting:
+        assert set(stack.ctf_parameters.voltage_kv) == {200}
+        assert list(stack.ctf_parameters.images) == [*["as seen"] * 4, "premultiplied", "as seen"]
+        write_particles(tmp_path / "new.star", stack)
+        assert list(starfile.read(tmp_path / "new.star")["optics"]["rlnVoltage"]) == [200]
+    elif change is flagged_without_defocus:
+        assert stack.ctf_parameters is None
+    else:
+        assert not stack.ctf_parameters.defocus_angle_degrees.any()
+
+
+def test_a_small_astigmatism_needs_no_angle(written):
+    def change(blocks):
+        put("particles", "rlnDefocusV", 1e4)(blocks)
+        put("particles", "rlnDefocusU", 10000.5)(blocks)
+        drop("particles", "rlnDefocusAngle")(blocks)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_particles(rewritten(written, change))
+
+
+def test_the_defocus_of_an_optics_group_is_its_particles(written, tmp_path):
+    def change(blocks):
+        drop("particles", *DEFOCUS)(blocks)
+        two_groups(blocks)
+        blocks["optics"] = blocks["optics"].assign(
+            rlnDefocusU=[1e4, 2e4], rlnDefocusV=[1.1e4, 2.1e4], rlnDefocusAngle=[10.0, 20.0]
+        )
+
+    stack, new = read_particles(rewritten(written, change)), tmp_path / "new.star"
+    first = np.array([2e4, 1e4, 1e4, 2e4, 1e4, 1e4])
+    np.testing.assert_array_equal(stack.ctf_parameters.defocus_u_angstrom, first)
+    np.testing.assert_array_equal(stack.ctf_parameters.defocus_v_angstrom, first + 1000)
+    write_particles(new, stack)
+    assert "rlnDefocusU" not in read_particles(new).columns
+    # What the particles say otherwise stands in one place, and what is forgotten in none.
+    other = CtfParameters(*DEFOCUS.values(), voltage_kv=stack.ctf_parameters.voltage_kv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_particles(new, stack.replace(ctf_parameters=other))
+        np.testing.assert_array_equal(read_particles(new).ctf(), other.values(12, PIXEL))
+        write_particles(new, stack.replace(ctf_parameters=None))
+        assert read_particles(new).ctf_parameters is None
+
+
 def in_pixels(blocks):
     table = blocks["particles"]
     for axis in "XY":
@@ -1121,6 +1326,25 @@ def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
         read_particles(written)
 
 
+@pytest.mark.parametrize("kind", [relion31, relion30, cryosparc])
+def test_an_origin_outside_its_image_is_said(written, tmp_path, kind):
+    path = kind(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_particles(path)
+    if kind is cryosparc:
+        data = np.load(path)
+        data["alignments3D/shift"][4] = 0, -3.01  # of twice the size
+        saved(path, data)
+    else:
+        name, unit = ("rlnOriginYAngst", PIXEL) if kind is relion31 else ("rlnOriginY", 1)
+        block = "particles" if kind is relion31 else ""
+        rewritten(path, put(block, name, -6.02 * unit, row=4))
+    says = r"\.(star|cs): origins of 1 of 6 particles lie outside.* 12 px.*row 5, .*-6.02\) px"
+    with pytest.warns(UserWarning, match=says):
+        read_particles(path)
+
+
 @pytest.mark.parametrize(
     ("block", "columns", "noted"),
     [
@@ -1129,6 +1353,8 @@ def test_origins_that_contradict_each_other_are_refused(written, tmp_path):
         ("optics", {"ctf/trefoil_A": "0,-3.5", "ctf/tilt_A": "0,0"}, ["ctf/trefoil_A (-3.5)"]),
         ("optics", {"rlnBeamTiltX": 0.3, "rlnOddZernike": "[0,0,-3.5,0]", "rlnMagMat00": 1.007,
                     "rlnEvenZernike": "[0,1]"}, []),
+        ("particles", {"rlnIsFlip": 1}, ["rlnIsFlip (1)"]),
+        ("particles", {"rlnIsFlip": 0}, []),
         ("particles", {"otherIsPhaseFlipped": "True"}, ["otherIsPhaseFlipped (1)"]),
         ("particles", {"rlnAnglePsiFlipRatio": 0.5, "rlnNormCorrection": 0.7}, []),
         ("optics", {"rlnBeamTiltX": 0.0, "rlnBeamTiltY": "None", "rlnMagMat11": 1,
@@ -1165,6 +1391,21 @@ def test_what_cryosparc_knows_and_is_not_used_is_said(written, tmp_path):
     }
     with pytest.warns(UserWarning, match=r"J1_particles\.cs: .*not used: ctf/tilt_A \(0.4\)$"):
         read_particles(cryosparc(tmp_path, more=more))
+    more = {
+        "ctf/scale_const": (np.arange(n) % 2, "f4"),
+        "alignments3D/alpha": (np.linspace(0.8, 1.1, n), "f4"),
+        "alignments2D/shift": (np.full((n, 2), [0, -3]), ("f4", (2,))),
+    }
+    path = cryosparc(tmp_path, more=more)
+    with pytest.warns(UserWarning, match=r"not used: alignments3D/alpha \(0.8\)$"):
+        read_particles(path)
+    data = np.load(path)
+    data["ctf/scale_const"] = 5
+    fields = [name for name in data.dtype.names if name != "alignments3D/shift"]
+    saved(path, np.lib.recfunctions.repack_fields(data[fields]))
+    says = r"ctf/scale_const \(5\), alignments3D/alpha \(0.8\), alignments2D/shift \(-3\)$"
+    with pytest.warns(UserWarning, match=says):
+        read_particles(path)
 
 
 # --------------------------------------------------------------------------------------
@@ -1311,6 +1552,16 @@ def other_pixel_size(blocks):
     blocks["optics"]["rlnOpticsGroupName"] = ["opticsGroup1", "second"]
 
 
+def repeated_group(blocks):
+    two_groups(blocks)
+    blocks["optics"] = blocks["optics"].iloc[[0, 1, 0]]
+
+
+def only_x_in_pixels(blocks):
+    in_pixels(blocks)
+    drop("particles", "rlnOriginY", "rlnOriginXAngst", "rlnOriginYAngst")(blocks)
+
+
 def no_rows(blocks):
     blocks["particles"] = blocks["particles"].iloc[:0]
 
@@ -1325,6 +1576,13 @@ def no_rows(blocks):
         (drop("particles", "rlnImageName"), "rlnImageName"),
         (drop("optics", "rlnVoltage"), "rlnVoltage"),
         (drop("particles", "rlnDefocusV"), "rlnDefocusV"),
+        (
+            drop("particles", "rlnOriginXAngst"),
+            "has rlnOriginYAngst, but no column rlnOriginXAngst",
+        ),
+        (only_x_in_pixels, "has rlnOriginX, but no column rlnOriginY"),
+        (drop("particles", "rlnDefocusU"), "has defocus, but no column rlnDefocusU"),
+        (repeated_group, "data_optics: rows 1 and 3, column rlnOpticsGroup: got 1 in both"),
         (
             other_pixel_size,
             r"row 2: rlnImagePixelSize is 3.67 A.*\(opticsGroup1\).*1 \(second\).*one pixel size",
@@ -1538,3 +1796,28 @@ def test_changed_images_never_replace_those_that_they_were_made_from(written):
     write_particles(written.with_name("turned.star"), stack.with_images(-stack.images[:]))
     turned = read_particles(written.with_name("turned.star"))
     np.testing.assert_array_equal(turned.images[:], -stack.images[:])
+
+
+@pytest.mark.parametrize("kind", ["stack alone", "some rows", "another's images"])
+def test_files_of_images_are_never_replaced_by_what_was_made_of_them(written, tmp_path, kind):
+    (tmp_path / "b").mkdir()
+    other = tmp_path / "b" / "other.mrcs"
+    shutil.copy(written.with_suffix(".mrcs"), other)
+    if kind == "stack alone":
+        stack = read_particles(other)
+    elif kind == "some rows":  # none of which lies in the file
+        apart = [f"{i + 1}@{'b/other' if i > 3 else 'particles'}.mrcs" for i in range(6)]
+        stack = read_particles(rewritten(written, names(apart))).select(slice(4))
+    else:
+        stack = read_particles(written).with_images(read_particles(other).images)
+    before = other.read_bytes()
+    for made in (
+        stack.with_images(-stack.images[:]),
+        stack.select(slice(3)).with_images(IMAGES[:3]),
+    ):
+        again = made.with_poses(Q[: len(made)]).select(slice(2)).with_images(made.images[:2])
+        for changed in (made, again):
+            with pytest.raises(InputError, match=r"other\.mrcs: holds .*would be overwritten"):
+                write_particles(tmp_path / "b" / "other.star", changed)
+            assert write_particles(tmp_path / "new.star", changed) == tmp_path / "new.mrcs"
+    assert other.read_bytes() == before

@@ -139,6 +139,10 @@ def test_a_stack_does_not_change():
         ({"expected_error_rad": np.ones((6, 1))}, r"expected_error_rad.*\(6,\), got \(6, 1\)"),
         ({"columns": {"a": [1]}}, r"column a must hold 6 values, got \(1,\)"),
         ({"columns": {"a": 1}}, "column a must hold 6"),
+        *(
+            ({"columns": {name: np.arange(6)}}, "is no name; wanted one without blanks")
+            for name in ("my col", "", "a\tb", "x\ny", " a", "a\0", "\ud800")
+        ),
         ({"columns": {"a": np.zeros((6, 2))}}, r"column a must hold 6 values, got \(6, 2\)"),
     ],
 )

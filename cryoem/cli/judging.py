@@ -12,6 +12,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
+from ..half_sets import image_of
 from .options import (
     Json,
     MapVoxelSize,
@@ -91,7 +92,9 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
                     "are judged",
                     stacklevel=2,
                 )
-            return np.array([row[name] for name in mine])
+            rows = np.array([row[name] for name in mine])
+            _refuse_other_images(path, particles, truth, known, rows)
+            return rows
         if len(alone) == len(mine):
             why = "they share no image name"
             break
@@ -106,12 +109,51 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
     return np.arange(len(particles))
 
 
+#: How far an image resembles itself at least where it was scaled, inverted or kept in fewer digits.
+ALIKE = 0.99
+
+
+def _refuse_other_images(
+    path: Path, particles: ParticleStack, truth: Path, known: ParticleStack, rows: np.ndarray
+) -> None:
+    """Refuse pairs of one name whose files hold different images: the first, last of two files."""
+    from ..io.stacks import ImageStack
+
+    mine, theirs = particles.images, known.images
+    if not (isinstance(mine, ImageStack) and isinstance(theirs, ImageStack)):
+        return
+    files = np.stack([mine.file, theirs.file[rows]], axis=1)
+    first = np.unique(files, axis=0, return_index=True)[1]
+    last = len(rows) - 1 - np.unique(files[::-1], axis=0, return_index=True)[1]
+    for i in np.concatenate([first, last]).tolist():
+        here, there = mine.layouts[mine.file[i]], theirs.layouts[theirs.file[rows[i]]]
+        if here.path.samefile(there.path):
+            continue
+        one, other = here.mapped()[mine.section[i]], there.mapped()[theirs.section[rows[i]]]
+        if not _alike(np.array(one, np.float64), np.array(other, np.float64)):
+            raise InputError(
+                f"{path}: row {i + 1} and row {rows[i] + 1} of {truth} have one image name, but "
+                f"{here.path} and {there.path} hold different images; wanted names that tell them "
+                "apart"
+            )
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether these are one image, whatever its grey values."""
+    if one.shape != other.shape:
+        return False
+    one, other = one - one.mean(), other - other.mean()
+    return abs(float(np.vdot(one, other))) >= ALIKE * float(
+        np.linalg.norm(one) * np.linalg.norm(other)
+    )
+
+
 def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:
     """The number of each image in its stack, the stack's name, and its folders from within."""
     found: list[tuple[object, ...]] = []
     parts: dict[str, tuple[str, ...]] = {}
     for name in map(str, particles.columns.get("rlnImageName", ())):
-        number, _, stack = name.rpartition("@")
+        number, stack = image_of(name)
         if stack not in parts:
             parts[stack] = Path(os.path.normpath(stack)).parts[::-1]
         found.append((int(number or 1), *parts[stack]))
@@ -187,7 +229,7 @@ def _told_of(stack: ParticleStack) -> dict[str, object]:
     from ..surveying import told
 
     optics = {} if stack.origin is None else stack.origin.optics
-    names = {str(name).rpartition("@")[2] for name in stack.columns.get("rlnImageName", ["@"])}
+    names = {image_of(str(name))[1] for name in stack.columns.get("rlnImageName", [""])}
     return {
         "kind": "particles" if stack.origin else "images alone",
         "particles": len(stack),

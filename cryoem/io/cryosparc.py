@@ -89,6 +89,9 @@ class _Fields:
         if len(next(iter(self.values.values()))) == 0:
             raise InputError(f"{path}: no particles")
         self.values = _with_passthroughs(path, self.values)
+        for name, column in self.values.items():
+            if column.dtype.kind in "SU":  # before anything is computed
+                texts(_column(column), f"{path}: field {name}, ")
         for name in ("blob/path", "blob/idx", "blob/psize_A"):
             if name not in self.values:
                 raise InputError(f"{path}: no field {name}, neither here nor in a passthrough file")
@@ -140,8 +143,15 @@ def _add_alignment(fields: _Fields, columns: Table) -> None:
         angles = rotations.to_relion(Rotation.from_rotvec(pose).as_quat())
         columns.update(zip(rotations.RELION_ANGLES, angles.T, strict=True))
     if "alignments3D/shift" in fields.values:
-        pixel = "alignments3D/psize_A"
-        scale = fields.numbers(pixel) if pixel in fields.values else columns["rlnImagePixelSize"]
+        pixel, scale = "blob/psize_A", columns["rlnImagePixelSize"]
+        if "alignments3D/psize_A" in fields.values:
+            pixel = "alignments3D/psize_A"
+            scale = fields.numbers(pixel)
+        if (bad := ~(np.isfinite(scale) & (scale > 0))).any():
+            raise InputError(
+                f"{fields.path}: row {np.argmax(bad) + 1}, field {pixel}: got {scale[bad][0]:g}, "
+                "wanted the pixel size of alignments3D/shift, angstrom"
+            )
         shift = fields.numbers("alignments3D/shift", 2) * scale[:, None]
         columns.update(zip(ORIGINS, shift.T, strict=True))
 
@@ -156,7 +166,7 @@ def _with_passthroughs(path: Path, fields: dict[str, np.ndarray]) -> dict[str, n
         known = more.get("uid")
         if uid is None or known is None or not len(known) or not uid.ndim == known.ndim == 1:
             continue
-        order = np.argsort(known)
+        order = np.argsort(known, kind="stable")
         place = order[np.minimum(np.searchsorted(known, uid, sorter=order), len(known) - 1)]
         if (here := known[place] == uid).any() and not here.all():
             warnings.warn(
@@ -166,10 +176,19 @@ def _with_passthroughs(path: Path, fields: dict[str, np.ndarray]) -> dict[str, n
             )
         if not here.all():
             continue
+        twice = np.flatnonzero(known[order][1:] == known[order][:-1])
         for name in more:
             values = more[name][place]
             if name in fields:
                 continue
+            first, second = order[twice], order[twice + 1]
+            if name in READ and not _equal(more[name][first], more[name][second]):
+                rows = zip(first, second, strict=True)
+                one, other = next(r for r in rows if not _equal(*more[name][list(r)]))
+                raise InputError(
+                    f"{beside}: rows {one + 1} and {other + 1} give different values of {name} to "
+                    f"one particle, uid {known[one]}; wanted it once"
+                )
             if name not in added:
                 added[name], source[name] = values, beside.name
             elif name in READ and not _equal(added[name], values):

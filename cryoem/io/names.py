@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from ..half_sets import image_of
 from . import stacks
 from .stacks import ImageStack
 
@@ -44,9 +45,11 @@ def open_images(path: Path, names: Iterable[object]) -> ImageStack:
     file, section = [], []
     for row, name in enumerate(map(str, names)):
         where = f"{path}: row {row + 1}, column rlnImageName: "
-        digits, at, stack = name.rpartition("@")
+        digits, stack = image_of(name)
         if stack not in index:
             found = find_stack(stack, folders)
+            if found is None and "@" in stack and not digits:
+                raise NoSuchStackError(f"{where}got {name!r}, wanted 000001@stack.mrcs")
             if found is None:
                 raise NoSuchStackError(
                     f"{where}{stack!r}: no such file in the folder of the particles, in one above "
@@ -56,7 +59,7 @@ def open_images(path: Path, names: Iterable[object]) -> ImageStack:
             layouts.append(stacks.layout(found))
         layout = layouts[index[stack]]
         held, *edges = layout.shape
-        if not (re.fullmatch("[0-9]{1,9}", digits) if at else held == 1):
+        if not (re.fullmatch("[0-9]{1,9}", digits) if digits else held == 1):
             raise InputError(
                 f"{where}got {name!r}, wanted 000001@stack.mrcs ({stack} holds {held} images)"
             )
@@ -93,13 +96,14 @@ def names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.n
     renamed: dict[tuple[int, str], str] = {}
     found = []
     for row, (file, section) in enumerate(zip(images.file, images.section, strict=True)):
-        digits, _, stack = ("" if names is None else str(names[row])).rpartition("@")
+        digits, stack = image_of("" if names is None else str(names[row]))
         layout = images.layouts[file]
         if (file, stack) not in renamed:
             there, here = layout.path.absolute(), find_stack(stack, folders)
             same = here is not None and here.samefile(there)
             renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
-        if int(digits or layout.shape[0] == 1) != section + 1:
+        numbered = digits or layout.shape[0] > 1 or "@" in renamed[file, stack]
+        if numbered and int(digits or 0) != section + 1:
             digits = f"{section + 1:06d}"
         of_many = layout.shape[0] > 1 and layout.path.suffix not in STACKS
         end = ":mrcs" if of_many else ""

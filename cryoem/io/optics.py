@@ -21,7 +21,9 @@ __all__ = [
     "MICROSCOPE",
     "ctf_columns",
     "ctf_parameters",
+    "note_contradictions",
     "note_header_pixels",
+    "note_outside",
     "note_unused",
     "optics_rows",
     "pixel_sizes",
@@ -55,16 +57,24 @@ DONE = {
 }
 
 #: Columns that are not used, and what they say where that changes nothing.
-UNUSED = {
+UNUSED: dict[str, float | tuple[float, ...]] = {
+    "rlnIsFlip": 0.0,
     "rlnOriginZ": 0.0,
     "rlnOriginZAngst": 0.0,
+    "alignments2D/shift": 0.0,
+    "alignments3D/alpha": 1.0,
     "ctf/scale": 1.0,
+    "ctf/scale_const": (0.0, 1.0),
     "ctf/shift_A": 0.0,
     "ctf/tilt_A": 0.0,
     "ctf/trefoil_A": 0.0,
     "ctf/tetra_A": 0.0,
     "ctf/anisomag": 0.0,
 }
+#: Columns that a particle may have of its own, beside its optics group's.
+OWN = (*CTF, *DONE.values(), *UNDONE, EVEN, "cryoemSign")
+#: Defocus in U and V that differs no further is round, angstrom.
+ROUND = 1.0
 #: Names by which other programs may say what was done to the images.
 TOLD_OTHERWISE = re.compile("phase_?flip|premultipl", re.IGNORECASE)
 #: What only particles of tomograms have.
@@ -80,7 +90,13 @@ def optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
         raise InputError(f"{path}: no column rlnOpticsGroup in {block}")
     groups = numbers(path, optics, "rlnOpticsGroup", "data_optics: ")
     wanted = numbers(path, table, "rlnOpticsGroup")
-    order = np.argsort(groups)
+    order = np.argsort(groups, kind="stable")
+    if len(twice := np.flatnonzero(np.diff(groups[order]) == 0)):
+        first, second = order[twice[0] : twice[0] + 2]
+        raise InputError(
+            f"{path}: data_optics: rows {first + 1} and {second + 1}, column rlnOpticsGroup: got "
+            f"{groups[first]:g} in both, wanted one row a group"
+        )
     place = order[np.minimum(np.searchsorted(groups, wanted, sorter=order), len(groups) - 1)]
     if (bad := groups[place] != wanted).any():
         raise InputError(
@@ -165,7 +181,12 @@ def note_header_pixels(path: Path, images: ImageStack, pixel_size: float) -> Non
 
 def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
     """The particles with origins in angstrom, where the file has them in pixels."""
-    for old, new in zip(("rlnOriginX", "rlnOriginY"), ORIGINS, strict=True):
+    pixels = ("rlnOriginX", "rlnOriginY")
+    told = [name for name in (*pixels, *ORIGINS) if name in table]
+    if len({name.removesuffix("Angst") for name in told}) == 1:
+        other = told[0].translate(str.maketrans("XY", "YX"))
+        raise InputError(f"{path}: has {told[0]}, but no column {other}")
+    for old, new in zip(pixels, ORIGINS, strict=True):
         if old not in table:
             continue
         origin = numbers(path, table, old) * sizes
@@ -185,11 +206,32 @@ def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
     return table
 
 
+def note_outside(path: Path, shifts_px: np.ndarray, box_px: int) -> None:
+    """Say which particles' origins lie outside their images."""
+    outside = (np.abs(shifts_px) > box_px / 2).any(axis=1)
+    if box_px and outside.any():
+        row = int(np.argmax(outside))
+        x, y = -shifts_px[row]
+        warnings.warn(
+            f"{path}: origins of {outside.sum():,} of {len(outside):,} particles lie outside their "
+            f"images of {box_px} px, such as that of row {row + 1}, ({x:g}, {y:g}) px from the "
+            "middle",
+            stacklevel=3,
+        )
+
+
 def ctf_parameters(
     path: Path, optics: Table, table: Table, group: np.ndarray
 ) -> CtfParameters | None:
     """The parameters of each particle's CTF, or None where the file has no defocus."""
-    if "rlnDefocusU" not in table:
+    even, done = even_zernike(path, optics, table, group), _done(path, optics, table, group)
+    if not any(name in told for name in ("rlnDefocusU", "rlnDefocusV") for told in (optics, table)):
+        if (changed := done != "as seen").any():
+            warnings.warn(
+                f"{path}: images are {done[changed][0]} (row {np.argmax(changed) + 1}), and no "
+                "column rlnDefocusU says by which CTF; they are taken for images without one",
+                stacklevel=3,
+            )
         return None
     parameters: dict[str, np.ndarray] = {}
     for name, (argument, default) in CTF.items():
@@ -203,7 +245,13 @@ def ctf_parameters(
             f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
             "(1 micrometre is 10000), or no defocus columns for images without CTF"
         )
-    even, done = even_zernike(path, optics, table, group), _done(path, optics, table, group)
+    apart = np.abs(parameters["defocus_u_angstrom"] - parameters["defocus_v_angstrom"]).max()
+    if "defocus_angle_degrees" not in parameters and apart > ROUND:
+        warnings.warn(
+            f"{path}: no column rlnDefocusAngle, and rlnDefocusU and rlnDefocusV are up to "
+            f"{apart:g} A apart; an angle of 0 is taken",
+            stacklevel=3,
+        )
     return CtfParameters(**parameters, even_zernike=even, images=done)
 
 
@@ -238,13 +286,35 @@ def refuse_tomograms(path: Path, optics: Table, table: Table, group: np.ndarray)
                 )
 
 
+def note_contradictions(path: Path, optics: Table, table: Table, group: np.ndarray) -> None:
+    """Say where a particle's own columns say otherwise than those of its optics group."""
+    found = []
+    for name in OWN:
+        if name not in optics or name not in table:
+            continue
+        own, groups = table[name], optics[name][group]
+        try:
+            off = ~np.isclose(own.astype(float), groups.astype(float), rtol=1e-6)
+        except ValueError:
+            off = own.astype(str) != groups.astype(str)
+        if off.any():
+            row = int(np.argmax(off))
+            found.append(f"{name} ({own[row]!s} in row {row + 1}, {groups[row]!s} in its group)")
+    if found:
+        warnings.warn(
+            f"{path}: data_particles says otherwise than data_optics, and is followed: "
+            f"{', '.join(found)}",
+            stacklevel=3,
+        )
+
+
 def note_unused(path: Path, optics: Table, table: Table) -> None:
     """Say once which columns would matter and are not used."""
     found = []
     for told in (optics, table):
         for name, column in told.items():
             usual = UNUSED.get(name)
-            if name in DONE.values():
+            if name in DONE.values() or (name == "alignments2D/shift" and ORIGINS[0] in table):
                 continue
             if usual is None and TOLD_OTHERWISE.search(name):
                 usual = 0.0
@@ -264,13 +334,18 @@ def told_aberrations(optics: Mapping[str, np.ndarray], table: Mapping[str, np.nd
     return ", ".join(_unusual(optics, usual) + _unusual(table, usual)) or "none"
 
 
-def _unusual(told: Mapping[str, np.ndarray], usual: Mapping[str, float]) -> list[str]:
+def _unusual(
+    told: Mapping[str, np.ndarray], usual: Mapping[str, float | tuple[float, ...]]
+) -> list[str]:
     """Columns that say something else than usual, with the value that is farthest from it."""
     found = []
     for name, column in told.items():
-        off = _all_numbers(column) - usual[name] if name in usual else np.zeros(1)
-        if np.abs(off).max() > 1e-4:
-            found.append(f"{name} ({usual[name] + off[np.abs(off).argmax()]:g})")
+        if name not in usual:
+            continue
+        values = _all_numbers(column)
+        off = np.min([np.abs(values - one) for one in np.atleast_1d(usual[name])], axis=0)
+        if off.max() > 1e-4:
+            found.append(f"{name} ({values[off.argmax()]:g})")
     return found
 
 
@@ -301,14 +376,20 @@ def same(before: np.ndarray, values: np.ndarray) -> bool:
 
 
 def ctf_columns(stack: ParticleStack, parameters: CtfParameters, optics: Table) -> Table:
-    """Parameters that columns have, and those that the optics groups do not say."""
+    """Parameters that columns have, and those that the optics groups do not say.
+
+    What the groups say otherwise is taken out of ``optics``.
+    """
     columns: Table = {}
     for name, (field, default) in CTF.items():
         values = getattr(parameters, field)
+        other = name in optics and not same(optics[name][stack.optics_group], values)
+        if other and name not in MICROSCOPE:
+            del optics[name]
         if name in stack.columns:
             told = True
-        elif name in optics:
-            told = not same(optics[name][stack.optics_group], values)
+        elif other or name in optics:
+            told = other
         else:
             usual = name == "rlnDefocusAngle" and stack.origin is None
             told = default is None or usual or bool((values != default).any())

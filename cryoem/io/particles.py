@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import rotations
 from ..errors import InputError
-from ..particles import CtfParameters, ParticleFile, ParticleStack
+from ..half_sets import image_of
+from ..particles import CtfParameters, ParticleFile, ParticleStack, files_of
 from ..rotations import RELION_ANGLES
 from . import files, stacks
 from .aberrations import (
@@ -29,7 +30,9 @@ from .optics import (
     MICROSCOPE,
     ctf_columns,
     ctf_parameters,
+    note_contradictions,
     note_header_pixels,
+    note_outside,
     note_unused,
     optics_rows,
     pixel_sizes,
@@ -121,11 +124,11 @@ def read_particles(
     quaternions, shifts = None, np.zeros((len(group), 2))
     if all(name in table for name in RELION_ANGLES):
         quaternions = rotations.from_relion(*(numbers(path, table, n) for n in RELION_ANGLES))
-    if any(name in table for name in ORIGINS):
-        zeros = np.zeros(len(group))
-        origins = [numbers(path, table, n) if n in table else zeros for n in ORIGINS]
-        shifts = -np.stack(origins, axis=1) / pixel_size
+    if ORIGINS[0] in table:
+        shifts = -np.stack([numbers(path, table, n) for n in ORIGINS], axis=1) / pixel_size
+    note_outside(path, shifts, opened.shape[1])
     note_unused(path, optics, table)
+    note_contradictions(path, optics, table, group)
     found, which = aberrations(path, optics, table, group, pixel_size)
     if isinstance(opened, ImageStack):
         opened = opened.without_aberrations(found, which)
@@ -230,9 +233,9 @@ def write_particles(path: PathLike, stack: ParticleStack) -> Path | None:
     if stack.origin is None:  # these come first, as RELION writes them
         first = np.zeros(0)
         table = {"rlnImageName": first, "rlnOpticsGroup": first, **table}
-    for names in _unknown(stack):
-        for name in names:
-            del table[name]
+    for name in [*_unknown(stack, optics)]:
+        table.pop(name, None)
+        optics.pop(name, None)
     table.update(_known_columns(stack, optics))
     blocks = {"optics": optics, "particles": table}
     others = () if stack.origin is None else stack.origin.other_blocks
@@ -287,22 +290,26 @@ def _tell_signs(path: Path, stack: ParticleStack, optics: Table, table: Table) -
 
 def _refuse_to_overwrite(beside: Path, stack: ParticleStack) -> None:
     """Refuse a stack that holds the images which the particles came from."""
-    if stack.origin is None or not beside.exists():
+    if not beside.exists():
         return
-    folders = [*folders_of(stack.origin.path), Path.cwd()]
-    names = {str(n).rpartition("@")[2] for n in stack.columns.get("rlnImageName", ())}
-    if any(found.samefile(beside) for name in names if (found := find_stack(name, folders))):
+    made_from = [*stack.made_from, *files_of(stack.images)]
+    if stack.origin is not None:  # images may have been given to particles read without theirs
+        folders = [*folders_of(stack.origin.path), Path.cwd()]
+        names = {image_of(str(n))[1] for n in stack.columns.get("rlnImageName", ())}
+        made_from += [found for name in names if (found := find_stack(name, folders))]
+    if any(path.exists() and path.samefile(beside) for path in made_from):
+        whose = "" if stack.origin is None else f" of {stack.origin.path}"
         raise InputError(
-            f"{beside}: holds the images of {stack.origin.path}, which these were made from, and "
-            "would be overwritten; wanted another name for the STAR file"
+            f"{beside}: holds the images{whose} that these were made from, and would be "
+            "overwritten; wanted another name for the STAR file"
         )
 
 
-def _unknown(stack: ParticleStack) -> Iterator[tuple[str, ...]]:
+def _unknown(stack: ParticleStack, optics: Table) -> Iterator[str]:
     """Columns of what the file told and the stack no longer knows."""
     for field, names in NEEDED.items():
-        if getattr(stack, field) is None and all(name in stack.columns for name in names):
-            yield names
+        if getattr(stack, field) is None and {*names} <= {*stack.columns, *optics}:
+            yield from names
 
 
 def _known_columns(stack: ParticleStack, optics: Table) -> Table:
@@ -376,10 +383,11 @@ def _optics(path: Path, stack: ParticleStack) -> Table:
         raise InputError(f"{path}: optics_group {group.max()} of {groups} groups, counted from 0")
     first = np.array([np.argmax(group == g) for g in range(groups)])
     for name in MICROSCOPE if parameters is not None else ():
-        if stack.origin is not None and name in stack.columns:
-            continue
         values = getattr(parameters, CTF[name][0])
-        _check_alike(path, name, values, first[group])
+        if stack.origin is None or name not in stack.columns:
+            _check_alike(path, name, values, first[group])
+        elif name not in table:
+            continue
         if name not in table or not same(table[name][group], values):
             table[name] = values[first]
     if stack.origin is None:

@@ -1,8 +1,8 @@
 """STAR files: tables of named columns, read and written with every digit.
 
 A table is a dict of columns in the order of the file. A column holds numbers where that loses
-nothing, and text elsewhere. RELION 3.0's particles are brought into the form of RELION 3.1: a table
-of particles and one of optics groups.
+nothing, and text elsewhere: names are text, RELION's other columns numbers. RELION 3.0's particles
+are brought into the form of RELION 3.1: a table of particles and one of optics groups.
 
 Files are read as RELION reads them, a line of a loop a row. To a reader of CIF a name such as
 ``data_1/a.mrc`` begins a block.
@@ -11,10 +11,12 @@ Files are read as RELION reads them, a line of a loop a row. To a reader of CIF 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -222,6 +224,10 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
         if length(particles) == 0:
             raise InputError(f"{path}: no particles")
         if "optics" not in blocks:
+            if "rlnOpticsGroup" in particles:
+                groups = numbers(path, particles, "rlnOpticsGroup")
+                whole = groups.astype(np.int64)
+                particles["rlnOpticsGroup"] = whole if (whole == groups).all() else groups
             optics, particles = split_optics(particles)
         else:
             optics = _table(f"{path}: data_optics: ", blocks.pop("optics"))
@@ -249,7 +255,7 @@ def _blocks(path: Path) -> dict[str, list[bytes]]:
                 f"got {line[:40].decode(errors='replace')!r})"
             )
     blocks: dict[str, list[bytes]] = {}
-    for start, stop in pairwise([*starts, len(lines)]):
+    for start, stop in itertools.pairwise([*starts, len(lines)]):
         found = _BLOCK.fullmatch(lines[start])
         assert found is not None
         name = found[1].decode(errors="replace")
@@ -291,7 +297,7 @@ def _table(where: str, lines: Sequence[bytes]) -> Table:
         columns |= {name: found[label] for name, label in zip(names, labels, strict=True)}
     if len({len(column) for column in columns.values()}) > 1:
         raise InputError(f"{where}holds several tables; wanted one")
-    return {name: _typed(column) for name, column in columns.items()}
+    return {name: _typed(name, column) for name, column in columns.items()}
 
 
 def _labels(lines: Sequence[bytes], at: int) -> tuple[list[bytes], int]:
@@ -344,25 +350,44 @@ def _values(line: bytes, *, comments: bool = False) -> list[bytes]:
         return line.split()
     found: Iterable[re.Match[bytes]] = _VALUE.finditer(line)
     if comments:
-        found = takewhile(lambda value: not value[0].startswith(b"#"), found)
+        found = itertools.takewhile(lambda value: not value[0].startswith(b"#"), found)
     return [value[value.lastindex or 0] for value in found]
 
 
-def _typed(values: list[bytes]) -> np.ndarray:
-    """Numbers where that loses nothing (7 and -1.50, but neither 007 nor 1_000), else text."""
-    if not b"".join(values).translate(None, b"+-.0123456789eE"):
-        try:
-            whole = np.array(list(map(int, values)), np.int64)
-            if list(map(str, whole.tolist())) == [value.decode() for value in values]:
-                return whole
-        except (ValueError, OverflowError):
-            try:
-                decimals = np.array(list(map(float, values)))
-                if np.isfinite(decimals).all():
-                    return decimals
-            except ValueError:
-                pass
-    return np.array([value.decode() for value in values], object)
+#: RELION's columns of text, whatever it looks like, and all others that end in Name.
+_TEXT = re.compile(
+    ".*Name|rln.*(NameNoDW|File|Image|Stack|Metadata|Coordinates|Comment|PowerSpectrum)"
+)
+
+
+def _typed(name: str, values: list[bytes]) -> np.ndarray:
+    """Numbers where that loses nothing (7 and -1.5, but neither 007 nor 1_000), else text."""
+    texts, found = [value.decode() for value in values], None
+    if not _TEXT.fullmatch(name) and not b"".join(values).translate(None, b"+-.0123456789eE"):
+        with contextlib.suppress(ValueError, OverflowError):
+            found = _as_numbers(name, texts)
+    return np.array(texts, object) if found is None else found
+
+
+def _as_numbers(name: str, texts: list[str]) -> np.ndarray | None:
+    """The numbers of a column, or None where they are text.
+
+    RELION's decimals and ours are numbers. Others may be labels: 1.50 is text, and so are 2 and
+    2.0 in one column.
+    """
+    try:
+        whole = list(map(int, texts))
+    except ValueError:
+        decimals = np.array(list(map(float, texts)))
+        told = dict(zip(texts, map(str, decimals.tolist()), strict=True))
+        known = name.startswith(("rln", "cryoem")) or (
+            len({*told.values()}) == len(told)
+            and all(new in (text, f"{text}.0") for text, new in told.items())
+        )
+        return decimals if known and np.isfinite(decimals).all() else None
+    if list(map(str, whole)) != texts:
+        return None
+    return np.array(whole, np.uint64 if max(whole, default=0) >= 2**63 else np.int64)
 
 
 def split_optics(table: Table) -> tuple[Table, Table]:
@@ -371,19 +396,27 @@ def split_optics(table: Table) -> tuple[Table, Table]:
     Returns
     -------
     optics, particles : Table
-        Groups are numbered from 1 in the order of their first particles.
+        Groups have the numbers that rows give them. A group of several microscopes is split: all
+        but its first, and groups without numbers, are numbered on in the order of their first
+        particles.
     """
     names = [name for name in OPTICS if name in table]
-    groups: dict[tuple[object, ...], int] = {}
-    rows = zip(*(table[name].tolist() for name in names), strict=True)
-    number = [groups.setdefault(row, len(groups) + 1) for row in rows] or [1] * length(table)
+    numbered = table.get("rlnOpticsGroup", np.zeros(length(table), int)).tolist()
+    rows = list(zip(numbered, *(table[name].tolist() for name in names), strict=True))
+    free = itertools.count(int(max(numbered)) + 1)
+    groups: dict[tuple[Any, ...], tuple[Any, str]] = {}
+    taken = set() if "rlnOpticsGroup" in table else {0}
+    for row in dict.fromkeys(rows):
+        number = next(free) if row[0] in taken else row[0]
+        within = f"{row[0]}_" if row[0] in taken and "rlnOpticsGroup" in table else ""
+        groups[row] = number, f"opticsGroup{within}{number}"
+        taken.add(row[0])
+    found = list(zip(*groups.values(), strict=True))
     optics: Table = {
-        "rlnOpticsGroup": np.arange(max(len(groups), 1)) + 1,
-        "rlnOpticsGroupName": np.array(
-            [f"opticsGroup{i + 1}" for i in range(max(len(groups), 1))], object
-        ),
+        "rlnOpticsGroup": np.array(found[0]),
+        "rlnOpticsGroupName": np.array(found[1], object),
     }
     for i, name in enumerate(names):
-        optics[name] = np.array([row[i] for row in groups], table[name].dtype)
+        optics[name] = np.array([row[i + 1] for row in groups], table[name].dtype)
     particles = {name: column for name, column in table.items() if name not in names}
-    return optics, {**particles, "rlnOpticsGroup": np.array(number)}
+    return optics, {**particles, "rlnOpticsGroup": np.array([groups[row][0] for row in rows])}
