@@ -342,13 +342,10 @@ class ParticleStack:
     ) -> Float[np.ndarray, "m ..."] | None:
         """Contrast transfer functions of some particles, (m, size, size // 2 + 1), or None.
 
-        By default of all, which for many particles is more than memory holds. ``at``: those rows
-        and columns alone, (m, k).
+        By default of all, more than memory may hold. ``at``: those rows and columns alone, (m, k).
         """
-        if self.ctf_parameters is None:
-            return None
-        chosen = self.ctf_parameters.select(rows)
-        return chosen.values(self.box_px, self.pixel_size_angstrom, at=at)
+        some = None if self.ctf_parameters is None else self.ctf_parameters.select(rows)
+        return None if some is None else some.values(self.box_px, self.pixel_size_angstrom, at=at)
 
     def whitening(self) -> Float[np.ndarray, "*n y x"] | None:
         """What whitens the images' noise, or None: unknown, or white.

@@ -362,30 +362,33 @@ _TEXT = re.compile(
 
 def _typed(name: str, values: list[bytes]) -> np.ndarray:
     """Numbers where that loses nothing (7 and -1.5, but neither 007 nor 1_000), else text."""
-    texts, found = [value.decode() for value in values], None
+    found = None
     if not _TEXT.fullmatch(name) and not b"".join(values).translate(None, b"+-.0123456789eE"):
         with contextlib.suppress(ValueError, OverflowError):
-            found = _as_numbers(name, texts)
-    return np.array(texts, object) if found is None else found
+            found = _as_numbers(name, values)
+    return np.array([v.decode() for v in values], object) if found is None else found
 
 
-def _as_numbers(name: str, texts: list[str]) -> np.ndarray | None:
+def _as_numbers(name: str, values: list[bytes]) -> np.ndarray | None:
     """The numbers of a column, or None where they are text.
 
     RELION's decimals and ours are numbers. Others may be labels: 1.50 is text, and so are 2 and
     2.0 in one column.
     """
     try:
-        whole = list(map(int, texts))
+        whole = list(map(int, values))
     except ValueError:
-        decimals = np.array(list(map(float, texts)))
-        told = dict(zip(texts, map(str, decimals.tolist()), strict=True))
-        known = name.startswith(("rln", "cryoem")) or (
-            len({*told.values()}) == len(told)
-            and all(new in (text, f"{text}.0") for text, new in told.items())
-        )
-        return decimals if known and np.isfinite(decimals).all() else None
-    if list(map(str, whole)) != texts:
+        decimals = np.array(list(map(float, values)))
+        if not np.isfinite(decimals).all():
+            return None
+        if name.startswith(("rln", "cryoem")):
+            return decimals
+        told = {
+            v.decode(): str(number) for v, number in zip(values, decimals.tolist(), strict=True)
+        }
+        same = all(new in (text, f"{text}.0") for text, new in told.items())
+        return decimals if same and len({*told.values()}) == len(told) else None
+    if list(map(str, whole)) != [value.decode() for value in values]:
         return None
     return np.array(whole, np.uint64 if max(whole, default=0) >= 2**63 else np.int64)
 
