@@ -332,12 +332,15 @@ def test_orientations_of_other_images_are_not_compared(folder, tmp_path):
     assert "4 images are only in" in said and "0 only in" in said and "1.star shows 0000" in said
 
 
-@pytest.mark.parametrize("kind", ["reversed", "smaller", "last", "turned"])
+@pytest.mark.parametrize("kind", ["reversed", "smaller", "blurred", "last", "turned"])
 def test_images_of_one_name_in_two_folders_are_told_apart(folder, tmp_path, kind):
     images = mrcfile.read(folder / "particles.mrcs")[:30]
+    noise = np.random.default_rng(0).standard_normal(images.shape, dtype=np.float32)
+    images = images + 5 * images.std() * noise
     other = {
         "reversed": images[::-1],
         "smaller": images[:, 4:-4, 4:-4],
+        "blurred": images + np.roll(images, 1, axis=2),
         "last": np.concatenate([images[:-1], images[:1]]),
         "turned": (7 - 2 * images).astype(np.float16),
     }[kind]
@@ -357,9 +360,15 @@ def test_images_of_one_name_in_two_folders_are_told_apart(folder, tmp_path, kind
         done = run("evaluate", first, "--truth", second, "--json")
         assert json.loads(done.stdout)["unaligned_mean_rad"] == 0
         return
-    said = run("evaluate", first, "--truth", second, code=1).stderr
     row = 30 if kind == "last" else 1
-    assert f"row {row} and row {row} of" in said and "hold different images" in said
+    rows = f"row {row} of {first} and row {row} of {second} have one image name, but "
+    if kind in ("smaller", "blurred"):  # extracted anew
+        done = run("evaluate", first, "--truth", second, "--json")
+        assert json.loads(done.stdout)["unaligned_mean_rad"] == 0
+        assert f"{rows}not one image" in done.stderr and "paired by name" in done.stderr
+        return
+    said = run("evaluate", first, "--truth", second, code=1).stderr
+    assert rows in said and "hold different images" in said
 
 
 def test_what_a_map_does_not_say_is_noted_and_can_be_told(folder, tmp_path):

@@ -93,7 +93,7 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
                     stacklevel=2,
                 )
             rows = np.array([row[name] for name in mine])
-            _refuse_other_images(path, particles, truth, known, rows)
+            _compare_images(path, particles, truth, known, rows)
             return rows
         if len(alone) == len(mine):
             why = "they share no image name"
@@ -109,14 +109,19 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
     return np.arange(len(particles))
 
 
-#: How far an image resembles itself at least where it was scaled, inverted or kept in fewer digits.
-ALIKE = 0.99
+#: Correlation above which two images are one, whatever was done to it, and below which, in absolute
+#: value, they are two.
+SAME, OTHER = 0.99, 0.3
 
 
-def _refuse_other_images(
+def _compare_images(
     path: Path, particles: ParticleStack, truth: Path, known: ParticleStack, rows: np.ndarray
 ) -> None:
-    """Refuse pairs of one name whose files hold different images: the first, last of two files."""
+    """Whether pairs of one name in two files show one image: the first and last of two files.
+
+    They may have been extracted anew, in other pixels or filtered: that is said. Where they are as
+    unlike as others are, they are refused.
+    """
     from ..io.stacks import ImageStack
 
     mine, theirs = particles.images, known.images
@@ -125,27 +130,29 @@ def _refuse_other_images(
     files = np.stack([mine.file, theirs.file[rows]], axis=1)
     first = np.unique(files, axis=0, return_index=True)[1]
     last = len(rows) - 1 - np.unique(files[::-1], axis=0, return_index=True)[1]
+    unlike = []
     for i in np.concatenate([first, last]).tolist():
         here, there = mine.layouts[mine.file[i]], theirs.layouts[theirs.file[rows[i]]]
         if here.path.samefile(there.path):
             continue
-        one, other = here.mapped()[mine.section[i]], there.mapped()[theirs.section[rows[i]]]
-        if not _alike(np.array(one, np.float64), np.array(other, np.float64)):
+        alike = _alike(here.mapped()[mine.section[i]], there.mapped()[theirs.section[rows[i]]])
+        where = f"row {i + 1} of {path} and row {rows[i] + 1} of {truth} have one image name"
+        if alike < OTHER:
             raise InputError(
-                f"{path}: row {i + 1} and row {rows[i] + 1} of {truth} have one image name, but "
-                f"{here.path} and {there.path} hold different images; wanted names that tell them "
-                "apart"
+                f"{where}, but {here.path} and {there.path} hold different images; wanted names "
+                "that tell them apart"
             )
+        if not alike > SAME:
+            unlike.append(f"{where}, but not one image ({here.path}, {there.path})")
+    if unlike:
+        warnings.warn(f"{unlike[0]}: paired by name", stacklevel=3)
 
 
-def _alike(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether these are one image, whatever its grey values."""
+def _alike(one: np.ndarray, other: np.ndarray) -> float:
+    """How far two images are one, whatever their sign and grey values; NaN: of different sizes."""
     if one.shape != other.shape:
-        return False
-    one, other = one - one.mean(), other - other.mean()
-    return abs(float(np.vdot(one, other))) >= ALIKE * float(
-        np.linalg.norm(one) * np.linalg.norm(other)
-    )
+        return np.nan
+    return float(abs(np.corrcoef(one.ravel().astype(float), other.ravel().astype(float))[0, 1]))
 
 
 def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:
