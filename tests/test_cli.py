@@ -517,6 +517,75 @@ def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path, monk
     assert "turned" in given.stderr
 
 
+def test_stacks_of_the_other_contrast_are_turned_and_mixed_ones_refused(folder, tmp_path):
+    true = read_particles(folder / "particles.star")
+    plain = run("reconstruct", folder / "particles.star", "-o", tmp_path / "plain.mrc", "-q")
+    assert plain.stderr == ""
+    images = true.images[:].copy()
+    images[200:] *= -1
+    names = [f"{i % 200 + 1}@{'white' if i < 200 else 'black'}.mrcs" for i in range(300)]
+    mrcfile.write(tmp_path / "white.mrcs", images[:200])
+    mrcfile.write(tmp_path / "black.mrcs", images[200:])
+    write_particles(tmp_path / "two.star", true)
+    text = (tmp_path / "two.star").read_text()
+    rename = iter(names)
+    text = re.sub(r"\S+@\S+", lambda _: next(rename), text)
+    (tmp_path / "two.star").write_text(text)
+    done = run("reconstruct", tmp_path / "two.star", "-o", tmp_path / "two.mrc", "-q")
+    assert "100 of 300 particles are black on white (rows 201" in done.stderr
+    assert "black.mrcs" in done.stderr and "white.mrcs" not in done.stderr
+    a, b = (read_density(tmp_path / f"{name}.mrc").values for name in ("two", "plain"))
+    np.testing.assert_allclose(a, b, atol=1e-4 * b.max())
+    # In one stack there is nothing to turn them by, but what the user says.
+    write_particles(tmp_path / "one.star", true.with_images(images))
+    for command in ("reconstruct", "refine", "abinitio"):
+        end = "mrc" if command == "reconstruct" else "star"
+        done = run(command, tmp_path / "one.star", "-o", tmp_path / f"x.{end}", "-q", code=1)
+        assert "100 of 300 images are black" in done.stderr and "rows 201, 202" in done.stderr
+        assert "cryoemSign" in done.stderr and "--no-invert" in done.stderr
+    told = run("info", tmp_path / "one.star")
+    assert "rows 201, 202" in told.stderr and "contrast" in told.stdout and "mixed" in told.stdout
+    run("reconstruct", tmp_path / "one.star", "--no-invert", "-o", tmp_path / "x.mrc", "-q")
+
+
+def test_a_contrast_that_is_not_told_is_said(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((40, 16, 16), np.float32)
+    q = rotations.uniform(40, 1)
+    write_particles(tmp_path / "a.star", ParticleStack(noise, 4.0, quaternions=q))
+    given = ("reconstruct", tmp_path / "a.star", "-o", tmp_path / "a.mrc", "-q")
+    assert "not to be told" in run(*given).stderr
+    assert run(*given, "--invert").stderr == run(*given, "--no-invert").stderr == ""
+
+
+def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
+    true = read_particles(folder / "particles.star")
+    images = true.images[:].copy()
+    images[3] *= 1000
+    images[5, 16, 16] = 1e18
+    write_particles(tmp_path / "a.star", true.with_images(images))
+    given = (tmp_path / "a.star", "-o")
+    for command in (("reconstruct", *given, tmp_path / "x.mrc"), ("refine", *given,
+                    tmp_path / "x.star")):  # fmt: skip
+        done = run(*command, "-q", code=1)
+        assert "a.star: 2 of 300 images" in done.stderr and "rows 4, 6 (file" in done.stderr
+    assert "rows 4, 6 (file" in run("info", tmp_path / "a.star").stderr
+
+
+@pytest.mark.parametrize("level", [0.3, 0.99, 3.0])
+def test_a_level_of_all_or_some_images_is_taken_off_and_flat_ones_are_untouched(
+    folder, tmp_path, level
+):
+    true = read_particles(folder / "particles.star")
+    flat = options.prepared(true, None, None, True, 0)[0]
+    assert flat.images is true.images
+    raised = true.images[:].copy()
+    raised[:: 10 if level > 1 else 1] += level * raised.std()
+    write_particles(tmp_path / "a.star", true.with_images(raised))
+    with pytest.warns(UserWarning, match="background .* taken off"):
+        found = options.prepared(read_particles(tmp_path / "a.star"), None, None, True, 0)[0]
+    np.testing.assert_allclose(found.images[:], imaging.flatten(raised), atol=1e-5)
+
+
 def test_raw_counts_on_a_ramp_give_the_same_map(folder, tmp_path):
     true = read_particles(folder / "particles.star")
     ramp = np.linspace(0, 40, true.box_px, dtype=np.float32)

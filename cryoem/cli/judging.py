@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from .. import rotations
 from ..errors import InputError
 from .options import (
     Json,
@@ -20,6 +21,10 @@ from .options import (
     Seed,
     Symmetry,
     app,
+    by_file,
+    contrasts_told,
+    far_told,
+    looked_at,
     open_map,
     open_oriented,
     open_particles,
@@ -29,6 +34,9 @@ from .options import (
 if TYPE_CHECKING:
     from ..density import Density
     from ..particles import ParticleStack
+
+#: Images that ``info`` looks at.
+LOOKED_AT = 1000
 
 
 @app.command("evaluate")
@@ -170,10 +178,7 @@ def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, 
         warnings.warn(f"images: not found ({error})", stacklevel=2)
         stack = read_particles(path, pixel_size_angstrom=pixel_size, images=False)
         return _told_of(stack)
-    found = _surveyed(stack, seed)
-    if found["contrast"] == "black on white":
-        warnings.warn(f"{path}: the commands turn these images as they read them", stacklevel=2)
-    return {**_told_of(stack), **found}
+    return {**_told_of(stack), **_surveyed(stack, path, seed)}
 
 
 def _told_of(stack: ParticleStack) -> dict[str, object]:
@@ -198,11 +203,23 @@ def _told_of(stack: ParticleStack) -> dict[str, object]:
     }
 
 
-def _surveyed(stack: ParticleStack, seed: int) -> dict[str, object]:
-    """What a survey says, the noise as its power at some resolutions."""
+def _surveyed(stack: ParticleStack, path: Path, seed: int) -> dict[str, object]:
+    """What a survey says of some images, the noise as its power at some resolutions."""
     from ..surveying import survey
 
-    found = dict(vars(survey(stack, seed=seed)))
+    drawn = rotations.generator(seed, "info").permutation(len(stack))[:LOOKED_AT]
+    some = stack.select(np.sort(drawn))
+    seen = looked_at(some, True)
+    if len(far := seen.far):
+        warnings.warn(f"{path}: {far_told(some, far)}", stacklevel=2)
+        kept = np.delete(np.arange(len(some)), far)
+        some, seen = some.select(kept), looked_at(some.select(kept), True)
+    _, odd, mixed = seen.contrasts(by_file(some))
+    if len(odd):
+        warnings.warn(f"{path}: {contrasts_told(some, odd)}", stacklevel=2)
+    found = dict(vars(survey(some, images=LOOKED_AT, seed=seed)))
+    if found["contrast"] in ("black on white", "mixed") and not mixed:
+        warnings.warn(f"{path}: the commands turn black images as they read them", stacklevel=2)
     noise = found.pop("noise")
     if noise is not None:
         pixel = stack.pixel_size_angstrom
