@@ -16,6 +16,7 @@ import typer
 from .. import rotations, workers
 from ..abinitio.learning import IMAGES
 from ..errors import InputError
+from ..half_sets import shared_particles
 from ..version import __version__
 from .initial import (
     NO_MAP,
@@ -131,6 +132,8 @@ def solve_particles(
             )
     rows = np.arange(len(stack))
     if learned:
+        if len(shared_particles(stack)):
+            stack = stack.replace(half_set=None)
         stack = stack.with_half_sets(seed)
         rows = np.sort(rotations.generator(seed, "part").permutation(len(stack))[:images])
         say(
