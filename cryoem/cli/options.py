@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import typer
 
+from .. import threads
 from ..errors import CryoemError, InputError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+#: Why an option is refused.
+OF_MAP = "is told of a map, and none is given"
 #: Pixels of images that are looked at together.
 AT_ONCE = 1 << 22
 #: How many rows, or files, a message lists.
@@ -100,8 +103,19 @@ def positive(name: str) -> Callable[[float | None], float | None]:
     return checked
 
 
+def _not_negative(name: str) -> Callable[[int], int]:
+    """A check of an option that is a whole number."""
+
+    def checked(value: int) -> int:
+        if value < 0:
+            raise InputError(f"{name}: wanted a whole number that is not negative, got {value}")
+        return value
+
+    return checked
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+Seed = Annotated[int, typer.Option(help="Random seed.", callback=_not_negative("--seed"))]
 Scheduler = Annotated[
     str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
 ]
@@ -148,6 +162,13 @@ PixelSize = Annotated[
     typer.Option(min=0.01, max=1000, help="Angstrom, of a particle file that does not say it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def refuse_alone(given: Mapping[str, object], why: str) -> None:
+    """Refuse options that would change nothing: those that are not None."""
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(f"{option}: {why}")
 
 
 def say(quiet: bool, text: str) -> None:
@@ -245,6 +266,8 @@ def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> 
     """Read a particle file, and say what it holds."""
     from ..io.particles import read_particles
 
+    if path.suffix == ".gz":
+        raise InputError(f"{path}: is compressed; wanted it unpacked (gunzip)")
     stack = read_particles(path, pixel_size_angstrom=pixel_size)
     box, pixel = stack.box_px, stack.pixel_size_angstrom
     say(quiet, f"{path}: {len(stack):,} particles of {box} px, {pixel:g} A each")
@@ -266,6 +289,10 @@ def open_map(
     from ..density import read_density
 
     cube = read_density(path, voxel_size_angstrom=voxel_size)
+    if np.ptp(cube.values) == 0:
+        raise InputError(
+            f"{path}: is {cube.values.flat[0]:g} everywhere: no particle is to be seen in it"
+        )
     pixel = 1.0 if particles is None else particles.pixel_size_angstrom
     if voxel_size is None and cube.voxel_size_angstrom == 1 and abs(pixel - 1) > 0.01:
         warnings.warn(
@@ -319,14 +346,13 @@ def looked_at(stack: ParticleStack, quiet: bool) -> ImageStatistics:
 
     from ..imaging import check_images
     from ..surveying import ImageStatistics
-    from ..threads import each
 
     def look(part: ParticleStack) -> ImageStatistics:
         return ImageStatistics.of(check_images(part.images[:]), part.optics_group)
 
     parts = []
     with tqdm(total=len(stack), desc="images", unit="image", disable=quiet) as bar:
-        for part in each(look, stack.chunks(max(1, AT_ONCE // stack.box_px**2))):
+        for part in threads.each(look, stack.chunks(max(1, AT_ONCE // stack.box_px**2))):
             parts.append(part)
             bar.update(len(part.group))
     return ImageStatistics.joined(parts)

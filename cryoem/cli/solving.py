@@ -124,6 +124,7 @@ def solve_particles(
     }
     known = _known(note, told)
     if known is None or (learned and not plan.at("oriented.star").exists()):
+        asked.known(stack)  # whether it can be read, before anything is computed
         stack, seen = prepared(stack, particles_file, invert, quiet, seed)
         if learned and not seen.noise_variance > 0:
             raise InputError(
