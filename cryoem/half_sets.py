@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -19,12 +19,15 @@ from .rotations import Seed
 if TYPE_CHECKING:
     from .particles import ParticleStack
 
+Stack = TypeVar("Stack", bound="ParticleStack")
+
 __all__ = [
     "particles_in",
     "particles_of",
     "random_half_sets",
     "shared_particles",
     "split_particles",
+    "unshared",
 ]
 
 #: Pixels of a micrograph, or angstrom, within which two images show one particle.
@@ -90,6 +93,11 @@ def shared_particles(stack: ParticleStack) -> Int[np.ndarray, "k 2"]:
     if stack.half_set is None:
         return np.zeros((0, 2), int)
     return split_particles(particles_in(stack), stack.half_set)
+
+
+def unshared(stack: Stack) -> Stack:
+    """The stack, without halves where they share particles: before orientations are found anew."""
+    return stack.replace(half_set=None) if len(shared_particles(stack)) else stack
 
 
 def particles_of(

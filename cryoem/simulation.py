@@ -82,7 +82,7 @@ def simulate(
     if not snr > 0:
         raise InputError(f"snr must be positive (infinity for clean images), got {snr}")
     if not 0 <= noise_excess < np.inf:
-        raise InputError(f"noise_excess must be finite and not negative, got {noise_excess}")
+        raise InputError(f"noise_excess must not be negative, or infinite, got {noise_excess}")
     _check_defocus(defocus_range_angstrom)
     views, moves, noise = (rotations.generator(seed, u) for u in ("views", "shifts", "noise"))
     q = rotations.sample(n, views, coverage)

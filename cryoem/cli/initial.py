@@ -103,9 +103,8 @@ def find_map(
     those of classes without a map, are written without new poses. Exit code 3: no class has a map.
     """
     told = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
-    stack = open_particles(particles_file, quiet, pixel_size)
+    stack = told.checked(open_particles(particles_file, quiet, pixel_size))
     check_outputs({"--output": told.files(output, stack)}, [particles_file, reference], stack)
-    told.known(stack)  # whether it can be read, before anything is computed
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     if not find_maps(stack, output, particles_file.name, told, scheduler, quiet):
         raise typer.Exit(NO_MAP)
@@ -146,6 +145,11 @@ class Told:
     def files(self, output: Path, stack: ParticleStack) -> list[Path]:
         """All that is written."""
         return [path for out in self.outputs(output) for path in map_files(out, stack)]
+
+    def checked(self, stack: ParticleStack) -> ParticleStack:
+        """The particles; the map can be read, which is seen before anything is computed."""
+        self.known(stack)
+        return stack
 
     def known(self, stack: ParticleStack) -> Density | None:
         """The map to begin with."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from ..errors import InputError
 from ..half_sets import shared_particles
 from .options import (
     OF_MAP,
@@ -170,23 +169,16 @@ def refine_particles(
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
     (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
-    where the images do not agree beyond it, there is a warning and no map, nor one of an earlier
-    run.
+    where the images do not agree beyond it, there is a warning and no map.
 
     Without a reference, interrupted and called again, it goes on after the rounds that are done:
     they are kept in OUTPUT with .work until the end.
     """
     from .. import report
-    from ..density import write_density
     from ..io.particles import write_particles
     from ..refinement import kept, refine_halves
 
-    if map_file is not None and symmetry.upper() != "C1":
-        raise InputError("--symmetry: a particle is refined in it without --map only")
-    if map_file is None:
-        refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
-    else:
-        refuse_alone({"--rounds": rounds}, "are of a refinement without --map")
+    _refuse_others(map_file, resolution, voxel_size, rounds, symmetry)
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     work = output.with_suffix(".work")
@@ -207,11 +199,7 @@ def refine_particles(
         found = _against(reference, stack, resolution or COARSE, seed, scheduler, quiet)
         test = found.test
     write_particles(output, refined := found.particles)
-    if found.density is not None:
-        write_halves(map_path, found.half_maps, seed)
-        write_density(map_path, found.density)
-    else:
-        remove_earlier([map_path, *_half_files(map_path)])
+    _write_map(map_path, found, seed)
     pair = replace(found.half_maps, shared=len(shared_particles(stack)))
     summary = report.write_map(
         page,
@@ -234,6 +222,21 @@ def refine_particles(
         _over(work)
 
 
+def _refuse_others(
+    map_file: Path | None,
+    resolution: float | None,
+    voxel_size: float | None,
+    rounds: int | None,
+    symmetry: str,
+) -> None:
+    """Refuse options of a refinement against a map in one without, and the reverse."""
+    if map_file is None:
+        refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
+    else:
+        other = None if symmetry.upper() == "C1" else symmetry
+        refuse_alone({"--symmetry": other, "--rounds": rounds}, "goes without --map only")
+
+
 def _against(
     reference: Density,
     stack: ParticleStack,
@@ -250,6 +253,17 @@ def _against(
         in_frame_of(stack, reference, seed=seed), reference, resolution_angstrom=resolution,
         seed=seed, scheduler=scheduler, progress=not quiet,
     )  # fmt: skip
+
+
+def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: int) -> None:
+    """Write a map and its halves where there is one; no other stays in their place."""
+    from ..density import write_density
+
+    if found.density is None:
+        remove_earlier([output, *_half_files(output)])
+        return
+    write_halves(output, found.half_maps, seed)
+    write_density(output, found.density)
 
 
 def _over(work: Path) -> None:

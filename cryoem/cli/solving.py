@@ -16,7 +16,7 @@ import typer
 from .. import rotations, workers
 from ..abinitio.learning import IMAGES
 from ..errors import InputError
-from ..half_sets import shared_particles
+from ..half_sets import unshared
 from ..version import __version__
 from .initial import (
     NO_MAP,
@@ -105,7 +105,7 @@ def solve_particles(
     map, the exit code is 3. With --scheduler its workers do every step but the network's learning.
     """
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
-    stack = open_particles(particles_file, quiet, pixel_size)
+    stack = asked.checked(open_particles(particles_file, quiet, pixel_size))
     learned = _images_to_learn(learn, asked, stack)
     plan = _Plan(folder, learned, seed, scheduler, quiet)
     initial, note = plan.at("initial.star"), plan.at("solve.json")
@@ -124,7 +124,6 @@ def solve_particles(
     }
     known = _known(note, told)
     if known is None or (learned and not plan.at("oriented.star").exists()):
-        asked.known(stack)  # whether it can be read, before anything is computed
         stack, seen = prepared(stack, particles_file, invert, quiet, seed)
         if learned and not seen.noise_variance > 0:
             raise InputError(
@@ -133,9 +132,7 @@ def solve_particles(
             )
     rows = np.arange(len(stack))
     if learned:
-        if len(shared_particles(stack)):
-            stack = stack.replace(half_set=None)
-        stack = stack.with_half_sets(seed)
+        stack = unshared(stack).with_half_sets(seed)
         rows = np.sort(rotations.generator(seed, "part").permutation(len(stack))[:images])
         say(
             quiet,
@@ -144,8 +141,8 @@ def solve_particles(
             f"{len(stack) - len(rows):,}",
         )
     if known is None:
-        found = find_maps(stack.select(rows), initial, particles_file.name, asked, scheduler, quiet)
-        if not found:
+        some = stack.select(rows)
+        if not (found := find_maps(some, initial, particles_file.name, asked, scheduler, quiet)):
             raise typer.Exit(NO_MAP)
         known = found[0]
         _remember(note, told, known)

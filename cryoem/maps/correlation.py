@@ -140,7 +140,7 @@ class HalfMaps:
     def wording(self) -> str:
         """What a report must call them."""
         if self.shared:
-            return f"half-maps that share {self.shared:,} particles, and agree by that alone"
+            return f"half-maps that share {self.shared:,} particles, not independent"
         if self.independent:
             return "half-maps of independently refined halves"
         return "half-maps with shared poses"
