@@ -311,6 +311,12 @@ def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) ->
         if np.ptp(sizes) > 0.01 * sizes.mean():
             raise InputError(f"{path}: voxels must be cubes, got {sizes} A; wanted {_TOLD}")
         voxel_size_angstrom = _shortest(float(sizes.mean()), cell, samples)
+        if not VOXELS_ANGSTROM[0] <= voxel_size_angstrom <= VOXELS_ANGSTROM[1]:
+            low, high = VOXELS_ANGSTROM
+            raise InputError(
+                f"{path}: its header says voxels of {voxel_size_angstrom:g} A, of no map; wanted "
+                f"{low:g} to {high:g} A, or {_TOLD}"
+            )
     if int(header.ispg) == 0:
         warnings.warn(f"{path}: the header says a stack (ispg 0); read as one map", stacklevel=2)
     if starts := _starts(header, values.shape[::-1], voxel_size_angstrom):
@@ -321,6 +327,8 @@ def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) ->
         raise InputError(f"{path}: {error}") from error
 
 
+#: Voxels that maps of particles have.
+VOXELS_ANGSTROM = (0.1, 100.0)
 #: Who may tell the voxel size otherwise: the command line's option, the function's argument.
 _TOLD = "it there, or told (--voxel-size, voxel_size_angstrom)"
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -13,10 +16,27 @@ from . import rotations
 from .errors import InputError
 from .rotations import Seed
 
-__all__ = ["image_of", "particles_of", "random_half_sets", "split_particles"]
+if TYPE_CHECKING:
+    from .particles import ParticleStack
 
-#: Pixels of a micrograph within which two images show one particle.
-NEAR_PX = 1.0
+Stack = TypeVar("Stack", bound="ParticleStack")
+
+__all__ = [
+    "image_of",
+    "particles_in",
+    "particles_of",
+    "random_half_sets",
+    "shared_particles",
+    "split_particles",
+    "unshared",
+]
+
+#: Pixels of a micrograph, or angstrom, within which two images show one particle.
+NEAR_PX, NEAR_ANGSTROM = 2.0, 10.0
+#: The pixels of micrographs, where a table of optics groups tells them.
+MICROGRAPH_PIXEL = "rlnMicrographOriginalPixelSize"
+#: What stands for an identifier that there is none of.
+NOTHING = ("", "0", "0.0", "None", "none")
 PLACE = ("rlnCoordinateX", "rlnCoordinateY")
 
 
@@ -52,19 +72,74 @@ def random_half_sets(
     return half_set[which]
 
 
-def particles_of(columns: Mapping[str, np.ndarray], n: int) -> Int[np.ndarray, " n"]:
+def particles_in(stack: ParticleStack) -> Int[np.ndarray, " n"]:
+    """Tell which images of a stack show one particle, by all that is known of it."""
+    optics = {} if stack.origin is None else stack.origin.optics
+    pixel = np.array([stack.pixel_size_angstrom])
+    if MICROGRAPH_PIXEL in optics:
+        with contextlib.suppress(TypeError, ValueError):
+            told = optics[MICROGRAPH_PIXEL].astype(np.float64)[stack.optics_group]
+            pixel = np.where(told > 0, told, pixel)
+    return particles_of(
+        stack.columns,
+        len(stack),
+        image=_opened(stack.images),
+        moved_px=stack.shifts_px * (stack.pixel_size_angstrom / pixel)[:, None],
+        near_px=max(NEAR_PX, NEAR_ANGSTROM / float(pixel.max())),
+    )
+
+
+def shared_particles(stack: ParticleStack) -> Int[np.ndarray, "k 2"]:
+    """Rows of the particles that are in both halves of a stack; see :func:`split_particles`."""
+    if stack.half_set is None:
+        return np.zeros((0, 2), int)
+    return split_particles(particles_in(stack), stack.half_set)
+
+
+def unshared(stack: Stack) -> Stack:
+    """The stack, without halves where they share particles: before orientations are found anew."""
+    return stack.replace(half_set=None) if len(shared_particles(stack)) else stack
+
+
+def particles_of(
+    columns: Mapping[str, np.ndarray],
+    n: int,
+    *,
+    image: Int[np.ndarray, " n"] | None = None,
+    moved_px: np.ndarray | float = 0.0,
+    near_px: float = NEAR_PX,
+) -> Int[np.ndarray, " n"]:
     """Tell which rows of a particle file are of one particle: (n,) ints, alike where they are.
 
-    Rows of one image name, or of one place: the same micrograph and coordinates within a pixel.
+    Rows of one image, by its file or else its name, or of one original image; of one identifier;
+    or of one place: the same micrograph, and nearer than any two particles are.
+
+    Parameters
+    ----------
+    columns : dict of str to (n,) arrays
+    n : int
+    image : (n,) int array, optional
+        Alike where rows are of one image of one opened file, whatever its names; by default names
+        are compared.
+    moved_px : (n, 2) array, optional
+        Where each particle lies from its coordinates, pixels of the micrograph.
+    near_px : float
+        Of the micrograph, within which two images show one particle.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     edges = []
-    if "rlnImageName" in columns:
+    if image is not None:
+        edges.append(_alike(image))
+    elif "rlnImageName" in columns:
         edges.append(_alike(_images(columns["rlnImageName"])))
+    for name, alike in (("rlnImageOriginalName", _images), ("uid", _numbered)):
+        if name in columns:
+            known = np.flatnonzero(~np.isin(columns[name].astype(str), NOTHING))
+            edges.append(known[_alike(alike(columns[name][known]))])
     if "rlnMicrographName" in columns and all(name in columns for name in PLACE):
-        edges.append(_near(columns))
+        edges.append(_near(columns, moved_px, near_px))
     first, second = np.concatenate([np.zeros((2, 0), int), *edges], axis=1)
     if not len(first):
         return np.arange(n)
@@ -95,7 +170,7 @@ def image_of(name: str) -> tuple[str, str]:
 
 
 def _images(names: Iterable[object]) -> np.ndarray:
-    """Numbers of image names, alike for ``1@a.mrcs`` and ``000001@./a.mrcs``."""
+    """Numbers of image names, alike for ``1@a.mrcs`` and ``000001@./a.mrcs``, ``a`` and ``1@a``."""
     stacks: dict[str, str] = {}
     known: dict[tuple[str, str], int] = {}
     found = []
@@ -103,8 +178,38 @@ def _images(names: Iterable[object]) -> np.ndarray:
         digits, stack = image_of(name)
         if stack not in stacks:
             stacks[stack] = os.path.normpath(stack)
-        found.append(known.setdefault((digits.lstrip("0"), stacks[stack]), len(known)))
+        found.append(known.setdefault((digits.lstrip("0") or "1", stacks[stack]), len(known)))
     return np.array(found, int)
+
+
+def _numbered(values: np.ndarray) -> np.ndarray:
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _opened(images: Any) -> np.ndarray | None:
+    """Numbers of the images of opened files, alike whatever links and folders name them by."""
+    if not hasattr(images, "layouts"):
+        return None
+    places = [
+        (status.st_dev, status.st_ino) for status in (os.stat(at.path) for at in images.layouts)
+    ]
+    number = {place: i for i, place in enumerate(dict.fromkeys(places))}
+    file = np.array([number[place] for place in places], np.int64)[images.file]
+    return file << 32 | images.section
+
+
+def _micrographs(names: np.ndarray) -> np.ndarray:
+    """Numbers of micrographs, alike for ``M/m.mrc``, ``./M/m.mrc`` and ``/x/M/m.mrc``."""
+    distinct, which = np.unique(names, return_inverse=True)
+    parts = [Path(os.path.normpath(name)).parts for name in distinct]
+    parts = [tuple(part for part in one if part != "..") for one in parts]
+    told = {one for one in parts if one[:1] != ("/",)}
+    found: dict[tuple[str, ...], int] = {}
+    numbers = []
+    for one in parts:
+        ends = (one[i:] for i in range(len(one)) if one[i:] in told)
+        numbers.append(found.setdefault(next(ends, one), len(found)))
+    return np.array(numbers, int)[which]
 
 
 def _alike(numbers: np.ndarray) -> np.ndarray:
@@ -114,7 +219,9 @@ def _alike(numbers: np.ndarray) -> np.ndarray:
     return np.stack([order[:-1][same], order[1:][same]])
 
 
-def _near(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+def _near(
+    columns: Mapping[str, np.ndarray], moved_px: np.ndarray | float, near_px: float
+) -> np.ndarray:
     """Pairs of rows that hold together those of one place, (2, m)."""
     from scipy.spatial import KDTree
 
@@ -124,13 +231,12 @@ def _near(columns: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.zeros((2, 0), int)
     # No box fits about a corner: zeros are where nothing was known.
     rows = np.flatnonzero(np.isfinite(place).all(axis=1) & place.any(axis=1))
-    names = columns["rlnMicrographName"][rows].astype(str)
-    micrograph = np.unique(names, return_inverse=True)[1]
-    at = np.column_stack([place[rows], micrograph * 1e7])
+    micrograph = _micrographs(columns["rlnMicrographName"][rows].astype(str))
+    at = np.column_stack([(place + moved_px)[rows], micrograph * 1e7])
     distinct, where = np.unique(at, axis=0, return_inverse=True)
     if len(distinct) < 2:
         return np.zeros((2, 0), int)
     first = np.zeros(len(distinct), int)
     first[where[::-1]] = rows[::-1]
-    apart = KDTree(distinct).query_pairs(NEAR_PX, output_type="ndarray")
+    apart = KDTree(distinct).query_pairs(near_px, output_type="ndarray")
     return np.concatenate([rows[_alike(where)], first[apart.T]], axis=1)

@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from . import imaging, rotations
 from .errors import InputError
-from .half_sets import particles_of, random_half_sets, split_particles
+from .half_sets import particles_in, random_half_sets, split_particles
 from .imaging import CtfParameters
 from .noise import Noise
 from .rotations import Seed
@@ -308,11 +308,11 @@ class ParticleStack:
     def with_half_sets(self, seed: Seed) -> Self:
         """The same particles in two halves: those that the stack has, else at random.
 
-        Images of one particle (:func:`cryoem.half_sets.particles_of`) are put into one half, with a
+        Images of one particle (:func:`cryoem.half_sets.particles_in`) are put into one half, with a
         warning; so there is one where the halves that the stack has part them.
         """
         name = "the particles" if self.origin is None else self.origin.path
-        particle = particles_of(self.columns, len(self))
+        particle = particles_in(self)
         known = len(np.unique(particle))
         if self.half_set is None:
             if known < len(self):

@@ -49,6 +49,8 @@ def generator(seed: Seed, use: str) -> np.random.Generator:
     """
     if isinstance(seed, np.random.Generator):
         return seed
+    if np.min(seed, initial=0) < 0:
+        raise InputError(f"seed must not be negative, got {seed}")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(use.encode())))
 
 

@@ -81,8 +81,8 @@ def simulate(
         raise InputError(f"n must be positive, got {n}")
     if not snr > 0:
         raise InputError(f"snr must be positive (infinity for clean images), got {snr}")
-    if not noise_excess >= 0:
-        raise InputError(f"noise_excess must not be negative, got {noise_excess}")
+    if not 0 <= noise_excess < np.inf:
+        raise InputError(f"noise_excess must not be negative, or infinite, got {noise_excess}")
     _check_defocus(defocus_range_angstrom)
     views, moves, noise = (rotations.generator(seed, u) for u in ("views", "shifts", "noise"))
     q = rotations.sample(n, views, coverage)
@@ -325,9 +325,9 @@ def _log_uniform(rng: np.random.Generator, limits: tuple[float, float], n: int) 
 def _check_defocus(defocus_range_angstrom: tuple[float, float] | None) -> None:
     if defocus_range_angstrom is not None:
         low, high = defocus_range_angstrom
-        if not low <= high:
+        if not (low <= high and np.isfinite([low, high]).all()):
             raise InputError(
-                f"defocus_range_angstrom must be (low, high), got {low:g} and {high:g}"
+                f"defocus_range_angstrom must be (low, high), both finite, got {low:g} and {high:g}"
             )
 
 

@@ -5,7 +5,9 @@ Training for it takes its ranges from here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -13,26 +15,41 @@ import numpy as np
 from . import imaging, rotations
 from .errors import InputError
 from .noise import Noise, background_noise
-from .particles import ParticleStack
+from .particles import ParticleStack, Rows
 from .rotations import Seed
 
 __all__ = [
-    "UNEVEN",
+    "ImageStatistics",
     "Survey",
     "TrainingRanges",
-    "background",
     "contrast",
     "survey",
     "told",
     "with_noise",
 ]
 
+#: What a sign of the contrast means.
+CONTRASTS = {1: "white on black", -1: "black on white", 0: "not to be told"}
 #: Standard errors at which a sign, or a signal, is believed.
 CERTAIN = 5.0
 #: Rings that differ by this share are equally quiet.
 LITTLE = 2e-3
-#: Level or ramp of the background, in standard deviations, that is no longer the noise's.
-UNEVEN = 1.0
+#: Share of what particles stand out by from which a level, or a ramp, of all images is a matter.
+MATTERS = 0.05
+#: Standard deviations of an image to which a background is flat, however quiet it is.
+FLAT = 1e-3
+#: An image this many times as loud as others, or as faint, is of another scale.
+FAR = 5.0
+#: A pixel this many times as far from the background as the farthest of other images is hot.
+HOT = 10.0
+#: Images by which an optics group, or a stack, is judged by itself.
+FEW = 20
+#: Share of images of the other contrast from which images are mixed, not a few of them bad.
+MIXED = 0.02
+#: Root mean squares beyond a frame's circle: of 1, x and y, edges 1 apart, and of x times y.
+RAMP, SADDLE = np.array([1, 0.4, 0.4]), 0.15
+#: What noise makes of the middle against the corners, over what it makes of the corners alone.
+MIDDLE = 1.86
 #: Share of what a particle adds at its loudest ring that is next to nothing.
 FAINT = 0.02
 #: Pixels of background from which a spectrum can be measured.
@@ -67,7 +84,7 @@ class Survey:
     ----------
     images : int
         How many were looked at.
-    contrast : {'white on black', 'black on white', 'not to be told'}
+    contrast : {'white on black', 'black on white', 'mixed', 'not to be told'}
     noise_variance : float
         Per pixel, where it is quietest.
     noise : Noise or None
@@ -152,9 +169,12 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
     n = len(stack)
     rows = np.sort(rotations.generator(seed, "survey").choice(n, min(images, n), replace=False))
     seen = np.asarray(stack.images[rows])
-    sign, _ = contrast(seen)
-    level, ramp = background(seen)
-    if max(level, ramp) > UNEVEN:
+    single = ImageStatistics.of(seen, stack.optics_group[rows])
+    sign, _ = single.contrast(slice(None))
+    level, ramp = single.background
+    signs, _, mixed = single.contrasts(np.zeros(len(rows), int))
+    mixed |= {-1, 1} <= set(signs)
+    if single.uneven:
         seen = imaging.flatten(seen)
     quiet = _Rings(seen)
     noise = None
@@ -165,7 +185,7 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
     ratio = quiet.signal / quiet.noise if quiet.noise > 0 else np.full(len(rows), np.inf)
     return Survey(
         images=len(rows),
-        contrast={1: "white on black", -1: "black on white", 0: "not to be told"}[sign],
+        contrast="mixed" if mixed else CONTRASTS[sign],
         noise_variance=quiet.noise,
         noise=noise,
         snr=float(ratio.mean()),
@@ -200,6 +220,154 @@ def _corners(radius: np.ndarray) -> np.ndarray:
     """Pixels beyond the largest circle of a frame; of one that has none, the farthest."""
     beyond = radius > len(radius) / 2
     return beyond if beyond.any() else radius == radius.max()
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStatistics:
+    """What each image shows by itself; all but the first three in standard deviations of it.
+
+    Attributes
+    ----------
+    group, scale, peak : (n,) arrays
+        Optics group, standard deviation, distance of the farthest pixel from the background.
+    middle : (n,) array
+        What the central disc is brighter by than the corners.
+    plane, saddle, grain : (n, 3), (n,) and (n,) arrays
+        The background's level and ramps (:func:`cryoem.imaging.background_planes`); its rise to two
+        opposite corners, which is but noise; and what white noise makes of a level.
+    """
+
+    group: np.ndarray
+    scale: np.ndarray
+    peak: np.ndarray
+    middle: np.ndarray
+    plane: np.ndarray
+    saddle: np.ndarray
+    grain: np.ndarray
+
+    @classmethod
+    def of(cls, images: np.ndarray, group: np.ndarray) -> ImageStatistics:
+        """Look at images of some optics groups."""
+        size = images.shape[1]
+        radius = imaging.from_middle(size)
+        inner, outer = radius < size / 6, _corners(radius)
+        y, x = (np.argwhere(outer) - size // 2).T / size
+        patterns = np.stack([np.ones_like(x), x, y, x * y], axis=1)
+        corners = images[:, outer].astype(np.float64)
+        found = corners @ np.linalg.pinv(patterns).T
+        scale = np.maximum(images.std(axis=(1, 2), dtype=np.float64), 1e-30)
+        grain = (corners - found @ patterns.T).std(axis=1) / np.sqrt(outer.sum()) / scale
+        middle = images[:, inner].mean(axis=1, dtype=np.float64) - corners.mean(axis=1)
+        low, high = (np.float64(end(images, axis=(1, 2))) for end in (np.min, np.max))
+        return cls(
+            group=np.asarray(group),
+            scale=scale,
+            peak=np.maximum(high - found[:, 0], found[:, 0] - low),
+            middle=middle / scale,
+            plane=found[:, :3] / scale[:, None],
+            saddle=np.abs(found[:, 3] * SADDLE) / scale,
+            grain=grain,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[ImageStatistics]) -> ImageStatistics:
+        """Those of parts of the images, as one."""
+        return cls(
+            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        )
+
+    @property
+    def groups(self) -> list[np.ndarray]:
+        """The rows of each optics group."""
+        return [np.flatnonzero(self.group == group) for group in np.unique(self.group)]
+
+    def _usual(self, values: np.ndarray) -> np.ndarray:
+        """For each image the median of its optics group, or of all where that is small."""
+        found = np.full(len(values), np.quantile(values, 0.5, method="lower"))
+        for rows in self.groups:
+            if len(rows) >= FEW:
+                found[rows] = np.quantile(values[rows], 0.5, method="lower")
+        return np.maximum(found, 1e-30)
+
+    @cached_property
+    def error(self) -> np.ndarray:
+        """What noise makes of a level: more than white noise would where it is coarse."""
+        usual = self._usual(self.saddle) / 0.6745  # the median of a normal law, from its centre
+        return self.grain * np.maximum(usual / self._usual(self.grain), 1)
+
+    @property
+    def background(self) -> tuple[float, float]:
+        """Level and ramp: root mean squares over the images of the group where they are largest."""
+        squares = np.array([np.mean(self.plane[rows] ** 2, axis=0) for rows in self.groups])
+        level, ramp = squares[:, 0].max(), squares[:, 1:].sum(axis=1).max()
+        return float(np.sqrt(level)), float(np.sqrt(ramp))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the background of an optics group has a level or ramp beyond its noise.
+
+        In all images together, and it is a matter beside what particles stand out by, or in some.
+        """
+        plane = self.plane * RAMP
+        z = plane / np.maximum(self.error, FLAT)[:, None]
+        for rows in self.groups:
+            mean = np.abs(plane[rows].mean(axis=0))
+            certain = np.abs(z[rows].mean(axis=0)) * np.sqrt(len(rows)) > CERTAIN
+            matters = mean > MATTERS * np.abs(self.middle[rows]).mean()
+            if (certain & matters).any() or np.mean(z[rows] ** 2, axis=0).max() > CERTAIN**2:
+                return True
+        return False
+
+    @property
+    def far(self) -> np.ndarray:
+        """Rows of images of another scale than those of their optics group, or a hot pixel."""
+        loud, peak = (values / self._usual(values) for values in (self.scale, self.peak))
+        return np.flatnonzero((loud > FAR) | (loud < 1 / FAR) | (peak > HOT))
+
+    def contrasts(self, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Tell white from black by optics groups, and by stacks where those of one group differ.
+
+        Takes which stack holds each image. Returns signs, 1: white on black, -1: black on white, 0:
+        not to be told; rows of the other sign, as far as single images tell; and whether they are
+        more than a few bad images, or chance, make.
+        """
+        sign = np.zeros(len(stack), int)
+        for rows in self.groups:
+            rows = rows[np.argsort(stack[rows], kind="stable")]
+            parts = np.split(rows, np.flatnonzero(np.diff(stack[rows])) + 1)
+            told = [self.contrast(part)[0] for part in parts]
+            sure = {s for s, part in zip(told, parts, strict=True) if s and len(part) >= FEW}
+            sign[rows] = self.contrast(rows)[0] or max(sure, default=0)
+            if len(sure) > 1:
+                sign[rows] = np.repeat(told, [len(part) for part in parts])
+        found = np.unique(sign[sign != 0])
+        for rows in self.groups if len(found) == 1 else ():
+            sign[rows] = found[0]  # too few of them, and nothing says otherwise
+        return sign, *self._odd(np.where(sign == 0, 1, sign))
+
+    def contrast(self, rows: Rows) -> tuple[int, float]:
+        """Of some images together; see :func:`contrast`."""
+        middle, noise = self.middle[rows], MIDDLE * self.error[rows]
+        # Noise besides the scatter of the images, which one image does not show.
+        error = max(float(middle.std()), float(np.sqrt(np.mean(noise**2))), 1e-30)
+        z = float(middle.mean() / error * np.sqrt(len(middle)))
+        return int(np.sign(z)) * (abs(z) > CERTAIN), z
+
+    def _odd(self, sign: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Rows about the opposite of where images lie; whether a valley parts them from those."""
+        odd, mixed = [], False
+        for rows in self.groups:
+            middle = self.middle[rows] * sign[rows]
+            usual = np.median(np.abs(middle))
+            other = (middle < -usual / 2) & (middle > -1.5 * usual)
+            between = np.sum(np.abs(middle) <= usual / 2)
+            sure = other & (middle < -CERTAIN * MIDDLE * self.error[rows])
+            peak = other.sum() - between > 3 * np.sqrt(other.sum() + between)
+            peak |= sure.sum() > 2 * between
+            now = bool(peak and other.sum() > MIXED * len(rows))
+            odd.append(rows[other if now else sure])
+            mixed |= now
+        return np.sort(np.concatenate(odd)), mixed
 
 
 class _Rings:
@@ -258,13 +426,6 @@ class _Rings:
         self.signal = inside.sum(axis=1) / count.sum() - above**2
 
 
-def background(images: np.ndarray) -> tuple[float, float]:
-    """Level and ramp of images' background, in standard deviations of the images; see Survey."""
-    scale = np.maximum(images.std(axis=(1, 2), dtype=np.float64), 1e-30)
-    level, x, y = imaging.background_planes(images).T / scale
-    return float(np.sqrt(np.mean(level**2))), float(np.sqrt(np.mean(x**2 + y**2)))
-
-
 def contrast(images: np.ndarray) -> tuple[int, float]:
     """Tell whether particles are white on black, as RELION keeps them, or black on white.
 
@@ -284,11 +445,4 @@ def contrast(images: np.ndarray) -> tuple[int, float]:
         The difference in standard errors.
     """
     images = imaging.check_images(images)
-    radius, size = imaging.from_middle(images.shape[1]), images.shape[1]
-    inner, outer = radius < size / 6, _corners(radius)
-    difference = images[:, inner].mean(axis=1) - images[:, outer].mean(axis=1)
-    # Noise of the pixels besides the scatter of the images, which one image does not show.
-    scatter = images[:, outer].std() * np.sqrt(1 / inner.sum() + 1 / outer.sum())
-    error = max(float(difference.std()), float(scatter)) / np.sqrt(len(images))
-    z = float(difference.mean()) / max(error, 1e-30)
-    return int(np.sign(z)) * (abs(z) > CERTAIN), z
+    return ImageStatistics.of(images, np.zeros(len(images), int)).contrast(slice(None))

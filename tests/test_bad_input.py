@@ -33,6 +33,8 @@ def training(**options):
     [
         (lambda: simulate(CUBE, 2, 0, snr=0), "snr"),
         (lambda: simulate(CUBE, 2, 0, snr=-1), "snr"),
+        (lambda: simulate(CUBE, 2, 0, snr=1, noise_excess=np.inf), "noise_excess.*infinite"),
+        (lambda: simulate(CUBE, 2, -1), "seed must not be negative, got -1"),
         (lambda: simulate(CUBE, 0, 0), "n must be positive"),
         (lambda: simulate(CUBE, 2, 0, max_shift_px=-1), "shift"),
         (lambda: simulate(CUBE, 2, 0, defocus_range_angstrom=(2e4, 1e4)), "defocus_range"),

@@ -22,6 +22,7 @@ from cryoem import (
     cli,
     estimator,
     evaluation,
+    half_sets,
     imaging,
     load_estimator,
     read_density,
@@ -32,7 +33,8 @@ from cryoem import (
     write_particles,
 )
 from cryoem.cli import initial, options, orienting, solving
-from cryoem.density import Phantom
+from cryoem.density import Density, Phantom
+from cryoem.errors import InputError
 from cryoem.refinement import halves
 
 COMMANDS = (
@@ -590,6 +592,105 @@ def test_black_particles_are_turned_and_it_is_said(folder, black, tmp_path, monk
     assert "turned" in given.stderr
 
 
+def test_stacks_of_the_other_contrast_are_turned_and_mixed_ones_refused(folder, tmp_path):
+    true = read_particles(folder / "particles.star")
+    plain = run("reconstruct", folder / "particles.star", "-o", tmp_path / "plain.mrc", "-q")
+    assert plain.stderr == ""
+    images = true.images[:].copy()
+    images[200:] *= -1
+    names = [f"{i % 200 + 1}@{'white' if i < 200 else 'black'}.mrcs" for i in range(300)]
+    mrcfile.write(tmp_path / "white.mrcs", images[:200])
+    mrcfile.write(tmp_path / "black.mrcs", images[200:])
+    write_particles(tmp_path / "two.star", true)
+    text = (tmp_path / "two.star").read_text()
+    rename = iter(names)
+    text = re.sub(r"\S+@\S+", lambda _: next(rename), text)
+    (tmp_path / "two.star").write_text(text)
+    done = run("reconstruct", tmp_path / "two.star", "-o", tmp_path / "two.mrc", "-q")
+    assert "100 of 300 particles are black on white (rows 201" in done.stderr
+    assert "black.mrcs" in done.stderr and "white.mrcs" not in done.stderr
+    a, b = (read_density(tmp_path / f"{name}.mrc").values for name in ("two", "plain"))
+    np.testing.assert_allclose(a, b, atol=1e-4 * b.max())
+    # In one stack there is nothing to turn them by, but what the user says.
+    write_particles(tmp_path / "one.star", true.with_images(images))
+    for command in ("reconstruct", "refine", "abinitio"):
+        end = "mrc" if command == "reconstruct" else "star"
+        done = run(command, tmp_path / "one.star", "-o", tmp_path / f"x.{end}", "-q", code=1)
+        assert "100 of 300 images are black" in done.stderr and "rows 201, 202" in done.stderr
+        assert "cryoemSign" in done.stderr and "--no-invert" in done.stderr
+    told = run("info", tmp_path / "one.star")
+    assert "rows 201, 202" in told.stderr and "contrast" in told.stdout and "mixed" in told.stdout
+    run("reconstruct", tmp_path / "one.star", "--no-invert", "-o", tmp_path / "x.mrc", "-q")
+
+
+def test_a_contrast_that_is_not_told_is_said(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((40, 16, 16), np.float32)
+    q = rotations.uniform(40, 1)
+    write_particles(tmp_path / "a.star", ParticleStack(noise, 4.0, quaternions=q))
+    given = ("reconstruct", tmp_path / "a.star", "-o", tmp_path / "a.mrc", "-q")
+    assert "not to be told" in run(*given).stderr
+    assert run(*given, "--invert").stderr == run(*given, "--no-invert").stderr == ""
+
+
+def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
+    true = read_particles(folder / "particles.star")
+    images = true.images[:].copy()
+    images[3] *= 1000
+    images[5, 16, 16] = 1e18
+    write_particles(tmp_path / "a.star", true.with_images(images))
+    given = (tmp_path / "a.star", "-o")
+    for command in (("reconstruct", *given, tmp_path / "x.mrc"), ("refine", *given,
+                    tmp_path / "x.star")):  # fmt: skip
+        done = run(*command, "-q", code=1)
+        assert "a.star: 2 of 300 images" in done.stderr and "rows 4, 6 (file" in done.stderr
+    assert "rows 4, 6 (file" in run("info", tmp_path / "a.star").stderr
+
+
+@pytest.mark.parametrize("level", [0.3, 0.99, 3.0])
+def test_a_level_of_all_or_some_images_is_taken_off_and_flat_ones_are_untouched(
+    folder, tmp_path, level
+):
+    true = read_particles(folder / "particles.star")
+    flat = options.prepared(true, None, None, True, 0)[0]
+    assert flat.images is true.images
+    raised = true.images[:].copy()
+    raised[:: 10 if level > 1 else 1] += level * raised.std()
+    write_particles(tmp_path / "a.star", true.with_images(raised))
+    with pytest.warns(UserWarning, match="background .* taken off"):
+        found = options.prepared(read_particles(tmp_path / "a.star"), None, None, True, 0)[0]
+    np.testing.assert_allclose(found.images[:], imaging.flatten(raised), atol=1e-5)
+
+
+def test_halves_that_share_particles_are_not_called_independent(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).standard_normal((20, 16, 16), np.float32)
+    q = rotations.uniform(20, 1)
+    write_particles(tmp_path / "a.star", ParticleStack(noise, 14.0, quaternions=q))
+    twice = read_particles(tmp_path / "a.star").select(np.arange(40) % 20)
+    write_particles(tmp_path / "twice.star", twice.replace(half_set=np.repeat([1, 2], 20)))
+    done = run("refine", tmp_path / "twice.star", "-o", tmp_path / "r.star", "--rounds", 1, "-q")
+    page = (tmp_path / "r.html").read_text()
+    for text in (done.stdout, page):
+        assert "share 20 particles" in text and "independently" not in text
+    assert "20 particles stand in both" in done.stderr
+    halves = ("reconstruct", tmp_path / "twice.star", "--half-maps", "-o", tmp_path / "m.mrc", "-q")
+    assert "share 20 particles" in run(*halves).stdout
+    # Where orientations are found anew, so are the halves.
+    assert len(half_sets.shared_particles(read_particles(tmp_path / "twice.star"))) == 20
+    split = []
+
+    def begun(stack, *_):
+        split.append(stack)
+        raise InputError("begun")
+
+    monkeypatch.setattr("cryoem.abinitio.initial.cut_out", begun)
+    with (
+        pytest.warns(UserWarning, match="of 20 particles.*put into one half"),
+        pytest.raises(InputError, match="begun"),
+    ):
+        abinitio.ab_initio(read_particles(tmp_path / "twice.star"))
+    assert len(half_sets.shared_particles(split[0])) == 0
+
+
 def test_raw_counts_on_a_ramp_give_the_same_map(folder, tmp_path):
     true = read_particles(folder / "particles.star")
     ramp = np.linspace(0, 40, true.box_px, dtype=np.float32)
@@ -647,6 +748,56 @@ def test_black_particles_are_oriented_as_white_ones(folder, black, trained, tmp_
         (("evaluate", "{}/few.star", "--truth", "{}/particles.star"), 1, "10 rows"),
         (("density", "nonsense", "-o", "{}/x.mrc"), 1, "nonsense"),
         (("reconstruct", "{}/few.star", "-o", "{}/x.mrc", "--symmetry", "Q3"), 1, "Q3"),
+        *(
+            (("simulate", "{}/map.mrc", "-o", "{}/x.star", *more), 1, says)
+            for more, says in (
+                (("--seed", "-1"), "--seed: wanted a whole number that is not negative, got -1"),
+                (("--defocus", "0", "inf"), "--defocus: wanted LOW HIGH, got 0 inf"),
+                (("--defocus", "1", "2"), "wanted angstrom (1 micrometre is 10000), got 1 2"),
+                (("--noise-excess", "5"), "--noise-excess: without --snr there is no noise"),
+            )
+        ),
+        (("info", "{}/few.star", "--seed", "-3"), 1, "--seed: wanted"),
+        (("info", "{}/list.npz"), 1, "list.npz: not an estimator's file"),
+        (("info", "{}/notes.txt"), 1, "notes.txt: not a kind that is known by its name"),
+        (("info", "{}/few.star.gz"), 1, "few.star.gz: is compressed"),
+        (("reconstruct", "{}/few.star.gz", "-o", "{}/x.mrc"), 1, "few.star.gz: is compressed"),
+        # Options that would change nothing.
+        (("info", "{}/map.mrc", "--pixel-size", "4"), 1, "--pixel-size: is told of particles"),
+        *(
+            ((command, "{}/few.star", "-o", "{}/x.star", *more), 1, says)
+            for command, more, says in (
+                ("refine", ("--map", "{}/map.mrc", "--rounds", "2"), "--rounds: "),
+                ("refine", ("--resolution", "12"), "--resolution: is told of a map"),
+                ("refine", ("--voxel-size", "7"), "--voxel-size: is told of a map"),
+                ("orient", ("--model", "x.npz", "--voxel-size", "7"), "--voxel-size: is told"),
+                (
+                    "orient",
+                    ("--model", "x.npz", "--reference", "{}/map.mrc", "--other-hand"),
+                    "--other-hand: a --reference has its own hand",
+                ),
+                ("refine", ("--map", "{}/flat.mrc"), "flat.mrc: is 2 everywhere"),
+                ("orient", ("--model", "4jsv", "--reference", "{}/flat.mrc"), "flat.mrc: is 2"),
+                ("abinitio", ("--reference", "{}/flat.mrc"), "flat.mrc: is 2 everywhere"),
+            )
+        ),
+        (("train", "{}/map.mrc", "--invert", "-o", "{}/x.npz"), 1, "--invert: is told of part"),
+        (("train", "{}/map.mrc", "--pixel-size", "7", "-o", "{}/x.npz"), 1, "--pixel-size: is"),
+        # Maps of nothing, and of no size.
+        (("simulate", "{}/flat.mrc", "-o", "{}/x.star"), 1, "flat.mrc: is 2 everywhere"),
+        (("simulate", "{}/vast.mrc", "-o", "{}/x.star"), 1, "vast.mrc: its header says voxels of"),
+        *(
+            (("evaluate", "{}/few.star", "--truth", "{}/few.star", *more), 1, says)
+            for more, says in (
+                (("--voxel-size", "7"), "--voxel-size: is told of a map"),
+                (("--map", "{}/flat.mrc", "--reference", "{}/map.mrc"), "flat.mrc: is 2"),
+                (("--map", "{}/map.mrc", "--reference", "{}/flat.mrc"), "flat.mrc: is 2"),
+                (
+                    ("--map", "{}/map.mrc", "--reference", "{}/twice.mrc", "--voxel-size", "7"),
+                    "their headers say 7 A",
+                ),
+            )
+        ),
         (("orient", "{}/few.star", "-o", "{}/x.star"), 2, "--model"),
         (("orient", "{}/few.star", "--bogus"), 2, "bogus"),
         (("nothing",), 2, "nothing"),
@@ -661,12 +812,77 @@ def test_errors_are_messages(folder, tmp_path, arguments, code, says):
         write_particles(tmp_path / f"{name}.star", few.with_images(few.images[:]))
     text = (tmp_path / "bare.star").read_text()
     (tmp_path / "bare.star").write_text(text.replace("rlnAngleRot", "rlnAngleWrong"))
+    shutil.copy(tmp_path / "few.star", tmp_path / "few.star.gz")
+    (tmp_path / "notes.txt").write_text("notes")
+    np.savez(tmp_path / "list.npz", settings="[1]")
+    cube = read_density(folder / "map.mrc").values
+    for name, values, voxel in (("flat", 0 * cube + 2, 7.0), ("twice", cube, 14.0),
+                                ("vast", cube, 1e4)):  # fmt: skip
+        write_density(tmp_path / f"{name}.mrc", Density(values, voxel))
     stack = tmp_path / "cut.mrcs"
     stack.write_bytes(stack.read_bytes()[:-100])
     before = sorted(tmp_path.iterdir())
     done = run(*(a.replace("{}", str(tmp_path)) for a in arguments), code=code)
     assert says in done.stderr and "Traceback" not in done.output
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_map_whose_header_is_wrong_is_taken_with_the_size_that_is_told(folder, tmp_path):
+    cube = read_density(folder / "map.mrc").values
+    for name, voxel in (("vast", 1e4), ("unsaid", 1.0)):
+        write_density(tmp_path / f"{name}.mrc", Density(cube, voxel))
+        run("simulate", tmp_path / f"{name}.mrc", "--voxel-size", 7, "-n", 3, "-o",
+            tmp_path / "x.star")  # fmt: skip
+        assert read_particles(tmp_path / "x.star").pixel_size_angstrom == 7
+    particles = folder / "particles.star"
+    run("evaluate", particles, "--truth", particles, "--map", tmp_path / "unsaid.mrc",
+        "--reference", folder / "map.mrc", "--voxel-size", 7)  # fmt: skip
+
+
+def test_what_a_file_holds_is_told_by_its_name_in_capitals_and_of_arrays(folder, tmp_path):
+    true = read_particles(folder / "particles.star").select(slice(40))
+    write_particles(tmp_path / "a.star", true.with_images(true.images[:]))
+    shutil.copy(tmp_path / "a.star", tmp_path / "A2.STAR")
+    np.save(tmp_path / "a.npy", true.images[:])
+    for name, more in (("A2.STAR", ()), ("a.npy", ("--pixel-size", 7))):
+        found = json.loads(run("info", tmp_path / name, *more, "--json").stdout)
+        assert found["particles"] == 40 and found["pixel_size_angstrom"] == 7
+
+
+def test_training_takes_the_pixel_size_that_is_told(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def as_seen(cube, stack, seed):
+        seen.append(stack.pixel_size_angstrom)
+        raise InputError("begun")
+
+    monkeypatch.setattr(orienting, "_as_seen", as_seen)
+    np.save(tmp_path / "a.npy", read_particles(folder / "particles.star").images[:])
+    run("train", folder / "map.mrc", "--like", tmp_path / "a.npy", "--pixel-size", 6.5, "-o",
+        tmp_path / "x.npz", "-q", code=1)  # fmt: skip
+    assert seen == [6.5]
+
+
+def test_a_map_of_an_earlier_run_does_not_pass_for_this_ones(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((60, 32, 32), np.float32)
+    stack = ParticleStack(noise, 7.0, quaternions=rotations.uniform(60, 1))
+    write_particles(tmp_path / "noise.star", stack)
+    maps = ["r.mrc", "r_half1.mrc", "r_half2.mrc", "r_fsc.star"]
+    (tmp_path / "r.work").mkdir()
+    for name in (*maps, "r_other.mrc", "r.work/rounds.npz"):
+        (tmp_path / name).write_text("of an earlier run")
+    done = run("refine", tmp_path / "noise.star", "--map", folder / "map.mrc", "--resolution", 40,
+               "-o", tmp_path / "r.star", "-q")  # fmt: skip
+    assert "no map" in done.stdout and (tmp_path / "r.star").exists()
+    assert not any((tmp_path / name).exists() for name in maps)
+    assert all(name in done.stderr for name in maps) and "removed" in done.stderr
+    # Neither another's file nor the rounds of a refinement without a map.
+    for name in ("r_other.mrc", "r.work/rounds.npz"):
+        assert (tmp_path / name).read_text() == "of an earlier run"
+    (tmp_path / "m_half1.mrc").write_text("of an earlier run")
+    done = run("reconstruct", tmp_path / "noise.star", "-o", tmp_path / "m.mrc", "-q")
+    assert "m_half1.mrc beside" in done.stderr and (tmp_path / "m_half1.mrc").exists()
 
 
 def test_an_image_that_is_none_is_named(folder, tmp_path):
@@ -895,6 +1111,9 @@ def test_noise_ends_in_no_map(tmp_path, quick):
     """An exit code of its own, the reasons, and nothing that looks like a result."""
     noise = np.random.default_rng(0).standard_normal((120, 32, 32)).astype(np.float32)
     write_particles(tmp_path / "noise.star", ParticleStack(noise, 5.0))
+    earlier = [tmp_path / name for name in ("none.star", "none.mrc", "none_half2.mrc")]
+    for path in earlier:
+        path.write_text("of an earlier run")
     done = run(
         "abinitio", tmp_path / "noise.star", "-o", tmp_path / "none.star", "--starts", "2",
         "--diameter", "110", "--shift", "0", "-q", code=3,

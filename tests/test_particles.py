@@ -1,8 +1,11 @@
 """The particle stack itself: what every step takes and returns."""
 
 import pickle
+import re
+import shutil
 import warnings
 from dataclasses import FrozenInstanceError, dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ from cryoem import (
     write_particles,
 )
 from cryoem.errors import InputError
-from cryoem.particles import PER_PARTICLE, CtfParameters, Noise, random_half_sets
+from cryoem.particles import PER_PARTICLE, CtfParameters, Noise, ParticleFile, random_half_sets
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -373,6 +376,13 @@ PLACES = {
 }
 
 
+SAME_SPOT = {
+    "rlnMicrographName": np.array(["m"] * 6, object),
+    "rlnCoordinateX": np.full(6, 100.0),
+    "rlnCoordinateY": np.full(6, 50.0),
+}
+
+
 @pytest.mark.parametrize(
     ("columns", "wanted"),
     [
@@ -383,6 +393,27 @@ PLACES = {
         ({"rlnImageName": NAMES, **PLACES}, [0, 0, 1, 0, 2, 0]),
         (PLACES | {"rlnCoordinateX": np.zeros(6), "rlnCoordinateY": np.zeros(6)}, range(6)),
         (PLACES | {"rlnCoordinateX": np.full(6, "nowhere", object)}, range(6)),
+        (
+            {"rlnImageName": ["a.mrc", "1@a.mrc", "1@./a.mrc", "2@a.mrc", "b.mrc", "c.mrc"]},
+            [0, 0, 0, 1, 2, 3],
+        ),
+        (
+            {"rlnImageOriginalName": ["1@z", "000001@./z", "2@z", "None", "None", "3@z"]},
+            [0, 0, 1, 2, 3, 4],
+        ),
+        ({"rlnImageName": [*NAMES[:5], "9@a.mrcs"], "uid": [7, 8, 8, 9, 0, 0]}, [0, 1, 1, 0, 2, 3]),
+        (
+            {**SAME_SPOT, "rlnMicrographName": ["M/m", "./M/m", "/x/M/m", "../M/m", "N/m", "/y/m"]},
+            [0, 0, 0, 0, 1, 2],
+        ),
+        (
+            {
+                **SAME_SPOT,
+                "rlnCoordinateX": [0, 1.5, 10, 13.5, 20, 29],
+                "rlnCoordinateY": np.ones(6),
+            },
+            [0, 0, 1, 2, 3, 4],
+        ),
     ],
 )
 def test_rows_of_one_particle_are_told(columns, wanted):
@@ -405,6 +436,40 @@ def test_a_particle_that_is_there_twice_stays_in_one_half():
         full().replace(half_set=None).with_half_sets(0)
     with pytest.raises(InputError, match="1 in 6 rows"):
         random_half_sets(6, 0, np.zeros(6))
+
+
+def test_links_and_folders_do_not_hide_that_a_particle_is_there_twice(tmp_path):
+    (tmp_path / "job").mkdir()
+    write_particles(tmp_path / "job" / "a.star", in_memory())
+    (tmp_path / "job" / "link.mrcs").symlink_to("a.mrcs")
+    shutil.copy(tmp_path / "job" / "a.mrcs", tmp_path / "job" / "other.mrcs")
+    names = ["1@a.mrcs", f"1@{tmp_path}/job/a.mrcs", "1@../job/a.mrcs", "01@link.mrcs",
+             "1@other.mrcs", "2@a.mrcs"]  # fmt: skip
+    given, path = iter(names), tmp_path / "job" / "a.star"
+    path.write_text(re.sub(r"\S+@\S+", lambda _: next(given), path.read_text()))
+    found = half_sets.particles_in(read_particles(path))
+    np.testing.assert_array_equal(found == found[0], [True, True, True, True, False, False])
+    assert found[4] != found[5]
+
+
+def test_a_particles_place_is_where_its_origin_puts_it():
+    """Picked 30 px apart, and centred: the same particle; and the other way round."""
+    x, y = np.array([100.0, 130, 200, 201, 300, 308]), np.full(6, 50.0)
+    columns = {"rlnMicrographName": np.array(["m"] * 6, object), "rlnCoordinateX": x,
+               "rlnCoordinateY": y}  # fmt: skip
+    moved = np.zeros((6, 2))
+    moved[:4, 0] = 7.5, -7.5, 20, -20  # pixels of the particles: twice those of the micrograph
+    group = np.zeros(6, int)
+    stack = full().replace(columns=columns, shifts_px=moved, optics_group=group)
+    pixel = np.full(1, stack.pixel_size_angstrom / 2)
+    optics = {"rlnMicrographOriginalPixelSize": pixel}
+    for origin, wanted in (
+        (ParticleFile(Path("a.star"), optics), [0, 0, 1, 2, 3, 4]),
+        (None, [0, 1, 2, 3, 4, 5]),
+    ):
+        found = half_sets.particles_in(stack.replace(origin=origin))
+        first = np.unique(found, return_index=True, return_inverse=True)[1:]
+        np.testing.assert_array_equal(np.argsort(np.argsort(first[0]))[first[1]], wanted)
 
 
 def test_duplicates_of_many_sizes_leave_the_halves_even():

@@ -179,7 +179,7 @@ def test_noise_is_measured_against_images_with_their_ctf(density):
     assert noise.var() == pytest.approx(noisy.noise.variance, rel=4 * np.sqrt(2 / noise.size))
 
 
-@pytest.mark.parametrize("limits", [(25e3, 8e3), (np.nan, 1e4)])
+@pytest.mark.parametrize("limits", [(25e3, 8e3), (np.nan, 1e4), (0, np.inf)])
 def test_a_range_of_defocus_goes_upwards(density, limits):
     prepare = Preprocessing(48, 24, 24, density.voxel_size_angstrom)
     for make in (

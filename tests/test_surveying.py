@@ -13,6 +13,7 @@ from cryoem import (
     surveying,
     write_particles,
 )
+from cryoem.noise import coloured
 from cryoem.particles import CtfParameters
 from cryoem.preprocessing import preprocessing_for
 
@@ -43,6 +44,88 @@ def test_the_sign_of_the_contrast_is_told(clean, with_ctf, snr):
     assert surveying.contrast(images)[0] == 1
     assert surveying.contrast(-images)[0] == -1
     assert surveying.contrast(-images)[1] == pytest.approx(-surveying.contrast(images)[1], rel=1e-3)
+
+
+def statistics(images, group=0):
+    images = np.asarray(images, np.float32)
+    return surveying.ImageStatistics.of(images, np.broadcast_to(group, len(images)))
+
+
+def noisy(clean, snr, excess=0.0):
+    images = imaging.apply_ctf(clean, imaging.ctf(BOX, VOXEL, DEFOCUS))
+    noise = coloured(images.var() / snr, excess, 40 / VOXEL)
+    return images + noise.draw(len(images), BOX, 5)
+
+
+@pytest.mark.parametrize(
+    ("snr", "excess", "share", "mixed"),
+    [(4, 0, 0.3, True), (4, 0, 0.05, True), (4, 0, 0.01, False), (4, 0, 0, False),
+     (1 / 16, 0, 0.3, True), (1 / 16, 0, 0.5, True), (1 / 16, 0, 0, False), (4, 10, 0, False),
+     # No image tells its own sign: nothing is claimed.
+     (1 / 64, 10, 0.5, False)],
+)  # fmt: skip
+def test_images_of_both_contrasts_are_told_where_single_ones_tell(clean, snr, excess, share, mixed):
+    images, black = noisy(clean, snr, excess), np.arange(300) < share * 300
+    images[black] *= -1
+    sign, odd, told = statistics(images).contrasts(np.zeros(300, int))
+    assert told == mixed and sign[0] == (1 if share < 0.5 else 0)
+    assert (
+        set(odd) <= set(np.flatnonzero(black)) or np.isin(odd, np.flatnonzero(black)).mean() > 0.9
+    )
+    if mixed and share < 0.5:
+        assert len(odd) > 0.8 * black.sum()
+    if snr == 4:
+        found = survey(ParticleStack(images, VOXEL)).contrast
+        assert found == ("mixed" if mixed else "white on black")
+    if share == 0:
+        assert len(odd) == 0
+
+
+def test_a_contrast_is_that_of_an_optics_group_or_of_a_stack(clean):
+    images, part = noisy(clean, 1 / 16), np.repeat([0, 1, 2, 3], [140, 100, 57, 3])
+    images[part == 1] *= -1
+    wanted = np.where(part == 1, -1, 1)
+    for group, stack in ((part, 0 * part), (0 * part, np.minimum(part, 2)), (part // 2, part)):
+        sign, odd, mixed = statistics(images, group).contrasts(stack)
+        known = sign != 0
+        np.testing.assert_array_equal(sign[known], wanted[known])
+        assert not mixed and len(odd) == 0 and known[part < 3].all()
+    # What a few images do not tell, the others of their group do, or the other groups.
+    for group, stack in ((0 * part, part // 3), (part // 3, 0 * part)):
+        some = part != 1
+        sign = statistics(images[some], group[some]).contrasts(stack[some])[0]
+        assert (sign == 1).all()
+
+
+@pytest.mark.parametrize("snr", [1e6, 4, 1 / 16])
+@pytest.mark.parametrize("excess", [0, 10])
+def test_a_background_is_flat_or_it_is_not(clean, snr, excess):
+    flat = noisy(clean, snr, excess)
+    assert not statistics(flat).uneven
+    assert not statistics(flat[:5]).uneven
+    scale, x = flat.std(), (np.arange(BOX) - BOX // 2) / BOX
+    some, group = np.arange(300) < 12, np.arange(300) // 297
+    for level in (0.1, 0.95, -0.99, 30):
+        assert statistics(flat + scale * level).uneven
+        assert statistics(flat + 3 * scale * level * x).uneven
+    assert statistics(flat + 3 * scale * some[:, None, None]).uneven
+    # Three images in a group of their own.
+    assert statistics(flat + 3 * scale * group[:, None, None], group).uneven
+
+
+def test_images_of_another_scale_and_hot_pixels_are_found(clean):
+    images, group = noisy(clean, 1 / 4), np.arange(300) % 2
+    assert len(statistics(images).far) == 0
+    assert len(statistics(images + 100).far) == 0
+    assert len(statistics(images * np.where(group, 100, 1)[:, None, None], group).far) == 0
+    some = images[:20] * np.where(np.arange(20) < 10, 1, 50)[:, None, None]
+    assert len(statistics(some).far) == 10
+    images[3] *= 1000
+    images[7] /= 1000
+    images[50, 20, 20] = 1e5
+    images[60, 0, 0] = 1e30
+    np.testing.assert_array_equal(statistics(images).far, [3, 7, 50, 60])
+    np.testing.assert_array_equal(statistics(images, group).far, [3, 7, 50, 60])
 
 
 def test_noise_has_no_sign():

@@ -44,6 +44,17 @@ def test_the_variable_must_be_a_positive_integer(monkeypatch, value):
         threads.count.__wrapped__()
 
 
+def test_the_command_line_says_so_too():
+    code = "from cryoem.cli import app; app(['info', 'nothing.star'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "CRYOEM_THREADS": "abc"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("cryoem: the environment variable CRYOEM_THREADS must be")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_variable_overrides_and_an_empty_one_does_not(monkeypatch):
     monkeypatch.setenv("CRYOEM_THREADS", " 3 ")
     assert threads.count.__wrapped__() == 3

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from .. import maps, rotations, workers
 from ..density import Density
 from ..errors import InputError
+from ..half_sets import unshared
 from ..maps import Axes, Coverage, HalfMapFsc, HalfMaps
 from ..maps.axes import NONE
 from ..particles import ParticleStack
@@ -207,7 +208,7 @@ def ab_initio(
     """
     _check(starts, symmetry, scheduler)
     how: dict[str, Any] = {"scheduler": scheduler, "progress": progress}
-    stack = stack.with_half_sets(seed)
+    stack = unshared(stack).with_half_sets(seed)
     cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
     halves = [cut.stack.select(cut.stack.half(h)) for h in (1, 2)]
     coarse = [coarsened(half, cut.finest_angstrom) for half in halves]

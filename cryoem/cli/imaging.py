@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -19,6 +20,9 @@ from .options import (
     positive,
     star_files,
 )
+
+#: Angstrom of defocus below which a particle file is taken for one in other units.
+FOCUSED = 100.0
 
 
 @app.command("density")
@@ -81,8 +85,14 @@ def simulate_particles(
     from ..io.particles import write_particles
     from ..simulation import simulate
 
-    if defocus is not None and not defocus[0] <= defocus[1]:
-        raise InputError(f"--defocus: wanted LOW HIGH, got {defocus[0]:g} {defocus[1]:g}")
+    if defocus is not None:
+        got = f"got {defocus[0]:g} {defocus[1]:g}"
+        if not -math.inf < defocus[0] <= defocus[1] < math.inf:
+            raise InputError(f"--defocus: wanted LOW HIGH, {got}")
+        if max(map(abs, defocus)) < FOCUSED:
+            raise InputError(f"--defocus: wanted angstrom (1 micrometre is 10000), {got}")
+    if noise_excess and math.isinf(snr):
+        raise InputError("--noise-excess: without --snr there is no noise")
     check_outputs({"--output": star_files(output)}, [map_file])
     cube = open_map(map_file, voxel_size)
     stack = simulate(

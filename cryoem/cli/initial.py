@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from .mapping import map_files, write_halves
+from .mapping import map_files, remove_earlier, write_halves
 from .options import (
     Invert,
     MapVoxelSize,
@@ -94,8 +94,8 @@ def find_map(
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
     (.mrc), their FSC (_fsc.star) and a report (.html). Each half of the images is solved by itself;
-    where the two do not agree there is no map: the report says why, nothing else is written, and
-    the exit code is 3.
+    where the two do not agree there is no map: the report says why, nothing else is written or
+    left of an earlier run, and the exit code is 3.
 
     With --classes K, images of several particles, or of one and of junk, are sorted first by K maps
     that are solved together. All that is said above is then written of each class, as
@@ -103,7 +103,7 @@ def find_map(
     those of classes without a map, are written without new poses. Exit code 3: no class has a map.
     """
     told = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
-    stack = open_particles(particles_file, quiet, pixel_size)
+    stack = told.checked(open_particles(particles_file, quiet, pixel_size))
     check_outputs({"--output": told.files(output, stack)}, [particles_file, reference], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     if not find_maps(stack, output, particles_file.name, told, scheduler, quiet):
@@ -145,6 +145,11 @@ class Told:
     def files(self, output: Path, stack: ParticleStack) -> list[Path]:
         """All that is written."""
         return [path for out in self.outputs(output) for path in map_files(out, stack)]
+
+    def checked(self, stack: ParticleStack) -> ParticleStack:
+        """The particles; the map can be read, which is seen before anything is computed."""
+        self.known(stack)
+        return stack
 
     def known(self, stack: ParticleStack) -> Density | None:
         """The map to begin with."""
@@ -188,6 +193,8 @@ def find_maps(
 
     if told.classes == 1:
         found = _one(stack, output, f"{len(stack):,} particles of {name}", told, scheduler, quiet)
+        if found is None:
+            remove_earlier(map_files(output, stack)[:-1])
         return [found] if found else []
     classes = classify(
         stack, told.classes, diameter_angstrom=told.diameter, shift_angstrom=told.shift,
@@ -217,8 +224,14 @@ def find_maps(
             typer.echo(f"{title}: no map")
         if found:
             with_map.append(found)
-        elif len(part):
+            continue
+        earlier = map_files(out, part)
+        reported = i and len(part) >= FEWEST
+        remove_earlier(path for path in (earlier[:-1] if reported else earlier) if path != out)
+        if len(part):
             write_particles(out, part)
+        else:
+            remove_earlier([out])
     return with_map
 
 

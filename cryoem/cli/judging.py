@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from .. import rotations
 from ..errors import InputError
 from ..half_sets import image_of
 from .options import (
+    OF_MAP,
     Json,
     MapVoxelSize,
     Particles,
@@ -21,15 +25,25 @@ from .options import (
     Seed,
     Symmetry,
     app,
+    by_file,
+    contrasts_told,
+    far_told,
+    looked_at,
     open_map,
     open_oriented,
     open_particles,
     print_figures,
+    refuse_alone,
 )
 
 if TYPE_CHECKING:
     from ..density import Density
     from ..particles import ParticleStack
+
+#: How the names of atomic models end.
+MODELS = (".pdb", ".pdb1", ".ent", ".cif", ".mmcif")
+#: Images that ``info`` looks at.
+LOOKED_AT = 1000
 
 
 @app.command("evaluate")
@@ -54,8 +68,14 @@ def evaluate_particles(
 
     if (map_file is None) != (reference is None):
         raise InputError("--map and --reference come together")
+    refuse_alone({"--voxel-size": voxel_size} if map_file is None else {}, OF_MAP)
     found_there, known = open_oriented(particles_file, True), open_oriented(truth, True)
     q = found_there.oriented()
+    maps = None
+    if map_file is not None and reference is not None:
+        if voxel_size is not None:
+            _check_voxels(map_file, reference, voxel_size)
+        maps = open_map(map_file, voxel_size, known), open_map(reference, voxel_size, known)
     true = known.oriented()[paired(particles_file, found_there, truth, known)]
     found: dict[str, object] = {"particles": len(q), "symmetry": symmetry}
     one_sided = evaluation.orientation_errors(q, true, over="one-sided", symmetry=symmetry)
@@ -67,10 +87,25 @@ def evaluate_particles(
             f"{name}_p95_rad": off.p95_rad,
         }
     found["random_mean_rad"] = evaluation.random_error(true, seed, symmetry=symmetry)
-    if map_file is not None and reference is not None:
-        judged, by = (open_map(path, voxel_size, known) for path in (map_file, reference))
-        found |= _compare_maps(judged, by, seed)
+    if maps is not None:
+        found |= _compare_maps(*maps, seed)
     print_figures(found, as_json)
+
+
+def _check_voxels(map_file: Path, reference: Path, voxel_size: float) -> None:
+    """Refuse one voxel size for two maps of which each says another one."""
+    from ..density import read_density
+
+    said = []
+    for path in (map_file, reference):
+        with contextlib.suppress(InputError):
+            said.append(read_density(path).voxel_size_angstrom)
+    if 1 not in said and len(said) == 2 and not math.isclose(*said, rel_tol=0.01):
+        raise InputError(
+            f"--voxel-size: {voxel_size:g} A would be that of both maps, and their headers say "
+            f"{said[0]:g} A ({map_file}) and {said[1]:g} A ({reference}); wanted headers that are "
+            "right"
+        )
 
 
 def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleStack) -> np.ndarray:
@@ -197,15 +232,22 @@ def describe(
     from ..io import files
 
     path = files.existing(file)
-    name = path.name.removesuffix(".gz")
-    if name.endswith((".star", ".cs", ".mrcs")):
-        found = _of_particles(path, seed, pixel_size)
-    elif name.endswith((".mrc", ".map")):
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith((".star", ".cs", ".mrcs", ".npy")):
+        print_figures(_of_particles(path, seed, pixel_size), as_json)
+        return
+    refuse_alone({"--pixel-size": pixel_size}, f"is told of particles, which {path} does not hold")
+    if name.endswith((".mrc", ".map")):
         found = _of_map(path)
     elif name.endswith(".npz"):
         found = _of_estimator(path)
-    else:
+    elif name.endswith(MODELS):
         found = _of_model(path)
+    else:
+        raise InputError(
+            f"{path}: not a kind that is known by its name; wanted particles (.star, .cs), images "
+            "(.mrcs, .npy), a map (.mrc, .map), an estimator (.npz) or a model (.pdb, .cif)"
+        )
     print_figures(found, as_json)
 
 
@@ -219,9 +261,7 @@ def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, 
         warnings.warn(f"images: not found ({error})", stacklevel=2)
         stack = read_particles(path, pixel_size_angstrom=pixel_size, images=False)
         return _told_of(stack)
-    found = _surveyed(stack, seed)
-    if found["contrast"] == "black on white":
-        warnings.warn(f"{path}: the commands turn these images as they read them", stacklevel=2)
+    found = _surveyed(stack, path, seed)
     if "noise_power_by_angstrom" not in found:
         warnings.warn(
             f"{path}: the corners of its images are constant: their noise cannot be measured",
@@ -252,11 +292,23 @@ def _told_of(stack: ParticleStack) -> dict[str, object]:
     }
 
 
-def _surveyed(stack: ParticleStack, seed: int) -> dict[str, object]:
-    """What a survey says, the noise as its power at some resolutions."""
+def _surveyed(stack: ParticleStack, path: Path, seed: int) -> dict[str, object]:
+    """What a survey says of some images, the noise as its power at some resolutions."""
     from ..surveying import survey
 
-    found = dict(vars(survey(stack, seed=seed)))
+    drawn = rotations.generator(seed, "info").permutation(len(stack))[:LOOKED_AT]
+    some = stack.select(np.sort(drawn))
+    seen = looked_at(some, True)
+    if len(far := seen.far):
+        warnings.warn(f"{path}: {far_told(some, far)}", stacklevel=2)
+        kept = np.delete(np.arange(len(some)), far)
+        some, seen = some.select(kept), looked_at(some.select(kept), True)
+    _, odd, mixed = seen.contrasts(by_file(some))
+    if len(odd):
+        warnings.warn(f"{path}: {contrasts_told(some, odd)}", stacklevel=2)
+    found = dict(vars(survey(some, images=LOOKED_AT, seed=seed)))
+    if found["contrast"] in ("black on white", "mixed") and not mixed:
+        warnings.warn(f"{path}: the commands turn black images as they read them", stacklevel=2)
     noise = found.pop("noise")
     if noise is not None:
         pixel = stack.pixel_size_angstrom
@@ -288,8 +340,8 @@ def _of_estimator(path: Path) -> dict[str, object]:
 
     what = "an estimator's file"
     try:
-        return {"kind": "estimator", **json.loads(str(read_npz(path, what)["settings"]))}
-    except (KeyError, ValueError) as error:
+        return {"kind": "estimator", **dict(json.loads(str(read_npz(path, what)["settings"])))}
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not {what} ({error})") from error
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
-from ..errors import InputError
+from ..half_sets import shared_particles
 from .options import (
+    OF_MAP,
     Invert,
     MapOut,
     MapVoxelSize,
@@ -28,13 +32,18 @@ from .options import (
     open_oriented,
     positive,
     prepared,
+    refuse_alone,
     star_files,
 )
 
 if TYPE_CHECKING:
+    from ..density import Density
     from ..maps import HalfMapFsc, HalfMaps
     from ..particles import ParticleStack
     from ..refinement import HalvesRefinement, ReferenceRefinement
+
+#: Angstrom to which a reference is used.
+COARSE = 15.0
 
 
 @app.command("reconstruct")
@@ -67,6 +76,11 @@ def reconstruct_map(
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, scheduler=scheduler, progress=not quiet)
         write_density(output, found)
+        if there := [path.name for path in _half_files(output) if path.exists()]:
+            warnings.warn(
+                f"{', '.join(there)} beside {output}: of an earlier run, not of this map",
+                stacklevel=1,
+            )
         typer.echo(f"{output}: from {len(stack):,} particles")
         return
     stack = stack.with_half_sets(seed)
@@ -79,11 +93,11 @@ def reconstruct_map(
         )
         for half in (1, 2)
     )
-    curves = write_halves(output, HalfMaps(first, second, independent=False), seed)
+    pair = HalfMaps(first, second, independent=False, shared=len(shared_particles(stack)))
+    curves = write_halves(output, pair, seed)
     typer.echo(
         f"{output}: from {len(stack):,} particles; "
-        f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of half-maps with "
-        "shared poses"
+        f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of {pair.wording}"
     )
 
 
@@ -97,6 +111,18 @@ def _half_files(output: Path) -> tuple[Path, Path, Path]:
     """The half-maps of a map, and their FSC."""
     first, second = (output.with_stem(f"{output.stem}_half{half}") for half in (1, 2))
     return first, second, output.with_name(f"{output.stem}_fsc.star")
+
+
+def remove_earlier(paths: Iterable[Path]) -> None:
+    """Remove what an earlier run has written where this one has nothing to write, and say so."""
+    there = [path for path in paths if path.exists()]
+    for path in there:
+        path.unlink()
+    if there:
+        warnings.warn(
+            f"{', '.join(map(str, there))}: of an earlier run, removed: this one found no map",
+            stacklevel=2,
+        )
 
 
 def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
@@ -122,12 +148,12 @@ def refine_particles(
         typer.Option("--map", help="Reference; default: the particles' own maps, half by half."),
     ] = None,
     resolution: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Angstrom; the reference is used to this and no finer.",
+            help="Angstrom; the reference is used to this and no finer; default: 15.",
             callback=positive("--resolution"),
         ),
-    ] = 15.0,
+    ] = None,
     rounds: Rounds = None,
     symmetry: Annotated[
         str, typer.Option(help="Point group, in the standard setting; without a reference.")
@@ -149,37 +175,36 @@ def refine_particles(
     they are kept in OUTPUT with .work until the end.
     """
     from .. import report
-    from ..density import write_density
     from ..io.particles import write_particles
     from ..refinement import kept, refine_halves
 
-    if map_file is not None and symmetry.upper() != "C1":
-        raise InputError("--symmetry: a particle is refined in it without --map only")
+    _refuse_others(map_file, resolution, voxel_size, rounds, symmetry)
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     work = output.with_suffix(".work")
-    written = {"--output": [*map_files(output, stack), *(work / name for name in kept.FILES)]}
+    rounds_kept = [work / name for name in kept.FILES] if map_file is None else []
+    written = {"--output": [*map_files(output, stack), *rounds_kept]}
     check_outputs(written, [particles_file, map_file], stack)
+    reference = None if map_file is None else open_map(map_file, voxel_size, stack)
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
-    if map_file is None:
+    if reference is None:
         found = refine_halves(
             stack, rounds=rounds, symmetry=symmetry, seed=seed, work=work, scheduler=scheduler,
             progress=not quiet,
         )  # fmt: skip
         notes = [_held_out(found)]
     else:
-        found = _against(map_file, voxel_size, stack, resolution, seed, scheduler, quiet)
+        found = _against(reference, stack, resolution or COARSE, seed, scheduler, quiet)
         test = found.test
     write_particles(output, refined := found.particles)
-    if found.density is not None:
-        write_halves(map_path, found.half_maps, seed)
-        write_density(map_path, found.density)
+    _write_map(map_path, found, seed)
+    pair = replace(found.half_maps, shared=len(shared_particles(stack)))
     summary = report.write_map(
         page,
         f"{len(stack):,} particles of {particles_file.name}",
-        found.half_maps,
+        pair,
         found.fsc,
         found.mask,
         refined.oriented(),
@@ -193,12 +218,27 @@ def refine_particles(
         f"{summary['resolution_fsc0143_angstrom']:.1f} A at FSC 0.143, {summary['half_maps']}; "
         + (f"{map_path}" if found.density is not None else "no map: see the note")
     )
-    _over(work)
+    if reference is None:
+        _over(work)
+
+
+def _refuse_others(
+    map_file: Path | None,
+    resolution: float | None,
+    voxel_size: float | None,
+    rounds: int | None,
+    symmetry: str,
+) -> None:
+    """Refuse options of a refinement against a map in one without, and the reverse."""
+    if map_file is None:
+        refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
+    else:
+        other = None if symmetry.upper() == "C1" else symmetry
+        refuse_alone({"--symmetry": other, "--rounds": rounds}, "goes without --map only")
 
 
 def _against(
-    map_file: Path,
-    voxel_size: float | None,
+    reference: Density,
     stack: ParticleStack,
     resolution: float,
     seed: int,
@@ -208,12 +248,22 @@ def _against(
     """Refine against a reference, in its frame."""
     from ..refinement import in_frame_of, refine_against
 
-    reference = open_map(map_file, voxel_size, stack)
     reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
     return refine_against(
         in_frame_of(stack, reference, seed=seed), reference, resolution_angstrom=resolution,
         seed=seed, scheduler=scheduler, progress=not quiet,
     )  # fmt: skip
+
+
+def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: int) -> None:
+    """Write a map and its halves where there is one; no other stays in their place."""
+    from ..density import write_density
+
+    if found.density is None:
+        remove_earlier([output, *_half_files(output)])
+        return
+    write_halves(output, found.half_maps, seed)
+    write_density(output, found.density)
 
 
 def _over(work: Path) -> None:

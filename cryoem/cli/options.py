@@ -8,20 +8,30 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import numpy as np
 import typer
 
+from .. import threads
 from ..errors import CryoemError, InputError
 
 if TYPE_CHECKING:
     from ..density import Density
+    from ..io.stacks import ImageStack
     from ..particles import ParticleStack
-    from ..surveying import Survey
+    from ..surveying import ImageStatistics, Survey
 
 __all__ = ["app"]
+
+#: Why an option is refused.
+OF_MAP = "is told of a map, and none is given"
+#: Pixels of images that are looked at together.
+AT_ONCE = 1 << 22
+#: How many rows, or files, a message lists.
+LISTED = 5
 
 
 class _Commands(typer.core.TyperGroup):
@@ -93,8 +103,19 @@ def positive(name: str) -> Callable[[float | None], float | None]:
     return checked
 
 
+def _not_negative(name: str) -> Callable[[int], int]:
+    """A check of an option that is a whole number."""
+
+    def checked(value: int) -> int:
+        if value < 0:
+            raise InputError(f"{name}: wanted a whole number that is not negative, got {value}")
+        return value
+
+    return checked
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+Seed = Annotated[int, typer.Option(help="Random seed.", callback=_not_negative("--seed"))]
 Scheduler = Annotated[
     str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
 ]
@@ -141,6 +162,13 @@ PixelSize = Annotated[
     typer.Option(min=0.01, max=1000, help="Angstrom, of a particle file that does not say it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def refuse_alone(given: Mapping[str, object], why: str) -> None:
+    """Refuse options that would change nothing: those that are not None."""
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(f"{option}: {why}")
 
 
 def say(quiet: bool, text: str) -> None:
@@ -238,6 +266,8 @@ def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> 
     """Read a particle file, and say what it holds."""
     from ..io.particles import read_particles
 
+    if path.suffix == ".gz":
+        raise InputError(f"{path}: is compressed; wanted it unpacked (gunzip)")
     stack = read_particles(path, pixel_size_angstrom=pixel_size)
     box, pixel = stack.box_px, stack.pixel_size_angstrom
     say(quiet, f"{path}: {len(stack):,} particles of {box} px, {pixel:g} A each")
@@ -263,6 +293,10 @@ def open_map(
     from ..density import Density, read_density
 
     cube = read_density(path, voxel_size_angstrom=voxel_size)
+    if np.ptp(cube.values) == 0:
+        raise InputError(
+            f"{path}: is {cube.values.flat[0]:g} everywhere: no particle is to be seen in it"
+        )
     level = cube.solvent_level
     if abs(level) > LEVEL * abs(cube.values - level).max():
         warnings.warn(
@@ -292,28 +326,120 @@ def prepared(
 ) -> tuple[ParticleStack, Survey]:
     """Particles that are white on black, on a background of zero; and what some images said.
 
-    Turned where the user says so, or where they are black; flattened where the background is
-    uneven.
+    Every image is looked at. Turned where the user says so, or where they are black; flattened
+    where the background is uneven; refused where some would drown the others.
     """
     from .. import surveying
 
-    found = surveying.survey(stack, images=300, seed=seed)
-    if invert is None and found.contrast == "black on white":
-        warnings.warn(
-            f"{path}: the particles are black on white; their images are turned as they are read "
-            "(--no-invert: taken as they are)",
-            stacklevel=2,
-        )
-        stack = stack.inverted()
+    seen = looked_at(stack, quiet)
+    if len(seen.far):
+        raise InputError(f"{path}: {far_told(stack, seen.far)}, or their rows taken out")
+    if invert is None:
+        stack = _turned(stack, path, seen)
     elif invert:
         say(quiet, f"{path}: the images are turned, as --invert says")
         stack = stack.inverted()
-    level, ramp = found.background_level, found.background_ramp
-    if max(level, ramp) > surveying.UNEVEN:
+    if seen.uneven:
+        level, ramp = seen.background
         warnings.warn(
             f"{path}: the background of the images is {level:.2g} standard deviations from zero "
             f"and rises by {ramp:.2g} across them; both are taken off as they are read",
             stacklevel=2,
         )
         stack = stack.flattened()
-    return stack, found
+    return stack, surveying.survey(stack, images=300, seed=seed)
+
+
+def looked_at(stack: ParticleStack, quiet: bool) -> ImageStatistics:
+    """What each image shows by itself; some are in memory at a time."""
+    from tqdm.auto import tqdm
+
+    from ..imaging import check_images
+    from ..surveying import ImageStatistics
+
+    def look(part: ParticleStack) -> ImageStatistics:
+        return ImageStatistics.of(check_images(part.images[:]), part.optics_group)
+
+    parts = []
+    with tqdm(total=len(stack), desc="images", unit="image", disable=quiet) as bar:
+        for part in threads.each(look, stack.chunks(max(1, AT_ONCE // stack.box_px**2))):
+            parts.append(part)
+            bar.update(len(part.group))
+    return ImageStatistics.joined(parts)
+
+
+def far_told(stack: ParticleStack, rows: np.ndarray) -> str:
+    """What is wrong with the images of these rows, of another scale than the others."""
+    from ..surveying import FAR, HOT
+
+    return (
+        f"{len(rows):,} of {len(stack):,} images are over {FAR:g} times louder or fainter than the "
+        f"others, or have a pixel over {HOT:g} times as far from the background: "
+        f"{_listed(stack, rows)}; wanted images that were normalised"
+    )
+
+
+def contrasts_told(stack: ParticleStack, odd: np.ndarray) -> str:
+    """Which images are the other way."""
+    return (
+        f"{len(odd):,} of {len(stack):,} images are black on white where the others are white on "
+        f"black, or the reverse: {_listed(stack, odd)}"
+    )
+
+
+def by_file(stack: ParticleStack) -> np.ndarray:
+    """Which file each image lies in."""
+    return getattr(stack.images, "file", np.zeros(len(stack), int))
+
+
+def _turned(stack: ParticleStack, path: Path | None, seen: ImageStatistics) -> ParticleStack:
+    """The stack, white on black: what is black turned, where that is certain."""
+    sign, odd, mixed = seen.contrasts(by_file(stack))
+    untold = np.flatnonzero(sign == 0)
+    way_out = (
+        "wanted one contrast, a column cryoemSign (1, or -1: black), or --invert or --no-invert, "
+        "which take all images alike"
+    )
+    if mixed:
+        raise InputError(f"{path}: {contrasts_told(stack, odd)}; {way_out}")
+    if 0 < len(untold) < len(stack):
+        raise InputError(
+            f"{path}: some images are black on white, others white on black, and of "
+            f"{len(untold):,} it is not to be told: {_listed(stack, untold)}; {way_out}"
+        )
+    if len(untold):
+        warnings.warn(
+            f"{path}: whether the particles are white or black is not to be told; they are taken "
+            "for white on black (--invert: turned)",
+            stacklevel=3,
+        )
+    if len(odd):
+        warnings.warn(f"{path}: {contrasts_told(stack, odd)}; they stay as they are", stacklevel=3)
+    if len(black := np.flatnonzero(sign < 0)):
+        every = len(black) == len(stack)
+        which = "the" if every else f"{len(black):,} of {len(stack):,}"
+        warnings.warn(
+            f"{path}: {which} particles are black on white"
+            f"{'' if every else f' ({_listed(stack, black)})'}; their images are turned as they "
+            "are read (--no-invert: taken as they are)",
+            stacklevel=3,
+        )
+        images = cast("ImageStack", stack.images)
+        before = 1 if images.sign is None else images.sign
+        stack = stack.replace(images=images.with_sign(np.where(sign < 0, -1, 1) * before))
+    return stack
+
+
+def _listed(stack: ParticleStack, rows: np.ndarray) -> str:
+    """Rows, and the files that their images lie in: the first of each."""
+    from ..io.stacks import ImageStack
+
+    def first(what: str, values: Sequence[object]) -> str:
+        more = f" and {len(values) - LISTED:,} more" if len(values) > LISTED else ""
+        return f"{what}{'s' * (len(values) > 1)} {', '.join(map(str, values[:LISTED]))}{more}"
+
+    if not isinstance(stack.images, ImageStack):
+        return first("row", (rows + 1).tolist())
+    found = first("row", (stack.images.row[rows] + 1).tolist())
+    files = [stack.images.layouts[i].path.name for i in np.unique(stack.images.file[rows])]
+    return f"{found} ({first('file', files)})"

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import InputError
 from .options import (
+    OF_MAP,
     EstimatorOut,
     Invert,
     MapVoxelSize,
@@ -25,6 +26,7 @@ from .options import (
     open_map,
     open_particles,
     prepared,
+    refuse_alone,
     say,
     star_files,
 )
@@ -82,7 +84,9 @@ def train_estimator(
     from ..io import files
     from ..structures import SHIPPED, load_density
 
-    stack = None if like is None else open_particles(like, quiet)
+    given = {"--invert": invert, "--pixel-size": pixel_size}
+    refuse_alone(given if like is None else {}, "is told of particles; see --like")
+    stack = None if like is None else open_particles(like, quiet, pixel_size)
     told = output.with_suffix(".json")
     kept = [checkpoint / name for name in CHECKPOINTS] if checkpoint else []
     check_outputs({"--output": [output, told], "--checkpoint": kept}, [density, like], stack)
@@ -185,10 +189,14 @@ def orient_particles(
     rotation and the hand are left open, as images leave them. Interrupt it
     as you like: called again, it goes on, and a run that is done is only written again.
     """
+    refuse_alone({"--voxel-size": voxel_size} if reference is None else {}, OF_MAP)
+    if reference is not None and other_hand:
+        raise InputError("--other-hand: a --reference has its own hand; wanted one of the two")
     stack = open_particles(particles_file, quiet, pixel_size)
     folder = output.with_suffix(".work") if work is None else work
     written = {"--output": star_files(output, stack), "--work": [folder / name for name in WORK]}
     check_outputs(written, [particles_file, model, reference], stack)
+    known = None if reference is None else open_map(reference, voxel_size, stack)
     stack, found = prepared(stack, particles_file, invert, quiet, seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
 
@@ -201,7 +209,6 @@ def orient_particles(
         estimator.reading(stack.box_px, stack.pixel_size_angstrom)
     except InputError as error:
         raise InputError(f"{model}: {error} in {particles_file}; see train --like") from error
-    known = None if reference is None else open_map(reference, voxel_size, stack)
     oriented = orient(
         estimator,
         stack,

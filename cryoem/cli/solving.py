@@ -17,6 +17,7 @@ import typer
 from .. import rotations, workers
 from ..abinitio.learning import IMAGES
 from ..errors import InputError
+from ..half_sets import unshared
 from ..version import __version__
 from .initial import (
     NO_MAP,
@@ -106,7 +107,7 @@ def solve_particles(
     refine and back-project; the network learns here, and maps are judged here.
     """
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
-    stack = open_particles(particles_file, quiet, pixel_size)
+    stack = asked.checked(open_particles(particles_file, quiet, pixel_size))
     learned = _images_to_learn(learn, asked, stack)
     plan = _Plan(folder, learned, seed, scheduler, quiet)
     initial, note = plan.at("initial.star"), plan.at("solve.json")
@@ -133,7 +134,7 @@ def solve_particles(
             )
     rows = np.arange(len(stack))
     if learned:
-        stack = stack.with_half_sets(seed)
+        stack = unshared(stack).with_half_sets(seed)
         rows = np.sort(rotations.generator(seed, "part").permutation(len(stack))[:images])
         say(
             quiet,
@@ -142,8 +143,8 @@ def solve_particles(
             f"{len(stack) - len(rows):,}",
         )
     if known is None:
-        found = find_maps(stack.select(rows), initial, particles_file.name, asked, scheduler, quiet)
-        if not found:
+        some = stack.select(rows)
+        if not (found := find_maps(some, initial, particles_file.name, asked, scheduler, quiet)):
             raise typer.Exit(NO_MAP)
         known = found[0]
         _remember(note, {**told, "found": known})

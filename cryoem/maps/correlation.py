@@ -127,15 +127,20 @@ class HalfMaps:
     independent : bool
         Whether the half-sets were separated before their poses were refined, each against its own
         map.
+    shared : int
+        Particles that are in both.
     """
 
     first: Density
     second: Density
     independent: bool
+    shared: int = 0
 
     @property
     def wording(self) -> str:
         """What a report must call them."""
+        if self.shared:
+            return f"half-maps that share {self.shared:,} particles, not independent"
         if self.independent:
             return "half-maps of independently refined halves"
         return "half-maps with shared poses"
