@@ -33,6 +33,9 @@ __all__ = [
 
 #: Pixels of a micrograph, or angstrom, within which two images show one particle.
 NEAR_PX, NEAR_ANGSTROM = 2.0, 10.0
+#: The same of segments of filaments, which lie near each other; of whose tube columns tell; and to
+#: what share, at most, particles that were picked twice come down.
+SAME_PX, HELICAL, CHAINED = 1.0, ("rlnHelicalTubeID", "filament/"), 0.4
 #: The pixels of micrographs, where a table of optics groups tells them.
 MICROGRAPH_PIXEL = "rlnMicrographOriginalPixelSize"
 #: What stands for an identifier that there is none of.
@@ -126,25 +129,18 @@ def particles_of(
     near_px : float
         Of the micrograph, within which two images show one particle.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     edges = []
+    if image is None and "rlnImageName" in columns:
+        image = _images(columns["rlnImageName"])
     if image is not None:
         edges.append(_alike(image))
-    elif "rlnImageName" in columns:
-        edges.append(_alike(_images(columns["rlnImageName"])))
     for name, alike in (("rlnImageOriginalName", _images), ("uid", _numbered)):
         if name in columns:
             known = np.flatnonzero(~np.isin(columns[name].astype(str), NOTHING))
             edges.append(known[_alike(alike(columns[name][known]))])
     if "rlnMicrographName" in columns and all(name in columns for name in PLACE):
-        edges.append(_near(columns, moved_px, near_px))
-    first, second = np.concatenate([np.zeros((2, 0), int), *edges], axis=1)
-    if not len(first):
-        return np.arange(n)
-    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(n, n))
-    return connected_components(graph, directed=False)[1]
+        edges.append(_near(columns, moved_px, near_px, image))
+    return _held_together(n, np.concatenate([np.zeros((2, 0), int), *edges], axis=1))
 
 
 def split_particles(
@@ -220,7 +216,10 @@ def _alike(numbers: np.ndarray) -> np.ndarray:
 
 
 def _near(
-    columns: Mapping[str, np.ndarray], moved_px: np.ndarray | float, near_px: float
+    columns: Mapping[str, np.ndarray],
+    moved_px: np.ndarray | float,
+    near_px: float,
+    image: np.ndarray | None,
 ) -> np.ndarray:
     """Pairs of rows that hold together those of one place, (2, m)."""
     from scipy.spatial import KDTree
@@ -231,6 +230,8 @@ def _near(
         return np.zeros((2, 0), int)
     # No box fits about a corner: zeros are where nothing was known.
     rows = np.flatnonzero(np.isfinite(place).all(axis=1) & place.any(axis=1))
+    if image is not None:  # one image is one particle already
+        rows = rows[np.unique(image[rows], return_index=True)[1]]
     micrograph = _micrographs(columns["rlnMicrographName"][rows].astype(str))
     at = np.column_stack([(place + moved_px)[rows], micrograph * 1e7])
     distinct, where = np.unique(at, axis=0, return_inverse=True)
@@ -238,5 +239,20 @@ def _near(
         return np.zeros((2, 0), int)
     first = np.zeros(len(distinct), int)
     first[where[::-1]] = rows[::-1]
-    apart = KDTree(distinct).query_pairs(near_px, output_type="ndarray")
+    tree = KDTree(distinct)
+    helical = any(name == HELICAL[0] or name.startswith(HELICAL[1]) for name in columns)
+    apart = tree.query_pairs(SAME_PX if helical else near_px, output_type="ndarray")
+    if _held_together(len(distinct), apart.T).max() + 1 < CHAINED * len(distinct):  # no pairs
+        apart = tree.query_pairs(SAME_PX, output_type="ndarray")
     return np.concatenate([rows[_alike(where)], first[apart.T]], axis=1)
+
+
+def _held_together(n: int, edges: np.ndarray) -> np.ndarray:
+    """Numbers of ``n`` things, (n,), alike where edges, (2, m), hold them together."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not edges.size:
+        return np.arange(n)
+    graph = coo_array((np.ones(edges.shape[1], bool), tuple(edges)), shape=(n, n))
+    return np.asarray(connected_components(graph, directed=False)[1])

@@ -227,6 +227,29 @@ def test_an_alignment_without_pixels_is_refused(written, tmp_path, value, field)
         read_particles(path)
 
 
+def test_where_nothing_was_shifted_no_pixels_are_wanted(written, tmp_path):
+    path = cryosparc(tmp_path)
+    data = np.load(path)
+    data["alignments3D/psize_A"][:3], data["alignments3D/shift"][:3] = 0, 0
+    saved(path, data)
+    back = read_particles(path)
+    np.testing.assert_array_equal(back.shifts_px[:3], 0)
+    assert np.abs(back.shifts_px[3:]).max() > 0
+
+
+def test_an_optics_group_may_stand_there_twice_alike(written):
+    """As scripts that join files leave it."""
+    before = read_particles(written)
+
+    def change(blocks):
+        blocks["optics"] = blocks["optics"].iloc[[0, 0]]
+
+    rewritten(written, change)
+    back = read_particles(written)
+    np.testing.assert_array_equal(back.optics_group, before.optics_group)
+    np.testing.assert_array_equal(back.ctf(), before.ctf())
+
+
 @pytest.mark.parametrize("field", ["ctf/df1_A", "blob/path", "ctf/exp_group_id", None])
 def test_a_particle_that_a_passthrough_holds_twice_is_told_alike(written, tmp_path, field):
     path = cryosparc(tmp_path, passthrough=True)
@@ -1554,7 +1577,8 @@ def other_pixel_size(blocks):
 
 def repeated_group(blocks):
     two_groups(blocks)
-    blocks["optics"] = blocks["optics"].iloc[[0, 1, 0]]
+    blocks["optics"] = blocks["optics"].iloc[[0, 1, 0]].copy()
+    blocks["optics"]["rlnVoltage"] = [300.0, 300.0, 200.0]
 
 
 def only_x_in_pixels(blocks):
@@ -1582,7 +1606,10 @@ def no_rows(blocks):
         ),
         (only_x_in_pixels, "has rlnOriginX, but no column rlnOriginY"),
         (drop("particles", "rlnDefocusU"), "has defocus, but no column rlnDefocusU"),
-        (repeated_group, "data_optics: rows 1 and 3, column rlnOpticsGroup: got 1 in both"),
+        (
+            repeated_group,
+            "data_optics: rows 1 and 3, column rlnOpticsGroup: got 1 in both, and rlnVoltage",
+        ),
         (
             other_pixel_size,
             r"row 2: rlnImagePixelSize is 3.67 A.*\(opticsGroup1\).*1 \(second\).*one pixel size",

@@ -422,6 +422,30 @@ def test_rows_of_one_particle_are_told(columns, wanted):
     np.testing.assert_array_equal(np.argsort(np.argsort(first))[where], wanted)
 
 
+@pytest.mark.parametrize("step", [4.75, 9.5, 14.2])
+@pytest.mark.parametrize("told", [False, True])
+def test_segments_of_filaments_are_particles_of_their_own(step, told):
+    """They lie near each other, and filaments cross."""
+    along = np.arange(100)[:, None] * step
+    lines = [(0, 500, 1, 0), (480, 0, 0.02, 1), (0, 0, 0.7, 0.7), (900, 10, -0.6, 0.8)]
+    place = np.concatenate([[x, y] + along * np.array([u, v]) for x, y, u, v in lines])
+    n = len(place)
+    columns = {
+        "rlnMicrographName": np.array(["m.mrc"] * n),
+        "rlnCoordinateX": place[:, 0],
+        "rlnCoordinateY": place[:, 1] + 2000,
+        "rlnImageName": np.array([f"{i + 1}@a.mrcs" for i in range(n)]),
+    }
+    if told:
+        columns["rlnHelicalTubeID"] = np.repeat(np.arange(4), 100)
+    found = half_sets.particles_of(columns, n, near_px=10.0)
+    assert len(np.unique(found)) > (0.98 if told else 0.96) * n
+    # Those that were picked twice are found all the same, where they are no segments.
+    twice = {name: np.concatenate([c, c]) for name, c in columns.items()}
+    twice["rlnImageName"] = np.array([f"{i + 1}@a.mrcs" for i in range(2 * n)])
+    assert len(np.unique(half_sets.particles_of(twice, 2 * n, near_px=10.0))) <= n
+
+
 def test_a_particle_that_is_there_twice_stays_in_one_half():
     stack = full().replace(half_set=None).with_columns({"rlnImageName": np.array(NAMES, object)})
     for seed in range(10):

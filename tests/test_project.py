@@ -40,7 +40,7 @@ LAYERS = [
     imaging half_sets
     noise
     particles
-    workers
+    workers single_images
     io
     density structures projection preprocessing simulation surveying
     backend

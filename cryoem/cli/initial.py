@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from .mapping import map_files, remove_earlier, write_halves
+from .mapping import map_files, put_aside, write_halves
 from .options import (
     Invert,
     MapVoxelSize,
@@ -94,8 +94,8 @@ def find_map(
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
     (.mrc), their FSC (_fsc.star) and a report (.html). Each half of the images is solved by itself;
-    where the two do not agree there is no map: the report says why, nothing else is written or
-    left of an earlier run, and the exit code is 3.
+    where the two do not agree there is no map: the report says why, nothing else is written, what
+    an earlier run has left is renamed, and the exit code is 3.
 
     With --classes K, images of several particles, or of one and of junk, are sorted first by K maps
     that are solved together. All that is said above is then written of each class, as
@@ -194,7 +194,7 @@ def find_maps(
     if told.classes == 1:
         found = _one(stack, output, f"{len(stack):,} particles of {name}", told, scheduler, quiet)
         if found is None:
-            remove_earlier(map_files(output, stack)[:-1])
+            put_aside(map_files(output, stack)[:-1])
         return [found] if found else []
     classes = classify(
         stack, told.classes, diameter_angstrom=told.diameter, shift_angstrom=told.shift,
@@ -227,11 +227,11 @@ def find_maps(
             continue
         earlier = map_files(out, part)
         reported = i and len(part) >= FEWEST
-        remove_earlier(path for path in (earlier[:-1] if reported else earlier) if path != out)
+        put_aside(path for path in (earlier[:-1] if reported else earlier) if path != out)
         if len(part):
             write_particles(out, part)
         else:
-            remove_earlier([out])
+            put_aside([out])
     return with_map
 
 

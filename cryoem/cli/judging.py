@@ -128,7 +128,7 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
                     stacklevel=2,
                 )
             rows = np.array([row[name] for name in mine])
-            _compare_images(path, particles, truth, known, rows)
+            _note_other_images(path, particles, truth, known, rows)
             return rows
         if len(alone) == len(mine):
             why = "they share no image name"
@@ -144,18 +144,17 @@ def paired(path: Path, particles: ParticleStack, truth: Path, known: ParticleSta
     return np.arange(len(particles))
 
 
-#: Correlation above which two images are one, whatever was done to it, and below which, in absolute
-#: value, they are two.
-SAME, OTHER = 0.99, 0.3
+#: Correlation above which two images are one, whatever was done to it.
+SAME = 0.99
 
 
-def _compare_images(
+def _note_other_images(
     path: Path, particles: ParticleStack, truth: Path, known: ParticleStack, rows: np.ndarray
 ) -> None:
-    """Whether pairs of one name in two files show one image: the first and last of two files.
+    """Say where pairs of one name show other images: the first and the last of every two files.
 
-    They may have been extracted anew, in other pixels or filtered: that is said. Where they are as
-    unlike as others are, they are refused.
+    They may have been extracted anew, or filtered; in noise nothing tells that from another
+    particle.
     """
     from ..io.stacks import ImageStack
 
@@ -165,29 +164,27 @@ def _compare_images(
     files = np.stack([mine.file, theirs.file[rows]], axis=1)
     first = np.unique(files, axis=0, return_index=True)[1]
     last = len(rows) - 1 - np.unique(files[::-1], axis=0, return_index=True)[1]
-    unlike = []
     for i in np.concatenate([first, last]).tolist():
         here, there = mine.layouts[mine.file[i]], theirs.layouts[theirs.file[rows[i]]]
         if here.path.samefile(there.path):
             continue
-        alike = _alike(here.mapped()[mine.section[i]], there.mapped()[theirs.section[rows[i]]])
-        where = f"row {i + 1} of {path} and row {rows[i] + 1} of {truth} have one image name"
-        if alike < OTHER:
-            raise InputError(
-                f"{where}, but {here.path} and {there.path} hold different images; wanted names "
-                "that tell them apart"
+        if not _alike(here.mapped()[mine.section[i]], there.mapped()[theirs.section[rows[i]]]):
+            warnings.warn(
+                f"row {i + 1} of {path} and row {rows[i] + 1} of {truth} have one image name, but "
+                f"{here.path} and {there.path} hold different images; they are paired by name, "
+                "which is right where those were extracted anew or filtered",
+                stacklevel=3,
             )
-        if not alike > SAME:
-            unlike.append(f"{where}, but not one image ({here.path}, {there.path})")
-    if unlike:
-        warnings.warn(f"{unlike[0]}: paired by name", stacklevel=3)
+            return
 
 
-def _alike(one: np.ndarray, other: np.ndarray) -> float:
-    """How far two images are one, whatever their sign and grey values; NaN: of different sizes."""
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether these are one image, whatever its sign and grey values."""
     if one.shape != other.shape:
-        return np.nan
-    return float(abs(np.corrcoef(one.ravel().astype(float), other.ravel().astype(float))[0, 1]))
+        return False
+    return bool(
+        abs(np.corrcoef(one.ravel().astype(float), other.ravel().astype(float))[0, 1]) > SAME
+    )
 
 
 def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:

@@ -113,14 +113,18 @@ def _half_files(output: Path) -> tuple[Path, Path, Path]:
     return first, second, output.with_name(f"{output.stem}_fsc.star")
 
 
-def remove_earlier(paths: Iterable[Path]) -> None:
-    """Remove what an earlier run has written where this one has nothing to write, and say so."""
-    there = [path for path in paths if path.exists()]
+def put_aside(paths: Iterable[Path]) -> None:
+    """Rename what an earlier run has written where this one has nothing to write, and say so.
+
+    Stacks of images stay: particle files name them.
+    """
+    there = [path for path in paths if path.exists() and path.suffix != ".mrcs"]
     for path in there:
-        path.unlink()
+        path.replace(path.with_name(f"{path.name}.earlier"))
     if there:
         warnings.warn(
-            f"{', '.join(map(str, there))}: of an earlier run, removed: this one found no map",
+            f"{', '.join(map(str, there))}: of an earlier run; this one found no map, and they "
+            "have .earlier behind their names now",
             stacklevel=2,
         )
 
@@ -260,7 +264,7 @@ def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed
     from ..density import write_density
 
     if found.density is None:
-        remove_earlier([output, *_half_files(output)])
+        put_aside([output, *_half_files(output)])
         return
     write_halves(output, found.half_maps, seed)
     write_density(output, found.density)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ..density import Density
     from ..io.stacks import ImageStack
     from ..particles import ParticleStack
-    from ..surveying import ImageStatistics, Survey
+    from ..single_images import ImageStatistics
+    from ..surveying import Survey
 
 __all__ = ["app"]
 
@@ -355,7 +356,7 @@ def looked_at(stack: ParticleStack, quiet: bool) -> ImageStatistics:
     from tqdm.auto import tqdm
 
     from ..imaging import check_images
-    from ..surveying import ImageStatistics
+    from ..single_images import ImageStatistics
 
     def look(part: ParticleStack) -> ImageStatistics:
         return ImageStatistics.of(check_images(part.images[:]), part.optics_group)
@@ -370,7 +371,7 @@ def looked_at(stack: ParticleStack, quiet: bool) -> ImageStatistics:
 
 def far_told(stack: ParticleStack, rows: np.ndarray) -> str:
     """What is wrong with the images of these rows, of another scale than the others."""
-    from ..surveying import FAR, HOT
+    from ..single_images import FAR, HOT
 
     return (
         f"{len(rows):,} of {len(stack):,} images are over {FAR:g} times louder or fainter than the "
@@ -395,26 +396,21 @@ def by_file(stack: ParticleStack) -> np.ndarray:
 def _turned(stack: ParticleStack, path: Path | None, seen: ImageStatistics) -> ParticleStack:
     """The stack, white on black: what is black turned, where that is certain."""
     sign, odd, mixed = seen.contrasts(by_file(stack))
-    untold = np.flatnonzero(sign == 0)
-    way_out = (
-        "wanted one contrast, a column cryoemSign (1, or -1: black), or --invert or --no-invert, "
-        "which take all images alike"
-    )
     if mixed:
-        raise InputError(f"{path}: {contrasts_told(stack, odd)}; {way_out}")
-    if 0 < len(untold) < len(stack):
-        raise InputError(
-            f"{path}: some images are black on white, others white on black, and of "
-            f"{len(untold):,} it is not to be told: {_listed(stack, untold)}; {way_out}"
+        warnings.warn(
+            f"{path}: {contrasts_told(stack, odd)}: either particles are dark in the middle in "
+            "some views, or the contrasts are mixed, and the map will be wrong; a column "
+            "cryoemSign (1, or -1: black) tells them apart",
+            stacklevel=3,
         )
-    if len(untold):
+    elif len(odd):
+        warnings.warn(f"{path}: {contrasts_told(stack, odd)}; they stay as they are", stacklevel=3)
+    if not sign.any():
         warnings.warn(
             f"{path}: whether the particles are white or black is not to be told; they are taken "
             "for white on black (--invert: turned)",
             stacklevel=3,
         )
-    if len(odd):
-        warnings.warn(f"{path}: {contrasts_told(stack, odd)}; they stay as they are", stacklevel=3)
     if len(black := np.flatnonzero(sign < 0)):
         every = len(black) == len(stack)
         which = "the" if every else f"{len(black):,} of {len(stack):,}"

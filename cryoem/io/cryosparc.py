@@ -147,12 +147,13 @@ def _add_alignment(fields: _Fields, columns: Table) -> None:
         if "alignments3D/psize_A" in fields.values:
             pixel = "alignments3D/psize_A"
             scale = fields.numbers(pixel)
-        if (bad := ~(np.isfinite(scale) & (scale > 0))).any():
+        shift = fields.numbers("alignments3D/shift", 2)
+        if (bad := ~(np.isfinite(scale) & (scale > 0)) & shift.any(axis=1)).any():
             raise InputError(
                 f"{fields.path}: row {np.argmax(bad) + 1}, field {pixel}: got {scale[bad][0]:g}, "
                 "wanted the pixel size of alignments3D/shift, angstrom"
             )
-        shift = fields.numbers("alignments3D/shift", 2) * scale[:, None]
+        shift = np.where(shift != 0, shift * scale[:, None], 0.0)
         columns.update(zip(ORIGINS, shift.T, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Mapping
@@ -91,12 +92,13 @@ def optics_rows(path: Path, optics: Table, table: Table) -> np.ndarray:
     groups = numbers(path, optics, "rlnOpticsGroup", "data_optics: ")
     wanted = numbers(path, table, "rlnOpticsGroup")
     order = np.argsort(groups, kind="stable")
-    if len(twice := np.flatnonzero(np.diff(groups[order]) == 0)):
-        first, second = order[twice[0] : twice[0] + 2]
-        raise InputError(
-            f"{path}: data_optics: rows {first + 1} and {second + 1}, column rlnOpticsGroup: got "
-            f"{groups[first]:g} in both, wanted one row a group"
-        )
+    for first, second in itertools.pairwise(order):
+        differs = [name for name, column in optics.items() if column[first] != column[second]]
+        if groups[first] == groups[second] and differs:
+            raise InputError(
+                f"{path}: data_optics: rows {first + 1} and {second + 1}, column rlnOpticsGroup: "
+                f"got {groups[first]:g} in both, and {differs[0]} differs; wanted one row a group"
+            )
     place = order[np.minimum(np.searchsorted(groups, wanted, sorter=order), len(groups) - 1)]
     if (bad := groups[place] != wanted).any():
         raise InputError(

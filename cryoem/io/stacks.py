@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ __all__ = [
     "open_stack",
     "told_apart",
 ]
+
+
+#: Bytes of images up to which all are looked at to tell them from others; images read at once.
+WHOLE, TOGETHER = 1 << 29, 256
 
 
 @dataclass(frozen=True)
@@ -330,14 +335,26 @@ def _rebuilt(arguments: tuple[Any, ...], options: dict[str, Any]) -> ImageStack:
     return ImageStack(*arguments, **options)
 
 
-def told_apart(images: Any) -> list[np.ndarray]:
-    """What tells images from others: they themselves in memory, else how their files stand.
+def told_apart(images: Any) -> Iterator[np.ndarray]:
+    """What tells images from others, part by part: they themselves; of large files, some of each.
 
-    Of each file its size and time, and which of its sections are which images. Empty where neither
-    is known.
+    Of files beyond that, sizes, which of their sections are which images, and the first, the
+    middle and the last image that is used of each. Nothing where images are of another kind.
     """
-    if isinstance(images, ImageStack):
-        used, file = np.unique(images.file, return_inverse=True)
-        stats = [images.layouts[i].path.stat() for i in used]
-        return [np.array([(s.st_size, s.st_mtime_ns) for s in stats]), file, images.section]
-    return [images] if type(images) is np.ndarray else []
+    if type(images) is np.ndarray:
+        yield images
+    if not isinstance(images, ImageStack):
+        return
+    used, file = np.unique(images.file, return_inverse=True)
+    yield np.array([images.layouts[i].path.stat().st_size for i in used])
+    yield file
+    yield images.section
+    whole = 4 * math.prod(images.shape) <= WHOLE
+    order = np.argsort(file, kind="stable")
+    parts = np.split(images.section[order], np.flatnonzero(np.diff(file[order])) + 1)
+    for i, part in zip(used, parts, strict=True):
+        sections, values = np.unique(part), images.layouts[i].mapped()
+        if not whole:
+            sections = sections[[0, len(sections) // 2, -1]]
+        for start in range(0, len(sections), TOGETHER):
+            yield values[sections[start : start + TOGETHER]]  # as they stand, whatever they hold

@@ -360,6 +360,10 @@ _TEXT = re.compile(
 )
 
 
+#: Digits behind the point that a label has at most.
+LABEL = 3
+
+
 def _typed(name: str, values: list[bytes]) -> np.ndarray:
     """Numbers where that loses nothing (7 and -1.5, but neither 007 nor 1_000), else text."""
     found = None
@@ -372,8 +376,8 @@ def _typed(name: str, values: list[bytes]) -> np.ndarray:
 def _as_numbers(name: str, values: list[bytes]) -> np.ndarray | None:
     """The numbers of a column, or None where they are text.
 
-    RELION's decimals and ours are numbers. Others may be labels: 1.50 is text, and so are 2 and
-    2.0 in one column.
+    RELION's decimals and ours are numbers, and what has as many digits throughout. Others may be
+    labels: 1.50 is text, and so are 2 and 2.0 in one column.
     """
     try:
         whole = list(map(int, values))
@@ -381,7 +385,8 @@ def _as_numbers(name: str, values: list[bytes]) -> np.ndarray | None:
         decimals = np.array(list(map(float, values)))
         if not np.isfinite(decimals).all():
             return None
-        if name.startswith(("rln", "cryoem")):
+        digits = {len(value.partition(b".")[2]) for value in values}
+        if name.startswith(("rln", "cryoem")) or (len(digits) == 1 and min(digits) > LABEL):
             return decimals
         told = {
             v.decode(): str(number) for v, number in zip(values, decimals.tolist(), strict=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,7 +185,7 @@ def _settings(
     return {
         "version": __version__,
         "particles": [len(stack), *images.shape[1:]],
-        "particles_sha256": sha256_of([images, *told_apart(stack.images)]),
+        "particles_sha256": sha256_of(chain([images], told_apart(stack.images))),
         "parameters_sha256": sha256_of(_parameters(stack, job.centred)),
         "estimator": job.estimator.fingerprint,
         "reference_sha256": None if reference is None else sha256_of(reference.values),

@@ -90,10 +90,15 @@ def found_again(
         Share of the particles that were brought elsewhere.
     """
     given = given.replace(noise=stack.noise)
-    q, shifts = stack.oriented().copy(), stack.shifts_px.copy()
+    q, shifts, contrast = stack.oriented().copy(), stack.shifts_px.copy(), stack.contrast
+    # Of all: those that are tried are mostly odd ones, and what is usual they do not tell.
+    least = [
+        None if contrast is None else LEAST_CONTRAST * float(np.median(contrast[stack.half(half)]))
+        for half in (1, 2)
+    ]
     likelier = partial(
-        _likelier, references=references, mask=mask, resolution_angstrom=resolution_angstrom,
-        search=search, symmetry=symmetry, scheduler=scheduler,
+        _likelier, references=references, least_contrasts=least, mask=mask, search=search,
+        resolution_angstrom=resolution_angstrom, symmetry=symmetry, scheduler=scheduler,
         everywhere_px=_positions(shifts, LOCATED * APART / stack.pixel_size_angstrom),
     )  # fmt: skip
 
@@ -106,10 +111,10 @@ def found_again(
     moved = bring(sample)
     total = moved.sum()
     others = np.setdiff1d(np.arange(len(stack)), sample)
-    if moved.any() and stack.contrast is not None:
+    if moved.any() and contrast is not None:
         # An image that lies astray shows little of what it is thought to show.
-        low = np.percentile(stack.contrast[sample][moved], LOW)
-        others = others[stack.contrast[others] <= low]
+        low = np.percentile(contrast[sample][moved], LOW)
+        others = others[contrast[others] <= low]
     if moved.any() and len(others):
         total += bring(others).sum()
     return stack.with_poses(q, shifts), float(total / len(stack))
@@ -129,6 +134,7 @@ def _likelier(
     given: ParticleStack,
     *,
     references: Sequence[Density],
+    least_contrasts: Sequence[float | None],
     mask: Float[np.ndarray, "m m m"],
     resolution_angstrom: float,
     search: Search,
@@ -138,7 +144,7 @@ def _likelier(
 ) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, "n 2"]]:
     """Where particles are likeliest: there, or where they are."""
     q, shifts, points = stack.oriented().copy(), stack.shifts_px.copy(), group(symmetry)
-    for half, reference in zip((1, 2), references, strict=True):
+    for half, reference, least in zip((1, 2), references, least_contrasts, strict=True):
         mine = np.flatnonzero(stack.half_set == half)
         if len(mine) == 0:
             continue
@@ -146,8 +152,6 @@ def _likelier(
             given.select(mine), reference, mask, search, symmetry, resolution_angstrom,
             everywhere_px,
         )  # fmt: skip
-        # Those that are tried are mostly odd ones: what is usual they do not tell.
-        least = None if stack.contrast is None else LEAST_CONTRAST * np.median(stack.contrast[mine])
         refined = partial(refine, density=reference, least_contrast=least, scheduler=scheduler)
         for start in range(0, len(mine), AT_ONCE):
             part = slice(start, start + AT_ONCE)

@@ -35,7 +35,7 @@ LEAST_CONTRAST = 0.1
 SAMPLE = 150
 #: How many images of an optics group tell the noise's spectrum, how many are too few to, and of how
 #: many groups so many are taken; of more groups fewer, if no more than this share of all.
-NOISE_SAMPLE, ENOUGH, GROUPS, SHARE = 60, 30, 20, 1 / 4
+NOISE_SAMPLE, ENOUGH, GROUPS, SHARE = 60, 30, 20, 1 / 10
 #: Noise below this share of the images' power is as good as none.
 CLEAN = 1e-2
 #: How many times what a thread refines together is sent to a worker.
@@ -215,13 +215,14 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: flo
     groups = stack.optics_groups
     sample = stack.replace(noise=Noise.white(1.0))
     order = rotations.generator(0, "noise").permutation(len(stack))
-    most = max(NOISE_SAMPLE * GROUPS, int(SHARE * len(stack)))
-    each = min(NOISE_SAMPLE, max(ENOUGH, NOISE_SAMPLE * GROUPS // groups))
-    of = stack.optics_group[order]
-    nth = np.empty(len(of), int)  # of its group, in this order
-    by_group = np.argsort(of, kind="stable")
-    nth[by_group] = np.arange(len(of)) - np.searchsorted(of[by_group], of[by_group])
-    rows = order[nth < each][:most]
+    each, of = max(ENOUGH, NOISE_SAMPLE * GROUPS // groups), stack.optics_group[order]
+    if groups * each > max(NOISE_SAMPLE * GROUPS, SHARE * len(stack)):
+        rows = order[: NOISE_SAMPLE * GROUPS]  # of all together
+    else:
+        nth = np.empty(len(of), int)  # of its group, in this order
+        by_group = np.argsort(of, kind="stable")
+        nth[by_group] = np.arange(len(of)) - np.searchsorted(of[by_group], of[by_group])
+        rows = order[nth < min(NOISE_SAMPLE, each)]
     if len(rows) < len(stack):
         sample = sample.select(np.sort(rows))
     least = _least_contrast(plan, sample, search, least)

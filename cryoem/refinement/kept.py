@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,7 @@ def _told(stack: ParticleStack) -> dict[str, object]:
     """What tells one particle stack from another."""
     n = len(stack)
     some = np.unique(np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int))
+    first = stack.select(some).images[:]
     ctf = stack.ctf_parameters
     known = [] if ctf is None else [np.asarray(getattr(ctf, f.name)) for f in fields(ctf)]
     if stack.noise is not None:
@@ -166,7 +168,7 @@ def _told(stack: ParticleStack) -> dict[str, object]:
     return {
         "version": __version__,
         "particles": [n, stack.box_px, stack.pixel_size_angstrom],
-        "images_sha256": files.sha256_of([stack.select(some).images[:], *told_apart(stack.images)]),
+        "images_sha256": files.sha256_of(chain([first], told_apart(stack.images))),
         "poses_sha256": files.sha256_of(poses),
         "microscope_sha256": files.sha256_of(known),
     }
