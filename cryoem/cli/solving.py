@@ -103,8 +103,7 @@ def solve_particles(
     all the others (oriented.star).
 
     Interrupted and called again, it goes on after what is done. Where the images do not agree on a
-    map, the exit code is 3. With --scheduler its workers compare images with projections,
-    refine and back-project; the network learns here, and maps are judged here.
+    map, the exit code is 3. With --scheduler its workers compare images, refine and back-project.
     """
     asked = Told(symmetry, starts, classes, reference, diameter, shift, images, voxel_size, seed)
     stack = asked.checked(open_particles(particles_file, quiet, pixel_size))

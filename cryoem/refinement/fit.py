@@ -167,8 +167,7 @@ def refine(
             rows = slice(start, start + len(found[0]))
             q[rows], shifts[rows], grams[rows] = found
             bar.update(len(found[0]))
-    fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None)
-    fit.least_contrast = least
+    fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None, least)
     return _judged(stack, q, shifts, grams, fit, noise_variance, stages.resolution_angstrom)
 
 
@@ -253,7 +252,7 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: flo
 
 
 def _problem(
-    plan: Plan, stage: Stage, observed: np.ndarray, ctf: np.ndarray | None
+    plan: Plan, stage: Stage, observed: np.ndarray, ctf: np.ndarray | None, least_contrast: float
 ) -> LeastSquares:
     c = stage.count
     return LeastSquares(
@@ -263,6 +262,7 @@ def _problem(
         observed[:, :c],
         None if ctf is None else ctf[:, :c],
         plan.slices.box_px,
+        least_contrast,
     )
 
 
@@ -279,8 +279,7 @@ def _refined(
     shifts = np.repeat(given_shifts, search.starts, axis=1)
     live = np.ones(q.shape[:2], bool)
     for stage in plan.stages:
-        fit = _problem(plan, stage, observed, ctf)
-        fit.least_contrast = least_contrast
+        fit = _problem(plan, stage, observed, ctf, least_contrast)
         owner, _ = np.nonzero(live)
         gain, grams = np.full(live.shape, -np.inf), np.zeros((*live.shape, 7, 7))
         q[live], shifts[live], grams[live] = descend_each(
@@ -314,7 +313,7 @@ def _least_contrast(plan: Plan, stack: ParticleStack, search: Search, told: floa
     stage = plan.stages[0]
 
     def at_start(part: ParticleStack) -> np.ndarray:
-        fit = _problem(plan, stage, *_observed(plan, part))
+        fit = _problem(plan, stage, *_observed(plan, part), least_contrast=0.0)
         return fit.gram(np.arange(len(part)), part.oriented(), part.shifts_px)
 
     sample = stack.select(rows).chunks(plan.particles_at_once)

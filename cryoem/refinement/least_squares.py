@@ -135,9 +135,10 @@ class LeastSquares:
         observed: np.ndarray,
         ctf: np.ndarray | None,
         box_px: int,
+        least_contrast: float,
     ) -> None:
         self.slices, self.observed, self.ctf = slices, observed, ctf
-        self.least_contrast = 0.0
+        self.least_contrast = least_contrast
         self._kx, self._ky = frequencies.T.astype(np.float32)
         self._turn = np.complex64(-2j * np.pi / box_px)
         # Parseval: sums over these are sums over pixels.
