@@ -1072,6 +1072,19 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
         assert told in run(*solve, *more, code=1).output
 
 
+def test_what_solve_goes_on_from_knows_the_passthrough_files(tmp_path):
+    """The CTF may stand there; of a STAR file nothing is read beside it."""
+    particles, beside = tmp_path / "J1_particles.cs", tmp_path / "J1_passthrough_particles.cs"
+    for path in (particles, beside, tmp_path / "particles.star"):
+        path.write_text("some")
+    stack = ParticleStack(np.ones((2, 8, 8)), 4.0)
+    before = solving._state(particles, None, stack)
+    assert [name for name, *_ in before] == [str(particles.resolve()), str(beside.resolve())]
+    beside.write_text("others")
+    assert solving._state(particles, None, stack) != before
+    assert len(solving._state(tmp_path / "particles.star", None, stack)) == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "keras", "classes", "learned"),
     [
