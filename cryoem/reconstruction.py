@@ -360,13 +360,10 @@ class _BackProjecting:
 
     def place(self, start: int, stack: ParticleStack) -> tuple[int, _Sums]:
         """Sums over a chunk's images."""
-        first, *others = (
-            self._sums(stack.select(slice(i, i + self.at_once)))
-            for i in range(0, len(stack), self.at_once)
-        )
-        for more in others:
-            first.add(more)
-        return start, first
+        sums = self._sums(stack.select(slice(self.at_once)))
+        for i in range(self.at_once, len(stack), self.at_once):
+            sums.add(self._sums(stack.select(slice(i, i + self.at_once))))
+        return start, sums
 
     def _sums(self, stack: ParticleStack) -> _Sums:
         slices, size, shape = self.slices, self.size, (len(stack), len(self.slices.weights))

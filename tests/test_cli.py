@@ -1031,7 +1031,7 @@ def in_many_stacks(path, each):
 
 
 def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
-    tmp_path, phantom, quick, narrow
+    tmp_path, phantom, quick, narrow, monkeypatch
 ):
     """``solve`` from black particles to a refined map, no model anywhere; it goes on."""
     truth = simulate(phantom.density(32, 7.0), 300, 1, snr=3.0, max_shift_px=1)
@@ -1064,6 +1064,14 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
     assert [(out / name).stat().st_mtime_ns for name in steps] == before
     assert (out / "refined.star").exists()
     assert "refined.star: is there already" in run(*solve).stderr
+    with monkeypatch.context() as patch:  # what it began from was made anew
+        again = []
+        patch.setattr(solving, "refine_particles", lambda start, *_, **__: again.append(start))
+        oriented = (out / "oriented.star").read_text()
+        (out / "oriented.star").write_text(oriented + "\n")
+        run(*solve)
+        assert again == [out / "oriented.star"]
+        (out / "oriented.star").write_text(oriented)
     assert "seed differ" in run(*solve, "--seed", "7", code=1).output
     for more, told in (
         (["--images", "400"], "are all of the 300 particles"),

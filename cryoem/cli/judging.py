@@ -182,9 +182,9 @@ def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether these are one image, whatever its sign and grey values."""
     if one.shape != other.shape:
         return False
-    return bool(
-        abs(np.corrcoef(one.ravel().astype(float), other.ravel().astype(float))[0, 1]) > SAME
-    )
+    one, other = (image - image.mean(dtype=float) for image in (one, other))
+    bound = SAME * float(np.linalg.norm(one) * np.linalg.norm(other))
+    return abs(float(np.vdot(one, other))) >= bound
 
 
 def _image_names(particles: ParticleStack) -> list[tuple[object, ...]]:

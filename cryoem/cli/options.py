@@ -104,19 +104,14 @@ def positive(name: str) -> Callable[[float | None], float | None]:
     return checked
 
 
-def _not_negative(name: str) -> Callable[[int], int]:
-    """A check of an option that is a whole number."""
-
-    def checked(value: int) -> int:
-        if value < 0:
-            raise InputError(f"{name}: wanted a whole number that is not negative, got {value}")
-        return value
-
-    return checked
+def _not_negative(seed: int) -> int:
+    if seed < 0:
+        raise InputError(f"--seed: wanted a whole number that is not negative, got {seed}")
+    return seed
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars; warnings stay.")]
-Seed = Annotated[int, typer.Option(help="Random seed.", callback=_not_negative("--seed"))]
+Seed = Annotated[int, typer.Option(help="Random seed.", callback=_not_negative)]
 Scheduler = Annotated[
     str | None, typer.Option(help="Address of a Dask scheduler; default: this process.")
 ]

@@ -211,9 +211,11 @@ class _Plan:
 
 def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> None:
     """Refine what an earlier step wrote; its images have been turned as they should be."""
+    from ..io import files
+
     refined, note = plan.at("refined.star"), plan.at("solve.json")
     before = json.loads(note.read_text(encoding="utf-8"))
-    asked = {"start": start.name, "rounds": rounds}
+    asked = {"start_sha256": files.sha256(start), "rounds": rounds}
     if refined.exists() and before.get("refined") == asked:
         say(plan.quiet, f"{refined}: is there already")
         return
