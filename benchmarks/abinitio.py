@@ -3,7 +3,7 @@
 A cell is a condition of imaging; each particle and seed of it is a record (images and starts depend
 on the seed). Nothing but the images enters; the truth is looked at when all is done. Particles are
 those that ship and whatever models or maps are named: ``python benchmarks/abinitio.py 4jsv
-complex.pdb.gz:C2 map.mrc``, or rings of a model's copies, side by side: ``unit.pdb.gz:C7-ring``.
+complex.pdb.gz:C2 map.mrc``, or a model's copies side by side: ``unit.pdb.gz:C7-ring``, ``:O-ring``.
 With ``--aspire`` noiseless images of particles without symmetry are also oriented by ASPIRE's
 common lines (``CLSync3N``, its settings as they come), then refined as ours are. With ``--relion``
 RELION makes its initial model of the same images, binned to half their box, as its tutorial has it
@@ -43,7 +43,7 @@ from cryoem import (
 )
 from cryoem.density import from_atoms
 from cryoem.io import files
-from cryoem.symmetry import group
+from cryoem.symmetry import SOLIDS, group
 
 #: Cells: images, SNR, and how they were seen.
 MICROSCOPE = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
@@ -78,7 +78,7 @@ INITIAL_MODEL = f"""
     --offset_range 6 --offset_step 2 --j 1
 """.split()
 KIND = "cryoemKind"
-#: Marks a ring of copies; and how far from the axis these touch, in radii of gyration.
+#: Marks a ring, or shell, of copies; and how far from each other they touch, in radii of gyration.
 RING, TOUCHING = "-ring", 1.2
 KEPT = Path("results/bench-abinitio")
 
@@ -95,18 +95,25 @@ def density_of(source, symmetry="C1"):
 
 
 def ring_of(model, symmetry):
-    """Copies of a model about an axis, so far from it that they just touch."""
+    """Copies of a model about the axes of a group, so far out that they just touch."""
     orbit = group(symmetry)
+    turns = Rotation.from_quat(orbit.elements)
     at = np.array([a.atom.pos.tolist() for a in model.all()])
-    radius = TOUCHING * at.std(axis=0).dot(at.std(axis=0)) ** 0.5 / np.sin(np.pi / orbit.order)
+    outwards = np.array([[1.0, 0, 0]])
+    if symmetry in SOLIDS:  # a place that is far from its copies
+        outwards = np.random.default_rng(0).standard_normal((1000, 3))
+        outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
+    away = np.min([np.linalg.norm(g.apply(outwards) - outwards, axis=1) for g in turns[1:]], axis=0)
+    far = 2 * TOUCHING * at.std(axis=0).dot(at.std(axis=0)) ** 0.5 / away.max()
+    place = far * outwards[away.argmax()]
     ring = gemmi.Model(1)
-    for i, turn in enumerate(Rotation.from_quat(orbit.elements)):
+    for i, turn in enumerate(turns):
         for j, chain in enumerate(model):
             copy = chain.clone()
             copy.name = f"{i}-{j}"
             for residue in copy:
                 for atom in residue:
-                    moved = atom.pos.tolist() - at.mean(axis=0) + [radius, 0, 0]
+                    moved = atom.pos.tolist() - at.mean(axis=0) + place
                     atom.pos = gemmi.Position(*turn.apply(moved))
             ring.add_chain(copy)
     return ring

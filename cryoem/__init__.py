@@ -82,6 +82,7 @@ PUBLIC = {
     "refine_halves": ("refinement", "poses refined half against half, no density needed"),
     "refine_against": ("refinement", "poses refined against a reference, tested for its bias"),
     "cross_check": ("refinement", "expected errors from the images' own half-maps"),
+    "check_symmetry": ("refinement", "whether the images' own half-maps have a symmetry"),
     # how good it is
     "orientation_errors": ("evaluation", "errors of orientations, after alignment"),
     "cramer_rao": ("evaluation", "the physical limit of orientation errors"),

@@ -66,15 +66,13 @@ def _fit_left(q: np.ndarray, p: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _first_left(q: np.ndarray, p: np.ndarray, orbit: Group) -> np.ndarray:
     """Where to start the fit of a left rotation: without symmetry its least squares.
 
-    With symmetry no closed form: of the rotations that lay one of some images exactly onto an
-    element of its orbit, the one that lays all nearest.
+    With symmetry no closed form: of the rotations that lay one of some images exactly, the one that
+    lays all nearest. Onto which element of its orbit does not matter: then all lie on others.
     """
     if orbit.order == 1:
         return _fit_left(q, p, np.ones(len(q)))
     some = slice(0, 400)
-    lefts = rotations.multiply(
-        rotations.multiply(orbit.elements[:, None], p[:60]), rotations.inverse(q[:60])
-    ).reshape(-1, 4)
+    lefts = rotations.multiply(p[:60], rotations.inverse(q[:60]))
     off = [orbit.distance(rotations.multiply(a, q[some]), p[some]).mean() for a in lefts]
     return lefts[int(np.argmin(off))]
 

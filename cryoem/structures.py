@@ -15,7 +15,7 @@ from .density import Density
 from .errors import DownloadError, InputError
 from .io import files
 from .io.files import PathLike
-from .symmetry import Group, group
+from .symmetry import SOLIDS, Group, group
 
 if TYPE_CHECKING:
     import gemmi
@@ -215,15 +215,15 @@ def standard(model: gemmi.Model, symmetry: str) -> gemmi.Model:
     """Bring an oligomer of like chains into its group's standard setting, exactly symmetric.
 
     The rotations that carry the first chain onto the others are found by superposition of their
-    C-alpha atoms, and their axes laid where :func:`cryoem.symmetry.group` has them: the n-fold on
-    z, a two-fold on x. The first chain's copies under the exact group then replace the others.
+    C-alpha atoms, and their axes laid where :func:`cryoem.symmetry.group` has them. The first
+    chain's copies under the exact group then replace the others.
 
     Parameters
     ----------
     model : gemmi.Model
         One chain for each of the group's elements.
     symmetry : str
-        Cn or Dn.
+        Cn, Dn, T, O or I.
 
     Returns
     -------
@@ -280,6 +280,8 @@ def _axes(turns: np.ndarray, orbits: Group) -> np.ndarray:
     """The frame, rows x, y, z, in which rotation vectors (m, 3) are a group's."""
     angles = np.linalg.norm(turns, axis=1)
     axes = turns / angles[:, None]
+    if orbits.name in SOLIDS:
+        return _axes_of_solid(turns, orbits)
     if orbits.name == "D2":
         u, _, vt = np.linalg.svd(axes)
         frame = u @ vt  # the nearest orthogonal axes
@@ -295,3 +297,28 @@ def _axes(turns: np.ndarray, orbits: Group) -> np.ndarray:
         frame = np.array([x, np.cross(z, x), z])
     frame[2] *= np.sign(np.linalg.det(frame))
     return frame
+
+
+def _axes_of_solid(turns: np.ndarray, orbits: Group) -> np.ndarray:
+    """The same for T, O and I: by two of the axes that generate them, of all the best two."""
+    from scipy.spatial.transform import Rotation
+
+    (one, other), _ = SOLIDS[orbits.name]
+    exact = Rotation.from_quat(orbits.elements).as_matrix()
+    found = Rotation.from_rotvec(turns).as_matrix()
+    angles = np.linalg.norm(turns, axis=1)
+
+    def about(fold: int) -> np.ndarray:
+        axes = turns[np.abs(angles - 2 * np.pi / fold) < 0.2]
+        axes = axes / np.linalg.norm(axes, axis=1, keepdims=True)
+        return np.concatenate([axes, -axes]) if fold == 2 else axes  # half a turn is both
+
+    def off(frame: np.ndarray) -> float:
+        apart = np.linalg.norm((frame @ found @ frame.T)[:, None] - exact, axis=(2, 3))
+        return float(apart.min(axis=1).max())
+
+    wanted = np.array([one[1], other[1]]) / np.linalg.norm([one[1], other[1]], axis=1)[:, None]
+    pairs = [np.array([a, b]) for a in about(one[0]) for b in about(other[0])]
+    alike = [pair for pair in pairs if abs(pair[0] @ pair[1] - wanted[0] @ wanted[1]) < 0.2]
+    frames = [Rotation.align_vectors(wanted, pair)[0].as_matrix() for pair in alike]
+    return min(frames, key=off, default=np.eye(3))

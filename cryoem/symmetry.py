@@ -13,7 +13,9 @@ rotation by ``a`` of the image (index ``m``). Those combinations over ``mu`` tha
 are features of the orbit:
 
 * the axis of Cn: ``mu = 0`` of degree 1, of Dn: of degree 2 (its dyad, as it has no sign);
-* the phase about the axis: ``mu = +-n`` of degree n, two real combinations for Cn, one for Dn.
+* the phase about the axis: ``mu = +-n`` of degree n, two real combinations for Cn, one for Dn;
+* of T, O and I the first combination that they leave unchanged, of degree 3, 4 and 6: no other
+  rotation does.
 
 With a constant they make a unit vector ``phi(R)``, and ``K(R, S) = <phi(R), phi(S)>`` lies in
 [0, 1]. ``delta = arccos(2 K - 1)`` is the kernel distance: zero on the same orbit and nowhere
@@ -31,11 +33,21 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 from numpy.typing import ArrayLike
+from scipy.spatial.transform import Rotation
 
 from . import rotations
 from .errors import InputError
 
 __all__ = ["Group", "group"]
+
+#: What generates the groups of solids, folds and axes, as RELION lays them: T with a three-fold on
+#: z, O with a four-fold, I with two-folds on x, y and z. And the degree of their features.
+GOLDEN = (1 + 5**0.5) / 2
+SOLIDS = {
+    "T": (((3, (0, 0, 1)), (2, (0, 2**0.5, 1))), 3),
+    "O": (((4, (0, 0, 1)), (3, (1, 1, 1))), 4),
+    "I": (((2, (0, 0, 1)), (5, (1, 0, GOLDEN))), 6),
+}
 
 
 def _spin(l: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,45 +77,82 @@ def _wigner(l: int, q: np.ndarray) -> np.ndarray:
     return left[:, :, None] * small * right[:, None, :]
 
 
+#: A degree l, the combination over mu, and its share of the features.
+Combination = tuple[int, np.ndarray, float]
+
+
+def _about_an_axis(kind: str, n: int) -> tuple[np.ndarray, list[Combination]]:
+    """Elements of Cn or Dn, and the combinations that they leave unchanged."""
+    turns = rotations.about("z", 2 * np.pi * np.arange(n) / n)
+    flip = rotations.multiply(rotations.about("x", np.pi), turns)
+    axis = 1 if kind == "C" else 2
+    # Isotropic near zero: turning about the axis changes the features as turning it over does.
+    # |L_z|^2 = n^2 of the phase; |L_x|^2 = l (l + 1) / 2 of the axis and n / 2 of the phase.
+    ratio = axis * (axis + 1) / 2 / (n**2 - n / 2)  # phase : axis
+    weights = np.array([1, ratio]) / (1 + ratio)
+    straight = np.zeros(2 * axis + 1, complex)
+    straight[axis] = 1
+    combinations: list[Combination] = [(axis, straight, weights[0])]
+    for phase in (1, 1j) if kind == "C" else (1,):
+        # Real under conj(D_{mu m}) = (-1)^(mu - m) D_{-mu, -m}; for Dn also unchanged by the
+        # two-fold on x, which takes mu to -mu with the sign (-1)^l, here l = n.
+        around = np.zeros(2 * n + 1, complex)
+        around[-1], around[0] = phase, (-1) ** n * np.conj(phase)
+        share = weights[1] / (2 if kind == "C" else 1)
+        combinations.append((n, around / np.sqrt(2), share))
+    return turns if kind == "C" else np.concatenate([turns, flip]), combinations
+
+
+def _solid(
+    axes: tuple[tuple[int, tuple[float, ...]], ...], degree: int
+) -> tuple[np.ndarray, list[Combination]]:
+    """All that turns about some axes generate, and the one combination that they leave unchanged.
+
+    It is isotropic near zero: no direction is told from another by what has such a symmetry.
+    """
+    directions = [np.array(axis) / np.linalg.norm(axis) for _, axis in axes]
+    turns = [2 * np.pi / fold * d for (fold, _), d in zip(axes, directions, strict=True)]
+    generators = Rotation.from_rotvec(turns).as_quat()
+    known = [np.array([0, 0, 0, 1.0])]
+    for q in known:  # it grows as it is gone through
+        for new in rotations.multiply(generators, q):
+            if rotations.distance(np.array(known), new).min() > 0.1:
+                known.append(new)
+    elements = np.array(known)
+    mean = _wigner(degree, elements).mean(axis=0)  # all rows alike, but for a factor
+    mix = mean[np.linalg.norm(mean, axis=1).argmax()]
+    mix /= np.linalg.norm(mix)
+    # Real, as above: as its conjugate is, but for a phase.
+    mu = np.arange(-degree, degree + 1)
+    mix *= np.sqrt(np.vdot(mix, (-1.0) ** mu * mix[::-1].conj()))
+    return elements, [(degree, mix, 1.0)]
+
+
 class Group:
     """A point group and the features of its orbits; made by :func:`group`.
 
     Attributes
     ----------
     name : str
-        ``"C1"``, ``"C4"``, ``"D2"``, ...
+        ``"C1"``, ``"C4"``, ``"D2"``, ..., ``"T"``, ``"O"``, ``"I"``
     elements : (order, 4) array, unit quaternions
-        Cn about z; Dn with a two-fold on x besides.
+        Cn about z; Dn with a two-fold on x besides; T, O and I as RELION has them (its I2).
     harmonics : (f,) int array
         The features' in-plane index m: under an in-plane rotation by ``a`` a pair of features with
         the same m > 0 turns by ``m a``, and those of m = 0 stand still.
     """
 
     def __init__(self, name: str) -> None:
-        found = re.fullmatch(r"([CD])([1-9]\d?)", name.upper())
-        if not found or (name.upper() == "D1"):
-            raise InputError(f"symmetry must be Cn or Dn (C1, C4, D2, ...), got {name!r}")
         self.name = name.upper()
-        kind, n = found[1], int(found[2])
-        turns = rotations.about("z", 2 * np.pi * np.arange(n) / n)
-        flip = rotations.multiply(rotations.about("x", np.pi), turns)
-        self.elements = turns if kind == "C" else np.concatenate([turns, flip])
-        axis = 1 if kind == "C" else 2
-        # Isotropic near zero: turning about the axis changes the features as turning it over does.
-        # |L_z|^2 = n^2 of the phase; |L_x|^2 = l (l + 1) / 2 of the axis and n / 2 of the phase.
-        ratio = axis * (axis + 1) / 2 / (n**2 - n / 2)  # phase : axis
-        weights = np.array([1, ratio]) / (1 + ratio)
-        combinations: list[tuple[int, np.ndarray, float]] = []
-        straight = np.zeros(2 * axis + 1, complex)
-        straight[axis] = 1
-        combinations.append((axis, straight, weights[0]))
-        for phase in (1, 1j) if kind == "C" else (1,):
-            # Real under conj(D_{mu m}) = (-1)^(mu - m) D_{-mu, -m}; for Dn also unchanged by the
-            # two-fold on x, which takes mu to -mu with the sign (-1)^l, here l = n.
-            around = np.zeros(2 * n + 1, complex)
-            around[-1], around[0] = phase, (-1) ** n * np.conj(phase)
-            share = weights[1] / (2 if kind == "C" else 1)
-            combinations.append((n, around / np.sqrt(2), share))
+        if self.name in SOLIDS:
+            self.elements, combinations = _solid(*SOLIDS[self.name])
+        else:
+            found = re.fullmatch(r"([CD])([1-9]\d?)", self.name)
+            if not found or self.name == "D1":
+                raise InputError(
+                    f"symmetry must be Cn or Dn (C1, C4, D2, ...), T, O or I, got {name!r}"
+                )
+            self.elements, combinations = _about_an_axis(found[1], int(found[2]))
         harmonics = [0]
         self.blocks: list[tuple[int, np.ndarray, np.ndarray]] = []
         generators = [np.zeros((3, 1, 1))]
@@ -231,5 +280,8 @@ class Group:
 
 @functools.cache
 def group(name: str) -> Group:
-    """Return a point group by its name: C1, C2, ..., D2, D3, ...; n-fold on z, two-fold on x."""
+    """Return a point group by its name: C1, C2, ..., D2, D3, ..., T, O, I.
+
+    Cn has its axis on z, Dn a two-fold on x besides; T, O and I lie as RELION has them (its I2).
+    """
     return Group(name)

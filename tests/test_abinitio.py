@@ -317,7 +317,7 @@ def test_particles_follow_their_density():
         assert np.corrcoef(again.ravel(), stack.images.ravel())[0, 1] > 0.999
 
 
-@pytest.mark.parametrize("symmetry", ["C1", "C2", "C3", "D2", "D3", "C7"])
+@pytest.mark.parametrize("symmetry", ["C1", "C2", "C3", "D2", "D3", "C7", "T", "O", "I"])
 def test_the_symmetry_of_a_map_is_found_wherever_it_lies(symmetry):
     rng = np.random.default_rng(8)
     turn, move = rotations.uniform(1, 9)[0], np.array([6.0, -9.0, 4.0])
@@ -330,8 +330,10 @@ def test_the_symmetry_of_a_map_is_found_wherever_it_lies(symmetry):
     for g in group(symmetry).elements[1:]:
         copy = maps.turned(standard, g)
         assert np.corrcoef(copy.values.ravel(), standard.values.ravel())[0, 1] > 0.97
-    wrong = {"C1": "C2", "C2": "C3", "C3": "C2", "D2": "D3", "D3": "D4", "C7": "C5"}[symmetry]
-    assert not maps.find_axes(pair, wrong).believed
+    wrong = {"C1": "C2", "C2": "C3", "C3": "C2", "D2": "T", "D3": "D4", "C7": "C5"}
+    wrong |= {"T": "O", "O": "I", "I": "O"}
+    assert not maps.find_axes(pair, wrong[symmetry]).believed
+    assert maps.find_axes(pair, symmetry).believed
 
 
 def nearly(symmetry: str, truly: str, share: float, finer_than: float = 0.0) -> Density:

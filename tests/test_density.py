@@ -338,7 +338,7 @@ def positions(model):
     return np.array([[a.pos.tolist() for r in c for a in r] for c in model])
 
 
-@pytest.mark.parametrize("symmetry", ["C2", "C3", "C4", "D2", "D3", "D4"])
+@pytest.mark.parametrize("symmetry", ["C2", "C3", "C4", "D2", "D3", "D4", "T", "O", "I"])
 def test_an_oligomer_is_laid_on_its_axes(symmetry):
     given = oligomer(symmetry, noise=0.1)
     found = positions(structures.standard(given, symmetry))
@@ -360,6 +360,8 @@ def test_what_is_no_such_oligomer_is_refused():
         structures.standard(oligomer("C4"), "D2")
     with pytest.raises(InputError, match="not related by C4"):
         structures.standard(oligomer("D2"), "C4")
+    with pytest.raises(InputError, match="not related by T"):
+        structures.standard(oligomer("D6"), "T")
     lacking = oligomer("C2")
     for residue in lacking[1]:
         residue[0].name = "CB"

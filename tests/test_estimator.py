@@ -62,7 +62,7 @@ def bounded(images):
     return images
 
 
-@pytest.mark.parametrize("symmetry", ["C1", "D2", "C3"])
+@pytest.mark.parametrize("symmetry", ["C1", "D2", "C3", "T", "O"])
 def test_the_steerable_network_turns_and_mirrors_with_the_image(symmetry):
     prepare = Preprocessing(32, 24, 20, 7.0)
     network = Estimator.create(prepare, symmetry=symmetry)

@@ -273,7 +273,7 @@ def test_a_bound_without_noise_is_refused(phantom, variance):
         evaluation.cramer_rao(phantom.density(16, 14.0), TRUE[:2], variance)
 
 
-@pytest.mark.parametrize("symmetry", ["C2", "D2", "D3"])
+@pytest.mark.parametrize("symmetry", ["C2", "D2", "D3", "O"])
 def test_errors_of_a_symmetric_particle_are_those_of_orbits(symmetry):
     orbit = group(symmetry)
     rng = rotations.generator(0, "test of orbits")

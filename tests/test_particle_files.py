@@ -1497,6 +1497,18 @@ def test_a_pixel_size_is_computed_as_relion_30_does(written, block):
     assert back.pixel_size_angstrom == stack.pixel_size_angstrom
 
 
+@pytest.mark.parametrize(("magnification", "noted"), [(1e4, False), (1.001e4, False), (5e3, True)])
+def test_a_magnification_that_tells_other_pixels_is_said(written, magnification, noted):
+    rewritten(written, put("particles", "rlnDetectorPixelSize", PIXEL))
+    rewritten(written, put("particles", "rlnMagnification", magnification))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert read_particles(written).pixel_size_angstrom == PIXEL
+    text = "".join(str(w.message) for w in said)
+    assert ("make pixels of 7.34 A, rlnImagePixelSize 3.67 A, which is used" in text) == noted
+    assert bool(text) == noted
+
+
 @pytest.mark.parametrize("kind", [relion31, relion30])
 def test_a_pixel_size_that_the_file_lacks_can_be_given(written, tmp_path, kind):
     with pytest.raises(InputError, match=r"2\.5 A was given, and the file says 3\.67 A"):

@@ -267,21 +267,25 @@ def test_a_symmetric_map_needs_a_view_of_each_orbit(phantom):
         assert relative_error(maps.turned(with_it, g).values, with_it.values) < 0.05
 
 
-def test_an_orbit_is_as_good_as_its_images(phantom):
+@pytest.mark.parametrize("name", ["D2", "T", "O"])
+def test_an_orbit_is_as_good_as_its_images(phantom, name):
     # The ridge is relative to all that is seen, so that it is the same too.
-    q, elements = rotations.uniform(30, 3), group("D2").elements
+    q, elements = rotations.uniform(30, 3), group(name).elements
     stack = ParticleStack(phantom.project(q, 16, 14.0), 14.0, quaternions=q)
     orbits = stack.select(np.tile(np.arange(30), len(elements)))
     orbits = orbits.with_poses(np.concatenate([rotations.multiply(g, q) for g in elements]))
     options = {"iterations": 10, "ridge": 0.1}
-    found = reconstruct(stack, symmetry="D2", **options).values
+    found = reconstruct(stack, symmetry=name, **options).values
     assert relative_error(found, reconstruct(orbits, **options).values) < 0.01
 
 
 @pytest.mark.parametrize("size", [16, 17])
 @pytest.mark.parametrize(
     ("name", "exact", "others"),
-    [("D2", 4, 1), ("C4", 4, 1), ("D4", 8, 1), ("D3", 2, 3), ("C7", 1, 7), ("C2", 2, 1)],
+    [
+        *[("D2", 4, 1), ("C4", 4, 1), ("D4", 8, 1), ("D3", 2, 3), ("C7", 1, 7), ("C2", 2, 1)],
+        *[("O", 24, 1), ("I", 12, 5), ("T", 1, 12)],
+    ],
 )
 def test_rotations_that_exchange_axes_are_exact(name, exact, others, size):
     """Together with one of each coset they are the group; and they turn as a density turns."""

@@ -16,6 +16,7 @@ from cryoem.noise import Noise
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.refinement import (
     Search,
+    check_symmetry,
     cross_check,
     elsewhere,
     expected_error,
@@ -26,6 +27,7 @@ from cryoem.refinement import (
     refine_halves,
 )
 from cryoem.refinement.search import distinct_first, plan
+from cryoem.symmetry import group
 
 BOX, VOXEL, N = 40, 5.0, 200
 SHARP = Phantom.random(0, sigma_angstrom=6.0)
@@ -1115,3 +1117,20 @@ def test_a_shift_between_the_frames_moves_the_images_too():
 def test_a_reference_of_another_box_is_refused():
     with pytest.raises(InputError, match="40 px, got 80"):
         refine_against(particles(5), SHARP.density(2 * BOX, VOXEL / 2))
+
+
+def test_a_symmetry_that_the_particles_have_not_is_said():
+    alike = np.mean([maps.turned(DENSITY, g).values for g in group("D2").elements], axis=0)
+    lies = maps.turned(symmetric := Density(alike, VOXEL), rotations.uniform(1, 8)[0])
+    for density, said in ((symmetric, False), (lies, True), (DENSITY, True)):
+        clean = projection.project(density, TRUE)
+        images = clean + clean.std() * np.random.default_rng(4).standard_normal(clean.shape)
+        seen = particles(images=images.astype(np.float32), at=off(TRUE, 0.05))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ratio = check_symmetry(seen, "D2")
+        assert ratio < 0.6 if said else ratio > 0.9
+        assert ["has not the symmetry D2" in str(w.message) for w in told] == [True] * said
+    # What half-maps that do not agree show has no symmetry, nor lacks one.
+    assert np.isnan(check_symmetry(particles(images=white(3)), "D2"))
+    assert np.isnan(check_symmetry(seen.select(slice(1)), "D2"))

@@ -172,7 +172,7 @@ def ab_initio(
     stack : ParticleStack
         White on black, on a background of zero; its shifts and half-sets are used.
     symmetry : str, optional
-        Cn or Dn, where it is known. By default the map is asked; ``"C1"``: it is not.
+        Where it is known. By default the map is asked; ``"C1"``: it is not.
     starts : int
         At least two, shared out among the halves.
     diameter_angstrom : float, optional

@@ -37,7 +37,7 @@ NO_MAP = 3
 
 WantedSymmetry = Annotated[
     str | None,
-    typer.Option("--symmetry", help="Point group: C1, C4, D2, ...; default: found out."),
+    typer.Option("--symmetry", help="Point group: C1, C4, D2, O, ...; default: found out."),
 ]
 Starts = Annotated[int, typer.Option(help="Random starts, shared out among the halves.")]
 Diameter = Annotated[

@@ -73,6 +73,7 @@ def reconstruct_map(
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
+    _check_symmetry(stack, symmetry, seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, scheduler=scheduler, progress=not quiet)
         write_density(output, found)
@@ -99,6 +100,14 @@ def reconstruct_map(
         f"{output}: from {len(stack):,} particles; "
         f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of {pair.wording}"
     )
+
+
+def _check_symmetry(stack: ParticleStack, symmetry: str, seed: int) -> None:
+    """Say so where a symmetry that was asked for is not that of the particles' map."""
+    from ..refinement import check_symmetry
+
+    if symmetry.upper() != "C1":
+        check_symmetry(stack, symmetry, seed=seed)
 
 
 def map_files(output: Path, stack: ParticleStack) -> list[Path]:
@@ -193,6 +202,7 @@ def refine_particles(
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     test, notes = None, []
+    _check_symmetry(stack, symmetry, seed)
     if reference is None:
         found = refine_halves(
             stack, rounds=rounds, symmetry=symmetry, seed=seed, work=work, scheduler=scheduler,
@@ -206,17 +216,9 @@ def refine_particles(
     _write_map(map_path, found, seed)
     pair = replace(found.half_maps, shared=len(shared_particles(stack)))
     summary = report.write_map(
-        page,
-        f"{len(stack):,} particles of {particles_file.name}",
-        pair,
-        found.fsc,
-        found.mask,
-        refined.oriented(),
-        symmetry=symmetry,
-        test=test,
-        noise=refined.noise,
-        notes=notes,
-    )
+        page, f"{len(stack):,} particles of {particles_file.name}", pair, found.fsc, found.mask,
+        refined.oriented(), symmetry=symmetry, test=test, noise=refined.noise, notes=notes,
+    )  # fmt: skip
     typer.echo(
         f"{output}: expected error {np.mean(refined.expected_error_rad):.3f} rad; "
         f"{summary['resolution_fsc0143_angstrom']:.1f} A at FSC 0.143, {summary['half_maps']}; "

@@ -137,7 +137,7 @@ Rounds = Annotated[
         "20,000 particles and more: of a part of 10,000, then of all, by default 2 to 15."
     ),
 ]
-Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, ...")]
+Symmetry = Annotated[str, typer.Option(help="Point group: C1, C4, D2, O, ...")]
 MapVoxelSize = Annotated[
     float | None,
     typer.Option(

@@ -56,7 +56,7 @@ def train_estimator(
         typer.Option(help="Particles whose box, pixels, noise, shifts and defocus are taken."),
     ] = None,
     symmetry: Annotated[
-        str | None, typer.Option(help="Point group: C1, C4, D2, ...; default: C1.")
+        str | None, typer.Option(help="Point group: C1, C4, D2, O, ...; default: C1.")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder that keeps the run; it goes on from there.")

@@ -116,7 +116,8 @@ def pixel_sizes(
     Where ``optics`` does not say it, it is computed as RELION 3.0 has it, or ``given``; and put
     there.
     """
-    if "rlnImagePixelSize" not in optics:
+    told_of = "rlnImagePixelSize" in optics
+    if not told_of:
         found = _magnified(path, optics, table, group)
         if found is None and given is None:
             raise InputError(
@@ -145,7 +146,24 @@ def pixel_sizes(
                 f"{path}: row {np.argmax(other) + 1}, column rlnImagePixelSize: got "
                 f"{told[other][0]:g} A, and {sizes[other][0]:g} A in its optics group"
             )
+    if told_of:
+        _note_magnified(path, optics, table, group)
     return sizes
+
+
+def _note_magnified(path: Path, optics: Table, table: Table, group: np.ndarray) -> None:
+    """Say where detector and magnification, of before images were scaled, tell other pixels."""
+    try:
+        found = _magnified(path, optics, table, group)
+    except InputError:  # not one of each group: not of these images
+        return
+    sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")
+    if found is not None and (other := ~np.isclose(found, sizes, rtol=5e-3)).any():
+        warnings.warn(
+            f"{path}: rlnDetectorPixelSize and rlnMagnification make pixels of "
+            f"{found[other][0]:g} A, rlnImagePixelSize {sizes[other][0]:g} A, which is used",
+            stacklevel=3,
+        )
 
 
 def _magnified(path: Path, optics: Table, table: Table, group: np.ndarray) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Judging a map: Fourier shell correlation, half-maps, masks, coverage, registration."""
 
-from .axes import Axes, find_axes, symmetry_of
+from .axes import Axes, find_axes, has_symmetry, symmetry_of
 from .bias import ReferenceBias, reference_bias
 from .correlation import (
     Fsc,
@@ -30,6 +30,7 @@ __all__ = [
     "find_axes",
     "fsc",
     "half_map_fsc",
+    "has_symmetry",
     "mirrored",
     "reference_bias",
     "register",

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
-from ..symmetry import group
+from ..symmetry import GOLDEN, group
 from .correlation import HalfMaps, fsc
 from .registration import Spectrum, centre_of
 from .shells import common_box
 
-__all__ = ["Axes", "find_axes", "symmetry_of"]
+__all__ = ["Axes", "find_axes", "has_symmetry", "symmetry_of"]
 
 #: What is left of the half-maps' agreement when one of them is turned by a symmetry that both have.
 ENOUGH = 0.9
@@ -22,6 +22,10 @@ ENOUGH = 0.9
 LEAST, LEAST_SHELLS = 0.4, 4
 #: Axes of more than this fold are not looked for.
 FOLDS = 12
+#: Groups of solids: the fold of an axis, and where it lies; and so many of a group's elements, the
+#: first, which generate the others, that tell where it lies.
+GENERATE = 8
+SOLIDS = {"T": (3, (0, 0, 1.0)), "O": (4, (0, 0, 1.0)), "I": (5, (1.0, 0, GOLDEN))}
 #: Axes that the first look tries, and frequencies that it compares.
 AXES, FREQUENCIES = 1000, 800
 #: Ratio at the best axis of the grid from which one is looked for nearby; and the finest detail by
@@ -43,8 +47,9 @@ class Axes:
     ratio : float
         Correlation of one half-map with the other one turned by the group's elements, over that
         without a turn; every shell of frequencies counts alike. Of Dn the mean of the turns about
-        the axis, or that of the two-folds across it, whichever is less. About 1 where the particle
-        has the symmetry; 0 where the half-maps do not agree.
+        the axis, or that of the two-folds across it, whichever is less; of T, O and I the least of
+        the means of the turns by each angle. About 1 where the particle has the symmetry; 0 where
+        the half-maps do not agree.
     """
 
     symmetry: str
@@ -121,7 +126,7 @@ def find_axes(
     pair : HalfMaps
         In one frame.
     symmetry : str
-        Cn or Dn.
+        Cn, Dn, T, O or I.
     resolution_angstrom : float
         The finest detail that is compared.
     seed : int
@@ -130,11 +135,33 @@ def find_axes(
     if group(symmetry).order == 1:
         return NONE
     search = _Search(pair, resolution_angstrom, seed)
-    return search.laid(symmetry, search.first_axis(int(symmetry[1:]))[0])
+    return search.laid(symmetry, search.first_axis(_axis(symmetry)[0])[0])
+
+
+def has_symmetry(
+    pair: HalfMaps, symmetry: str, *, resolution_angstrom: float = 20.0, seed: int = 0
+) -> float:
+    """How well a map has a symmetry whose axes lie as the standard setting has them.
+
+    Parameters
+    ----------
+    pair, symmetry, resolution_angstrom, seed
+        See :func:`find_axes`.
+
+    Returns
+    -------
+    float
+        The ``ratio`` of :class:`Axes`; NaN where the half-maps do not agree, and tell nothing.
+    """
+    turns = _Turns(pair, resolution_angstrom, seed)
+    if turns.plain < LEAST:
+        return float("nan")
+    name = group(symmetry).name
+    return 1.0 if name == "C1" else _ratio(turns, name, Rotation.identity(), np.zeros(3))
 
 
 def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int = 0) -> Axes:
-    """Tell the point group, Cn or Dn, that a map has, and how it lies there.
+    """Tell the point group that a map has, and how it lies there.
 
     A symmetry is believed where a half-map turned by it agrees with the other half-map at least
     nine tenths as well as it does unturned, the finest shells included; of those the group with the
@@ -154,12 +181,16 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
     if search.fine.plain < LEAST:
         return best
     found: list[Axes] = []
+    directions = {}
     for n in range(2, FOLDS + 1):
         # An axis of six-fold symmetry has two-fold and three-fold symmetry too.
         if all(any(a.symmetry == f"C{m}" for a in found) for m in range(2, n) if n % m == 0):
             direction, ratio = search.first_axis(n)
             if ratio > NEARLY and (axes := search.laid(f"C{n}", direction)).believed:
                 found += [axes, search.laid(f"D{n}", direction)]
+                directions[n] = direction
+    if {2, 3} <= set(directions):
+        found += [search.laid(s, directions[n]) for s, (n, _) in SOLIDS.items() if n in directions]
     for one in found:
         if one.believed and group(one.symmetry).order > group(best.symmetry).order:
             best = one
@@ -187,22 +218,40 @@ class _Search:
 
     def laid(self, symmetry: str, direction: np.ndarray) -> Axes:
         """The group where it fits best, by a local fit from an axis of the grid."""
-        elements = group(symmetry).elements[1:]
-        start = Rotation.align_vectors([[0, 0, 1.0]], [direction])[0]
-        if symmetry[0] == "D":  # a two-fold at right angles: any that maps onto x
-            apart = np.pi / int(symmetry[1:]) * np.arange(24) / 24
-            tries = Rotation.from_rotvec(np.outer(apart, [0, 0, 1.0])) * start
-            scores = [_each(self.coarse, elements, t, self.centre).mean() for t in tries]
+        name, elements = group(symmetry).name, group(symmetry).elements[1:]
+        fold, axis = _axis(name)
+        few = elements[:GENERATE] if name in SOLIDS else elements
+        start = Rotation.align_vectors([axis], [direction])[0]
+        if name[0] != "C":  # what else there is: anywhere about that axis
+            all_round = (np.pi if name[0] == "D" else 2 * np.pi) / fold
+            turns = np.outer(all_round * np.arange(24) / 24, np.array(axis) / np.linalg.norm(axis))
+            tries = Rotation.from_rotvec(turns) * start
+            scores = [_each(self.coarse, few, t, self.centre).mean() for t in tries]
             start = tries[int(np.argmax(scores))]
-        there, centre = _fitted(self.coarse, elements, start, self.centre)
+        there, centre = _fitted(self.coarse, few, start, self.centre)
         if self.fine is not self.coarse:
-            there, centre = _fitted(self.fine, elements, there, centre)
-        alike = _each(self.fine, elements, there, centre, quick=False)
-        across = np.abs(elements[:, 3]) + np.abs(elements[:, 2]) < 1e-6  # Dn's two-folds
-        least = min(alike[kind].mean() for kind in (across, ~across) if kind.any())
-        # Of half-maps that do not agree unturned, none can be said to have the symmetry.
-        ratio = float(least / self.fine.plain) if self.fine.plain > LEAST else 0.0
-        return Axes(symmetry, there.as_quat(), -there.apply(centre), ratio)
+            there, centre = _fitted(self.fine, few, there, centre)
+        ratio = _ratio(self.fine, name, there, centre)
+        return Axes(name, there.as_quat(), -there.apply(centre), ratio)
+
+
+def _ratio(turns: _Turns, name: str, there: Rotation, centre: np.ndarray) -> float:
+    """See :class:`Axes`."""
+    elements = group(name).elements[1:]
+    alike = _each(turns, elements, there, centre, quick=False)
+    if name in SOLIDS:
+        kind = np.rint(100 * np.abs(elements[:, 3]))  # by the angle
+    else:  # Dn's two-folds, or not
+        kind = np.abs(elements[:, 3]) + np.abs(elements[:, 2]) < 1e-6
+    least = min(alike[kind == k].mean() for k in np.unique(kind))
+    # Of half-maps that do not agree unturned, none can be said to have the symmetry.
+    return float(least / turns.plain) if turns.plain > LEAST else 0.0
+
+
+def _axis(symmetry: str) -> tuple[int, tuple[float, float, float]]:
+    """An axis of a group, by which it is looked for: its fold, and where it lies."""
+    name = group(symmetry).name
+    return SOLIDS.get(name) or (int(name[1:]), (0.0, 0.0, 1.0))
 
 
 def _fitted(

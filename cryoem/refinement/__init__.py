@@ -1,6 +1,6 @@
 """Poses to the limit: against a density, half against half, or against a reference."""
 
-from .check import cross_check, expected_error
+from .check import check_symmetry, cross_check, expected_error
 from .fit import RefinedStack, refine
 from .halves import HalvesRefinement, refine_halves
 from .reference import ReferenceRefinement, in_frame_of, refine_against
@@ -11,6 +11,7 @@ __all__ = [
     "ReferenceRefinement",
     "RefinedStack",
     "Search",
+    "check_symmetry",
     "cross_check",
     "expected_error",
     "in_frame_of",

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import scipy.special
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from .. import maps, rotations
+from .. import imaging, maps, rotations
+from ..half_sets import particles_in, random_half_sets
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .fit import RefinedStack
 from .halves import half_maps, masked, refine_each_half
 from .search import Search
 
-__all__ = ["cross_check", "expected_error"]
+__all__ = ["check_symmetry", "cross_check", "expected_error"]
+
+#: Of how many particles a map tells its symmetry, in pixels of about how many angstrom; and how
+#: well its halves agree when one is turned by it, beside unturned, at least.
+FEW, PIXEL, SYMMETRIC = 2000, 6.0, 0.8
 
 
 def expected_error(quaternions: ArrayLike, refined: RefinedStack) -> Float[np.ndarray, " n"]:
@@ -77,3 +84,58 @@ def cross_check(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
         search=Search(starts=1, coarse_to_fine=False, steps=5),
     )
     return stack.replace(expected_error_rad=expected_error(q, checked))
+
+
+def check_symmetry(stack: ParticleStack, symmetry: str, *, seed: Seed = 0) -> float:
+    """Warn where the map that orientations give has not a symmetry, or not on its standard axes.
+
+    Made symmetric nonetheless it would agree with itself, whatever the particle: half-maps that
+    were both made so do not tell.
+
+    Parameters
+    ----------
+    stack : ParticleStack
+        With orientations; 2,000 of them, or all, are asked.
+    symmetry : str
+    seed : int or numpy.random.Generator
+        Of the choice, and of the split.
+
+    Returns
+    -------
+    float
+        How well half-maps without symmetry agree when one of them is turned by its elements, beside
+        unturned (:func:`cryoem.maps.has_symmetry`): 1 where the particle has it. NaN where they do
+        not agree.
+    """
+    some = coarse_sample(stack, FEW, PIXEL, seed)
+    if len(some) < 2:
+        return float("nan")
+    # A split of its own: a file may hold one half alone.
+    half_set = random_half_sets(len(some), seed, particles_in(some))
+    if (half_set == half_set[0]).all():  # one particle, seen again and again
+        return float("nan")
+    pair = half_maps(some.replace(half_set=half_set), independent=False)
+    ratio = maps.has_symmetry(pair, symmetry)
+    if ratio < SYMMETRIC:
+        warnings.warn(
+            f"the map that these orientations give has not the symmetry {symmetry}, its axes where "
+            f"the standard setting has them: turned by it, its halves agree {ratio:.2f} times as "
+            "well as unturned",
+            stacklevel=2,
+        )
+    return ratio
+
+
+def coarse_sample(
+    stack: ParticleStack, count: int, pixel_size_angstrom: float, seed: Seed
+) -> ParticleStack:
+    """So many particles at random, or all, in coarser pixels of about this size."""
+    n, box = len(stack), stack.box_px
+    rng = rotations.generator(seed, "frame")
+    some = stack.select(np.sort(rng.choice(n, min(count, n), replace=False)))
+    small = 2 * int(np.ceil(box * stack.pixel_size_angstrom / (2 * pixel_size_angstrom)))
+    if small >= box:
+        return some
+    images = [imaging.downsample(part.images[:], small) for part in some.chunks(256)]
+    pixel = stack.pixel_size_angstrom * box / small
+    return some.with_images(np.concatenate(images), pixel_size_angstrom=pixel)

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..particles import ParticleStack
 from ..reconstruction import reconstruct
 from ..rotations import Seed
+from .check import coarse_sample
 from .fit import DEFAULT, RefinedStack, refine
 from .halves import believed, half_maps
 from .search import Search
@@ -26,8 +27,8 @@ __all__ = ["ReferenceRefinement", "in_frame_of", "refine_against"]
 
 #: The correlation, at 30 A, from which a map and a reference are taken to lie alike.
 ALIKE = 0.6
-#: How many particles make a map that tells the frame.
-ENOUGH = 5000
+#: How many particles make a map that tells the frame, and in pixels of how many angstrom.
+ENOUGH, PIXEL = 5000, 6.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +149,7 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
         The same one where the orientations are in the reference's frame already.
     """
     stack.oriented()
-    n = len(stack)
-    rng = rotations.generator(seed, "frame")
-    some = np.sort(rng.choice(n, min(ENOUGH, n), replace=False))
-    own = reconstruct(stack.select(some))
+    own = reconstruct(coarse_sample(stack, ENOUGH, PIXEL, seed)).resampled(stack.box_px)
     before = _likeness(own, reference)
     if before > ALIKE:
         return stack
