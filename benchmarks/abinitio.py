@@ -43,7 +43,7 @@ from cryoem import (
 )
 from cryoem.density import from_atoms
 from cryoem.io import files
-from cryoem.symmetry import SOLIDS, group
+from cryoem.symmetry import group
 
 #: Cells: images, SNR, and how they were seen.
 MICROSCOPE = {"max_shift_px": 8.0, "defocus_range_angstrom": (5e3, 3e4)}
@@ -100,7 +100,7 @@ def ring_of(model, symmetry):
     turns = Rotation.from_quat(orbit.elements)
     at = np.array([a.atom.pos.tolist() for a in model.all()])
     outwards = np.array([[1.0, 0, 0]])
-    if symmetry in SOLIDS:  # a place that is far from its copies
+    if orbit.name[0] != "C":  # a place that is far from its copies
         outwards = np.random.default_rng(0).standard_normal((1000, 3))
         outwards /= np.linalg.norm(outwards, axis=1, keepdims=True)
     away = np.min([np.linalg.norm(g.apply(outwards) - outwards, axis=1) for g in turns[1:]], axis=0)

@@ -432,8 +432,9 @@ def test_solvent_that_is_not_at_zero_is_taken_off(folder, tmp_path):
 
 
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
-    run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry", "C2",
-        "-q")  # fmt: skip
+    done = run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry",
+               "c2", "-q")  # fmt: skip
+    assert "has not the symmetry C2" in done.stderr
     values = read_density(tmp_path / "m.mrc").values[:, 1:, 1:]  # about voxel n // 2
     at = np.indices(values.shape) - np.array([s // 2 for s in values.shape])[:, None, None, None]
     ball = np.linalg.norm(at, axis=0) < 0.4 * len(values)  # the cube's corners are not seen

@@ -1509,6 +1509,20 @@ def test_a_magnification_that_tells_other_pixels_is_said(written, magnification,
     assert bool(text) == noted
 
 
+def test_a_magnification_of_no_particle_is_not_asked(written):
+    def unused_group(blocks):
+        other = blocks["optics"].assign(rlnOpticsGroup=2, rlnOpticsGroupName="second")
+        blocks["optics"] = pd.concat([blocks["optics"], other])
+
+    rewritten(written, unused_group)
+    rewritten(written, put("particles", "rlnDetectorPixelSize", PIXEL))
+    rewritten(written, put("particles", "rlnMagnification", 1e4))
+    assert len(read_particles(written).origin.optics["rlnOpticsGroup"]) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_particles(written).pixel_size_angstrom == PIXEL
+
+
 @pytest.mark.parametrize("kind", [relion31, relion30])
 def test_a_pixel_size_that_the_file_lacks_can_be_given(written, tmp_path, kind):
     with pytest.raises(InputError, match=r"2\.5 A was given, and the file says 3\.67 A"):

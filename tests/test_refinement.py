@@ -1134,3 +1134,32 @@ def test_a_symmetry_that_the_particles_have_not_is_said():
     # What half-maps that do not agree show has no symmetry, nor lacks one.
     assert np.isnan(check_symmetry(particles(images=white(3)), "D2"))
     assert np.isnan(check_symmetry(seen.select(slice(1)), "D2"))
+
+
+@pytest.mark.parametrize("name", ["D3", "O"])
+def test_orientations_of_one_asymmetric_unit_tell_no_symmetry(name):
+    """As RELION leaves them: without the others of their orbits most of the map is unseen."""
+    elements = group(name).elements
+    alike = Density(np.mean([maps.turned(DENSITY, g).values for g in elements], axis=0), VOXEL)
+    orbits = rotations.multiply(elements[:, None], TRUE)
+    towards = rotations.view_directions(orbits.reshape(-1, 4)).reshape(*orbits.shape[:2], 3)
+    nearest = (towards @ np.array([0.5, 0.2, 0.84])).argmax(axis=0)
+    unit = orbits[nearest, np.arange(N)]
+    seen = particles(images=projection.project(alike, unit), at=unit)
+    assert maps.has_symmetry(reconstructed_halves(seen), name) < 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(check_symmetry(seen, name))
+
+
+def reconstructed_halves(stack):
+    return halves.half_maps(stack.with_half_sets(0), independent=False)
+
+
+def test_what_shows_nothing_tells_no_symmetry():
+    one = particles().select(np.zeros(4, int))
+    assert np.isnan(check_symmetry(one, "D2"))
+    two = particles().select(slice(2)).replace(contrast=np.array([1.0, 0.0]))
+    assert np.isnan(check_symmetry(two, "D2"))
+    with pytest.raises(InputError, match="symmetry must be"):
+        check_symmetry(one, "banana")

@@ -147,21 +147,22 @@ def pixel_sizes(
                 f"{told[other][0]:g} A, and {sizes[other][0]:g} A in its optics group"
             )
     if told_of:
-        _note_magnified(path, optics, table, group)
+        _note_magnified(path, optics, table, group, sizes)
     return sizes
 
 
-def _note_magnified(path: Path, optics: Table, table: Table, group: np.ndarray) -> None:
+def _note_magnified(
+    path: Path, optics: Table, table: Table, group: np.ndarray, sizes: np.ndarray
+) -> None:
     """Say where detector and magnification, of before images were scaled, tell other pixels."""
     try:
         found = _magnified(path, optics, table, group)
     except InputError:  # not one of each group: not of these images
         return
-    sizes = numbers(path, optics, "rlnImagePixelSize", "data_optics: ")
-    if found is not None and (other := ~np.isclose(found, sizes, rtol=5e-3)).any():
+    if found is not None and (other := ~np.isclose(found[group], sizes, rtol=5e-3)).any():
         warnings.warn(
             f"{path}: rlnDetectorPixelSize and rlnMagnification make pixels of "
-            f"{found[other][0]:g} A, rlnImagePixelSize {sizes[other][0]:g} A, which is used",
+            f"{found[group][other][0]:g} A, rlnImagePixelSize {sizes[other][0]:g} A, which is used",
             stacklevel=3,
         )
 

@@ -153,10 +153,9 @@ def has_symmetry(
     float
         The ``ratio`` of :class:`Axes`; NaN where the half-maps do not agree, and tell nothing.
     """
-    turns = _Turns(pair, resolution_angstrom, seed)
+    name, turns = group(symmetry).name, _Turns(pair, resolution_angstrom, seed)
     if turns.plain < LEAST:
         return float("nan")
-    name = group(symmetry).name
     return 1.0 if name == "C1" else _ratio(turns, name, Rotation.identity(), np.zeros(3))
 
 

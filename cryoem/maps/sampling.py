@@ -73,17 +73,19 @@ def coverage(
     ----------
     Baldwin and Lyumkis, Prog. Biophys. Mol. Biol. 150 (2020).
     """
-    copies = [rotations.multiply(g, rotations.check(quaternions)) for g in group(symmetry).elements]
-    views = rotations.view_directions(np.concatenate(copies)).reshape(-1, 3)
-    if len(views) == 0:
+    q, elements = rotations.check(quaternions), group(symmetry).elements
+    if len(q) == 0:
         raise InputError("no orientations, no coverage")
     directions = _half_sphere(1000)
-    seen = np.zeros(len(directions))
-    for part in np.array_split(views, -(-len(views) // 10_000)):
-        seen += np.sum(np.abs(directions @ part.T) < half_thickness, axis=1)
+    seen, moment = np.zeros(len(directions)), np.zeros((3, 3))
+    for copy in elements:
+        views = rotations.view_directions(rotations.multiply(copy, q)).reshape(-1, 3)
+        moment += views.T @ views / len(q)
+        for part in np.array_split(views, -(-len(views) // 10_000)):
+            seen += np.sum(np.abs(directions @ part.T) < half_thickness, axis=1)
     # Harmonic over arithmetic mean; unseen counts as seen once.
     evenness = 1 / (np.mean(1 / np.maximum(seen, 1)) * seen.mean()) if seen.any() else 0
-    axes = np.linalg.eigvalsh(views.T @ views / len(views))
+    axes = np.linalg.eigvalsh(moment / len(elements))
     return Coverage(
         evenness=float(evenness),
         unseen=float(np.mean(seen == 0)),

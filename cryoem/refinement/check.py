@@ -10,9 +10,11 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from .. import imaging, maps, rotations
+from ..errors import InputError
 from ..half_sets import particles_in, random_half_sets
 from ..particles import ParticleStack
 from ..rotations import Seed
+from ..symmetry import group
 from .fit import RefinedStack
 from .halves import half_maps, masked, refine_each_half
 from .search import Search
@@ -20,8 +22,9 @@ from .search import Search
 __all__ = ["check_symmetry", "cross_check", "expected_error"]
 
 #: Of how many particles a map tells its symmetry, in pixels of about how many angstrom; and how
-#: well its halves agree when one is turned by it, beside unturned, at least.
-FEW, PIXEL, SYMMETRIC = 2000, 6.0, 0.8
+#: well its halves agree when one is turned by it, beside unturned, at least. Where more than this
+#: share of the directions is unseen it is not asked.
+FEW, PIXEL, SYMMETRIC, UNSEEN = 2000, 6.0, 0.8, 0.02
 
 
 def expected_error(quaternions: ArrayLike, refined: RefinedStack) -> Float[np.ndarray, " n"]:
@@ -104,23 +107,27 @@ def check_symmetry(stack: ParticleStack, symmetry: str, *, seed: Seed = 0) -> fl
     -------
     float
         How well half-maps without symmetry agree when one of them is turned by its elements, beside
-        unturned (:func:`cryoem.maps.has_symmetry`): 1 where the particle has it. NaN where they do
-        not agree.
+        unturned (:func:`cryoem.maps.has_symmetry`): 1 where the particle has it. NaN where nothing
+        is to be told: half-maps that do not agree, or views that leave directions unseen, as where
+        all orientations lie in one asymmetric unit.
     """
+    points = group(symmetry)
     some = coarse_sample(stack, FEW, PIXEL, seed)
-    if len(some) < 2:
+    particle = particles_in(some)
+    if len(np.unique(particle)) < 2 or maps.coverage(some.oriented()).unseen > UNSEEN:
         return float("nan")
     # A split of its own: a file may hold one half alone.
-    half_set = random_half_sets(len(some), seed, particles_in(some))
-    if (half_set == half_set[0]).all():  # one particle, seen again and again
+    some = some.replace(half_set=random_half_sets(len(some), seed, particle))
+    try:
+        pair = half_maps(some, independent=False)
+    except InputError:  # a half that shows nothing, such as of contrasts that are zero
         return float("nan")
-    pair = half_maps(some.replace(half_set=half_set), independent=False)
     ratio = maps.has_symmetry(pair, symmetry)
     if ratio < SYMMETRIC:
         warnings.warn(
-            f"the map that these orientations give has not the symmetry {symmetry}, its axes where "
-            f"the standard setting has them: turned by it, its halves agree {ratio:.2f} times as "
-            "well as unturned",
+            f"the map that these orientations give has not the symmetry {points.name}, its axes "
+            f"where the standard setting has them: turned by it, its halves agree {ratio:.2f} "
+            "times as well as unturned",
             stacklevel=2,
         )
     return ratio
