@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
-from ..symmetry import GOLDEN, group
+from ..symmetry import SOLIDS, group
 from .correlation import HalfMaps, fsc
 from .registration import Spectrum, centre_of
 from .shells import common_box
@@ -22,10 +22,8 @@ ENOUGH = 0.9
 LEAST, LEAST_SHELLS = 0.4, 4
 #: Axes of more than this fold are not looked for.
 FOLDS = 12
-#: Groups of solids: the fold of an axis, and where it lies; and so many of a group's elements, the
-#: first, which generate the others, that tell where it lies.
+#: So many of the elements of T, O or I, the first, which generate the others, tell where it lies.
 GENERATE = 8
-SOLIDS = {"T": (3, (0, 0, 1.0)), "O": (4, (0, 0, 1.0)), "I": (5, (1.0, 0, GOLDEN))}
 #: Axes that the first look tries, and frequencies that it compares.
 AXES, FREQUENCIES = 1000, 800
 #: Ratio at the best axis of the grid from which one is looked for nearby; and the finest detail by
@@ -189,7 +187,8 @@ def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int 
                 found += [axes, search.laid(f"D{n}", direction)]
                 directions[n] = direction
     if {2, 3} <= set(directions):
-        found += [search.laid(s, directions[n]) for s, (n, _) in SOLIDS.items() if n in directions]
+        folds = {name: _axis(name)[0] for name in SOLIDS}
+        found += [search.laid(s, directions[n]) for s, n in folds.items() if n in directions]
     for one in found:
         if one.believed and group(one.symmetry).order > group(best.symmetry).order:
             best = one
@@ -247,10 +246,10 @@ def _ratio(turns: _Turns, name: str, there: Rotation, centre: np.ndarray) -> flo
     return float(least / turns.plain) if turns.plain > LEAST else 0.0
 
 
-def _axis(symmetry: str) -> tuple[int, tuple[float, float, float]]:
-    """An axis of a group, by which it is looked for: its fold, and where it lies."""
+def _axis(symmetry: str) -> tuple[int, tuple[float, ...]]:
+    """The axis of a group, of those that generate it, with the most folds, and where it lies."""
     name = group(symmetry).name
-    return SOLIDS.get(name) or (int(name[1:]), (0.0, 0.0, 1.0))
+    return max(SOLIDS[name][0]) if name in SOLIDS else (int(name[1:]), (0.0, 0.0, 1.0))
 
 
 def _fitted(
