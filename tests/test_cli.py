@@ -773,6 +773,11 @@ def test_black_particles_are_oriented_as_white_ones(folder, black, trained, tmp_
                     "--other-hand: a --reference has its own hand",
                 ),
                 ("refine", ("--map", "{}/flat.mrc"), "flat.mrc: is 2 everywhere"),
+                (
+                    "refine",
+                    ("--map", "{}/map.mrc", "--symmetry", "D2"),
+                    "the reference has not the symmetry D2, its axes where",
+                ),
                 ("orient", ("--model", "4jsv", "--reference", "{}/flat.mrc"), "flat.mrc: is 2"),
                 ("abinitio", ("--reference", "{}/flat.mrc"), "flat.mrc: is 2 everywhere"),
             )

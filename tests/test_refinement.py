@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -1079,6 +1080,47 @@ def test_particles_refined_against_a_reference_give_a_map():
     assert set(found.particles.half_set) == {1, 2}
     assert correlation(found.density.values, DENSITY.values) > 0.5
     assert_weighted_by_what_agrees(found.density, found.half_maps, found.fsc)
+
+
+def test_particles_that_lie_wrongly_are_brought_to_where_a_reference_says():
+    images, _ = noisy(1 / 2)
+    lost = np.arange(N) % 6 == 0
+    at = np.where(lost[:, None], off(TRUE, 2.0), off(TRUE, 0.1))
+    given = particles(images=images, at=at, shifts_px=SHIFTS)
+    found = refine_against(given, DENSITY, resolution_angstrom=30.0, search=ONE, seed=1)
+    error = rotations.distance(found.particles.quaternions, TRUE)
+    assert np.mean(error < 0.3) > 0.97
+    assert 0.8 * lost.mean() < found.moved_fraction <= lost.mean()  # a few come back by themselves
+    # All were refined there, too.
+    assert found.particles.expected_error_rad[lost].mean() < 0.2
+
+
+def test_in_loud_noise_particles_stay_unless_they_are_surely_likelier_elsewhere():
+    """By chance one of the many places on the sphere is a little likelier than the right one."""
+    images, _ = noisy(1 / 30)
+    given = particles(images=images, shifts_px=SHIFTS, half_set=np.arange(N) % 2 + 1)
+    _, by_chance = found_again(given, given, resolution_angstrom=30.0)
+    with pytest.warns(UserWarning, match="may be the reference alone"):
+        found = refine_against(given, DENSITY, resolution_angstrom=30.0, search=ONE)
+    assert by_chance > 0.1 and found.moved_fraction < by_chance / 5
+
+
+def test_a_reference_with_a_symmetry_gives_a_map_with_it():
+    elements = group("D2").elements
+    alike = Density(np.mean([maps.turned(DENSITY, g).values for g in elements], axis=0), VOXEL)
+    images, _ = noisy(1 / 2, images=imaging.shift(projection.project(alike, TRUE), SHIFTS))
+    given = particles(images=images, at=off(TRUE, 0.1), shifts_px=SHIFTS)
+    against = partial(refine_against, given, resolution_angstrom=30.0, search=ONE)
+    plain, found = against(alike), against(alike, symmetry="D2")
+    assert maps.has_symmetry(plain.half_maps, "D2") < maps.has_symmetry(found.half_maps, "D2")
+    for half in (found.half_maps.first, found.half_maps.second):
+        np.testing.assert_allclose(maps.turned(half, elements[1]).values, half.values, atol=1e-3)
+    assert correlation(found.density.values, alike.values) > correlation(
+        plain.density.values, alike.values
+    )
+    assert found.moved_fraction == 0  # to another of the orbit is nowhere else
+    with pytest.raises(InputError, match=r"reference has not the symmetry D2, its axes where"):
+        against(DENSITY, symmetry="D2")
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

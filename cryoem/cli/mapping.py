@@ -168,9 +168,7 @@ def refine_particles(
         ),
     ] = None,
     rounds: Rounds = None,
-    symmetry: Annotated[
-        str, typer.Option(help="Point group, in the standard setting; without a reference.")
-    ] = "C1",
+    symmetry: Symmetry = "C1",
     voxel_size: MapVoxelSize = None,
     invert: Invert = None,
     pixel_size: PixelSize = None,
@@ -179,6 +177,8 @@ def refine_particles(
     quiet: Quiet = False,
 ) -> None:
     """Refine orientations, shifts and contrasts, and say what the map may be believed to.
+
+    Particles that lie wrongly are sought on the whole sphere, and in their frames.
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
     (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
@@ -191,7 +191,10 @@ def refine_particles(
     from ..io.particles import write_particles
     from ..refinement import kept, refine_halves
 
-    _refuse_others(map_file, resolution, voxel_size, rounds, symmetry)
+    if map_file is None:
+        refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
+    else:
+        refuse_alone({"--rounds": rounds}, "goes without --map only")
     stack = open_oriented(particles_file, quiet, pixel_size)
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     work = output.with_suffix(".work")
@@ -201,17 +204,16 @@ def refine_particles(
     reference = None if map_file is None else open_map(map_file, voxel_size, stack)
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
-    test, notes = None, []
-    _check_symmetry(stack, symmetry, seed)
     if reference is None:
+        _check_symmetry(stack, symmetry, seed)
         found = refine_halves(
             stack, rounds=rounds, symmetry=symmetry, seed=seed, work=work, scheduler=scheduler,
             progress=not quiet,
         )  # fmt: skip
-        notes = [_held_out(found)]
+        test, notes = None, [_held_out(found)]
     else:
-        found = _against(reference, stack, resolution or COARSE, seed, scheduler, quiet)
-        test = found.test
+        found = _against(reference, stack, resolution or COARSE, symmetry, seed, scheduler, quiet)
+        test, notes = found.test, [_moved(found)]
     write_particles(output, refined := found.particles)
     _write_map(map_path, found, seed)
     pair = replace(found.half_maps, shared=len(shared_particles(stack)))
@@ -228,25 +230,11 @@ def refine_particles(
         _over(work)
 
 
-def _refuse_others(
-    map_file: Path | None,
-    resolution: float | None,
-    voxel_size: float | None,
-    rounds: int | None,
-    symmetry: str,
-) -> None:
-    """Refuse options of a refinement against a map in one without, and the reverse."""
-    if map_file is None:
-        refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
-    else:
-        other = None if symmetry.upper() == "C1" else symmetry
-        refuse_alone({"--symmetry": other, "--rounds": rounds}, "goes without --map only")
-
-
 def _against(
     reference: Density,
     stack: ParticleStack,
     resolution: float,
+    symmetry: str,
     seed: int,
     scheduler: str | None,
     quiet: bool,
@@ -257,8 +245,16 @@ def _against(
     reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
     return refine_against(
         in_frame_of(stack, reference, seed=seed), reference, resolution_angstrom=resolution,
-        seed=seed, scheduler=scheduler, progress=not quiet,
+        symmetry=symmetry, seed=seed, scheduler=scheduler, progress=not quiet,
     )  # fmt: skip
+
+
+def _moved(found: ReferenceRefinement) -> str:
+    """How many particles were brought elsewhere."""
+    return (
+        f"{found.moved_fraction:.1%} of the particles were likelier elsewhere than near where they "
+        "began, and were brought there."
+    )
 
 
 def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: int) -> None:

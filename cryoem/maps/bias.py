@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from ..density import Density
 from ..errors import InputError
+from ..symmetry import group
 from .correlation import HalfMaps
 from .shells import Shells, check_mask, common_box, half_spectrum, of_half_spectrum
 
@@ -38,7 +39,11 @@ class ReferenceBias:
 
 
 def reference_bias(
-    maps: HalfMaps, mask: Float[np.ndarray, "n n n"], resolution_angstrom: float
+    maps: HalfMaps,
+    mask: Float[np.ndarray, "n n n"],
+    resolution_angstrom: float,
+    *,
+    symmetry: str = "C1",
 ) -> ReferenceBias:
     """Compare half-maps beyond the resolution to which their reference was used.
 
@@ -47,7 +52,8 @@ def reference_bias(
     noise are independent. So: take off what is coarser (and two shells more, which the box's edge
     mixes in), make every shell alike in power, mask, correlate. White noise under a mask ``m``
     gives a standard deviation of ``sqrt(sum m^4 / (sum m^2)^2 * voxels / N)`` with ``N`` the
-    frequencies that take part, ``(sum P)^2 / sum P^2`` for powers ``P``.
+    frequencies that take part, ``(sum P)^2 / sum P^2`` for powers ``P``, of which those that
+    symmetry makes equal count once.
 
     Parameters
     ----------
@@ -55,6 +61,8 @@ def reference_bias(
     mask : (n, n, n) array
         Made without what lies beyond, as :func:`soft_mask` at ``resolution_angstrom`` or coarser.
     resolution_angstrom : float
+    symmetry : str
+        That both maps were made to have.
 
     Returns
     -------
@@ -78,6 +86,7 @@ def reference_bias(
     taken = (shell >= first) & (shell <= last)
     power = np.where(taken, 1 / np.maximum(shell, 1.0) ** 2, 0)
     frequencies = (weight * power).sum() ** 2 / (weight * power**2).sum()
+    frequencies /= len(group(symmetry).elements)
     in_shell = shells.sums(np.ones(shell.shape, np.float32))
 
     def masked(density: Density) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from .search import Search
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["asked", "found_again"]
+__all__ = ["asked", "by_chance", "found_again"]
 
 #: Of more particles than this a random sample is asked; then those whose contrast is no higher than
 #: what this percentage of the sample's have that are brought elsewhere.
@@ -41,6 +42,8 @@ LOCATED, APART, FEW, LIKELY = 20.0, 3 / 8, 4608, 5
 PLACES, WORTH, REFINED = 10, 8.0, 3
 #: Percentage of the particles that lie no farther off the middle of their frames.
 MOST = 95
+#: Radians: places on the sphere are not nearer than this to each other.
+LEAST_SPREAD = 0.01
 #: Particles that are tried together.
 AT_ONCE = 4000
 
@@ -55,6 +58,7 @@ def found_again(
     search: Search,
     symmetry: str,
     scheduler: str | Client | None,
+    margin: float = 0.0,
 ) -> tuple[ParticleStack, float]:
     """Bring particles to where they are likelier, on the sphere and in their frames.
 
@@ -82,6 +86,9 @@ def found_again(
         How places are refined; nearer than its spread there is nothing to be tried.
     symmetry : str
     scheduler : str or distributed.Client, optional
+    margin : float
+        How much likelier another place must be than where a particle is, in logarithm, where the
+        stack's noise is known.
 
     Returns
     -------
@@ -96,10 +103,11 @@ def found_again(
         None if contrast is None else LEAST_CONTRAST * float(np.median(contrast[stack.half(half)]))
         for half in (1, 2)
     ]
+    everywhere = _positions(shifts, LOCATED * APART / stack.pixel_size_angstrom)
     likelier = partial(
         _likelier, references=references, least_contrasts=least, mask=mask, search=search,
         resolution_angstrom=resolution_angstrom, symmetry=symmetry, scheduler=scheduler,
-        everywhere_px=_positions(shifts, LOCATED * APART / stack.pixel_size_angstrom),
+        margin=margin, everywhere_px=everywhere,
     )  # fmt: skip
 
     def bring(rows: Int[np.ndarray, " r"]) -> np.ndarray:
@@ -118,6 +126,16 @@ def found_again(
     if moved.any() and len(others):
         total += bring(others).sum()
     return stack.with_poses(q, shifts), float(total / len(stack))
+
+
+def by_chance(search: Search, symmetry: str) -> float:
+    """How much likelier, in logarithm, the likeliest place on the sphere may be by chance.
+
+    That of how many places there are: as many balls of what is searched about one, as orientations
+    have room for. The least margin, that is, of a particle that lies right as a rule.
+    """
+    ball = 4 / 3 * math.pi * max(search.spread_rad, LEAST_SPREAD) ** 3
+    return math.log(max(8 * math.pi**2 / len(group(symmetry).elements) / ball, 1.0))
 
 
 def asked(stack: ParticleStack) -> Int[np.ndarray, " r"]:
@@ -140,6 +158,7 @@ def _likelier(
     search: Search,
     symmetry: str,
     scheduler: str | Client | None,
+    margin: float,
     everywhere_px: Float[np.ndarray, "s 2"],
 ) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, "n 2"]]:
     """Where particles are likeliest: there, or where they are."""
@@ -165,7 +184,9 @@ def _likelier(
                 continue
             at = given.select(here[image])
             at = at.with_poses(places[part][image, place], there_px[part][image, place])
-            found = _better(stack.select(here), at, image, refined, resolution_angstrom, search)
+            found = _better(
+                stack.select(here), at, image, refined, resolution_angstrom, search, margin
+            )
             q[here[found[0]]], shifts[here[found[0]]] = found[1:]
     return q, shifts
 
@@ -177,6 +198,7 @@ def _better(
     refined: Callable[..., RefinedStack],
     resolution_angstrom: float,
     search: Search,
+    margin: float,
 ) -> tuple[Int[np.ndarray, " f"], Float[np.ndarray, "f 4"], Float[np.ndarray, "f 2"]]:
     """Which particles are likelier elsewhere, and where: the last of several is the likeliest."""
     # Where a particle is, it has been refined; elsewhere it will have been, by coarse detail.
@@ -191,12 +213,12 @@ def _better(
             start,
             resolution_angstrom=resolution_angstrom,
             search=search.near,
-            noise_variance=1.0,  # of no effect on where they end
+            noise_variance=1.0 if stack.noise is None else stack.noise.variance,
         )
         for start in (stack.select(others), tried)
     )
     order = np.argsort(there.gain)
-    order = order[there.gain[order] > here.gain[of[order]]]
+    order = order[there.gain[order] > here.gain[of[order]] + 2 * margin]
     return others[of[order]], there.quaternions[order], there.shifts_px[order]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +15,9 @@ from ..errors import InputError
 from ..particles import ParticleStack
 from ..reconstruction import reconstruct
 from ..rotations import Seed
-from .check import coarse_sample
+from ..symmetry import group
+from .check import SYMMETRIC, coarse_sample
+from .elsewhere import by_chance, found_again
 from .fit import DEFAULT, RefinedStack, refine
 from .halves import believed, half_maps
 from .search import Search
@@ -39,6 +41,8 @@ class ReferenceRefinement:
     ----------
     particles : RefinedStack
         With its half-set.
+    moved_fraction : float
+        Share of the particles that were likelier elsewhere than near where they began.
     half_maps : HalfMaps
         With shared poses: both halves followed the one reference.
     mask : (m, m, m) array
@@ -52,6 +56,7 @@ class ReferenceRefinement:
     """
 
     particles: RefinedStack
+    moved_fraction: float
     half_maps: maps.HalfMaps
     mask: Float[np.ndarray, "m m m"]
     test: maps.ReferenceBias
@@ -64,6 +69,7 @@ def refine_against(
     reference: Density,
     *,
     resolution_angstrom: float = 15.0,
+    symmetry: str = "C1",
     search: Search = DEFAULT,
     seed: Seed = 0,
     scheduler: str | Client | None = None,
@@ -78,12 +84,19 @@ def refine_against(
     warning says so and no map is given. Too few or too noisy particles end in the same warning: it
     says that nothing was shown, not that the images are empty.
 
+    Particles that wrongly lie elsewhere are brought back: those that are likelier elsewhere on the
+    sphere, or in their frames, by more than the number of places there are lets expect by chance.
+
     Parameters
     ----------
     stack : ParticleStack
         With the orientations to start from, its shifts, and its half-sets or a random split.
     reference : Density, a cube of the images' box
-    resolution_angstrom, search
+    resolution_angstrom
+        See :func:`cryoem.refine`.
+    symmetry : str
+        Of the maps; the reference must have it, in the standard setting.
+    search
         See :func:`cryoem.refine`.
     seed : int or numpy.random.Generator
         Of the split, and of the random phases.
@@ -96,6 +109,11 @@ def refine_against(
     -------
     ReferenceRefinement
 
+    Raises
+    ------
+    InputError
+        A reference of another box, or that has not the symmetry.
+
     References
     ----------
     Henderson, PNAS 110 (2013).
@@ -105,17 +123,14 @@ def refine_against(
         raise InputError(
             f"wanted a reference of the images' {stack.box_px} px, got {reference.box_px}"
         )
-    refined = refine(
-        stack.with_half_sets(seed),
-        reference,
-        resolution_angstrom=resolution_angstrom,
-        search=search,
-        scheduler=scheduler,
-        progress=progress,
-    )
-    pair = half_maps(refined, independent=False, scheduler=scheduler)
+    _check_symmetry(reference, symmetry)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
-    test = maps.reference_bias(pair, mask, resolution_angstrom)
+    refined, moved = _refined(
+        stack.with_half_sets(seed), reference, mask, resolution_angstrom, symmetry, search,
+        {"scheduler": scheduler, "progress": progress},
+    )  # fmt: skip
+    pair = half_maps(refined, independent=False, symmetry=symmetry, scheduler=scheduler)
+    test = maps.reference_bias(pair, mask, resolution_angstrom, symmetry=symmetry)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
     if not test.believable:
         warnings.warn(
@@ -124,8 +139,47 @@ def refine_against(
             "noise): the map may be the reference alone, and is not given",
             stacklevel=2,
         )
-        return ReferenceRefinement(refined, pair, mask, test, fsc, None)
-    return ReferenceRefinement(refined, pair, mask, test, fsc, believed(pair, fsc))
+    density = believed(pair, fsc) if test.believable else None
+    return ReferenceRefinement(refined, moved, pair, mask, test, fsc, density)
+
+
+def _check_symmetry(reference: Density, symmetry: str) -> None:
+    """Refuse a symmetry that a reference has not: maps would be made to have it nonetheless."""
+    ratio = maps.has_symmetry(maps.HalfMaps(reference, reference, independent=False), symmetry)
+    if ratio < SYMMETRIC:
+        raise InputError(
+            f"the reference has not the symmetry {group(symmetry).name}, its axes where the "
+            f"standard setting has them: turned by it, it is {ratio:.2f} times as like itself as "
+            "unturned"
+        )
+
+
+def _refined(
+    stack: ParticleStack,
+    reference: Density,
+    mask: Float[np.ndarray, "m m m"],
+    resolution_angstrom: float,
+    symmetry: str,
+    search: Search,
+    run: dict[str, Any],
+) -> tuple[RefinedStack, float]:
+    """Near where particles began, and elsewhere; and the share that was brought there."""
+
+    def fit(stack: ParticleStack, search: Search) -> RefinedStack:
+        return refine(
+            stack, reference, resolution_angstrom=resolution_angstrom, search=search, **run
+        )
+
+    near = fit(stack, search)
+    if search.steps == 0:
+        return near, 0.0
+    brought, moved = found_again(
+        near, stack, (reference, reference), mask, near.resolution_angstrom, search=search,
+        symmetry=symmetry, scheduler=run["scheduler"], margin=by_chance(search, symmetry),
+    )  # fmt: skip
+    if moved == 0:
+        return near, 0.0
+    return fit(brought.replace(noise=stack.noise), search.near), moved
 
 
 def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> ParticleStack:
