@@ -1161,6 +1161,13 @@ def test_a_reference_of_another_box_is_refused():
         refine_against(particles(5), SHARP.density(2 * BOX, VOXEL / 2))
 
 
+def test_a_resolution_beyond_which_no_bias_is_to_be_told_is_refused_at_once(monkeypatch):
+    """After the refinement, that is minutes, it had been."""
+    monkeypatch.setattr("cryoem.refinement.reference.refine", None)
+    with pytest.raises(InputError, match=r"nothing is left beyond 10 A in voxels of 5 A"):
+        refine_against(particles(5), DENSITY, resolution_angstrom=FINEST)
+
+
 def test_a_symmetry_that_the_particles_have_not_is_said():
     alike = np.mean([maps.turned(DENSITY, g).values for g in group("D2").elements], axis=0)
     lies = maps.turned(symmetric := Density(alike, VOXEL), rotations.uniform(1, 8)[0])

@@ -74,13 +74,7 @@ def reference_bias(
     """
     n = common_box(maps.first, maps.second)
     check_mask(mask, n)
-    first = int(np.ceil(n * maps.first.voxel_size_angstrom / resolution_angstrom)) + 2
-    last = (n - 1) // 2 - 1
-    if first > last:
-        raise InputError(
-            f"nothing is left beyond {resolution_angstrom} A in voxels of "
-            f"{maps.first.voxel_size_angstrom} A; wanted a coarser resolution of the reference"
-        )
+    first, last = shells_beyond(n, maps.first.voxel_size_angstrom, resolution_angstrom)
     shells = Shells(n)
     shell, weight = shells.number, shells.weight
     taken = (shell >= first) & (shell <= last)
@@ -101,3 +95,21 @@ def reference_bias(
     m2 = np.asarray(mask, float) ** 2
     deviation = np.sqrt((m2**2).sum() / m2.sum() ** 2 * n**3 / frequencies)
     return ReferenceBias(correlation, float(correlation / deviation), resolution_angstrom)
+
+
+def shells_beyond(
+    box_px: int, voxel_size_angstrom: float, resolution_angstrom: float
+) -> tuple[int, int]:
+    """The first and the last shell in which half-maps are compared; refused where none is left."""
+    first = int(np.ceil(box_px * voxel_size_angstrom / resolution_angstrom)) + 2
+    last = (box_px - 1) // 2 - 1
+    if first > last:
+        finest = (
+            np.ceil(100 * box_px * voxel_size_angstrom / (last - 2)) / 100 if last > 2 else np.inf
+        )
+        raise InputError(
+            f"nothing is left beyond {resolution_angstrom:g} A in voxels of "
+            f"{voxel_size_angstrom:g} A to tell a map from its reference by; wanted a resolution of "
+            f"{finest:.2f} A or coarser"
+        )
+    return first, last

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from .. import maps, rotations
 from ..density import Density
 from ..errors import InputError
+from ..maps.bias import shells_beyond
 from ..particles import ParticleStack
 from ..reconstruction import reconstruct
 from ..rotations import Seed
@@ -112,7 +113,8 @@ def refine_against(
     Raises
     ------
     InputError
-        A reference of another box, or that has not the symmetry.
+        A reference of another box, that has not the symmetry, or of whose voxels too little is left
+        beyond the resolution to tell its bias; before anything is refined.
 
     References
     ----------
@@ -123,6 +125,7 @@ def refine_against(
         raise InputError(
             f"wanted a reference of the images' {stack.box_px} px, got {reference.box_px}"
         )
+    shells_beyond(reference.box_px, reference.voxel_size_angstrom, resolution_angstrom)
     _check_symmetry(reference, symmetry)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
     refined, moved = _refined(
