@@ -109,7 +109,7 @@ def shells_beyond(
         )
         raise InputError(
             f"nothing is left beyond {resolution_angstrom:g} A in voxels of "
-            f"{voxel_size_angstrom:g} A to tell a map from its reference by; wanted a resolution of "
-            f"{finest:.2f} A or coarser"
+            f"{voxel_size_angstrom:g} A to tell a map from its reference by; wanted a resolution "
+            f"of {finest:.2f} A or coarser"
         )
     return first, last
