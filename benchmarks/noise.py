@@ -29,7 +29,8 @@ from cryoem import (
 )
 from cryoem.maps import soft_mask
 from cryoem.refinement import Search
-from cryoem.refinement.elsewhere import by_chance, found_again
+from cryoem.refinement.elsewhere import found_again
+from cryoem.refinement.reference import LOST
 
 SEED = 90_417
 SNR, N, N_HALVES, REFERENCES, BOX = 1 / 16, 500, 1650, 10_000, 48
@@ -86,7 +87,7 @@ def cell(density, estimator, case, excess):
     start = time.process_time()
     brought, _ = found_again(
         refined, matched, [density] * 2, soft_mask(density), finest, search=SEARCH,
-        symmetry="C1", scheduler=None, margin=by_chance(SEARCH, "C1"),
+        symmetry="C1", scheduler=None, lost=LOST,
     )  # fmt: skip
     found = refine(brought, density, resolution_angstrom=finest, search=SEARCH.near)
     done = record("and sought elsewhere", found, start)

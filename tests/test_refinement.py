@@ -1105,22 +1105,101 @@ def test_in_loud_noise_particles_stay_unless_they_are_surely_likelier_elsewhere(
     assert by_chance > 0.1 and found.moved_fraction < by_chance / 5
 
 
-def test_a_reference_with_a_symmetry_gives_a_map_with_it():
-    elements = group("D2").elements
-    alike = Density(np.mean([maps.turned(DENSITY, g).values for g in elements], axis=0), VOXEL)
+def made_symmetric(density, name):
+    turned = [maps.turned(density, g).values for g in group(name).elements]
+    return Density(np.mean(turned, axis=0), density.voxel_size_angstrom)
+
+
+def test_what_another_place_must_be_likelier_by_are_the_odds_against_it():
+    wide, point = Search(spread_rad=0.3), Search(spread_rad=0.0)
+    places = 8 * np.pi**2 / (4 / 3 * np.pi * 0.3**3)
+    assert elsewhere.by_chance(wide, "C1", 0.1) == pytest.approx(np.log(9 * places))
+    assert elsewhere.by_chance(wide, "D2", 0.1) == pytest.approx(np.log(9 * places / 4))
+    assert elsewhere.by_chance(wide, "C1", 0.01, 12) == pytest.approx(np.log(99 * 12 * places))
+    # However near the given one is searched, as another place counts what lies apart from it.
+    assert elsewhere.by_chance(point, "C1", 0.5) == pytest.approx(np.log(27 * places))
+
+
+def test_of_loud_and_quiet_optics_groups_as_many_are_brought_back():
+    """Judged by the mean of their noise the quiet ones were left, and the loud ones led astray."""
+    images, _ = noisy(1 / 4)
+    optics_group = np.arange(N) % 2
+    scale = np.where(optics_group, 6.0, 1.0)
+    lost = np.arange(N) % 6 < 2
+    at = np.where(lost[:, None], off(TRUE, 2.0), off(TRUE, 0.1))
+    given = particles(
+        images=images * scale[:, None, None].astype(np.float32),
+        at=at, shifts_px=SHIFTS, optics_group=optics_group,
+    )  # fmt: skip
+    found = refine_against(given, DENSITY, resolution_angstrom=30.0, search=ONE).particles
+    wrong = rotations.distance(found.quaternions, TRUE) > 0.3
+    for here in (optics_group == 0, optics_group == 1):
+        assert wrong[here & lost].mean() < 0.2
+        # And what is expected, how well they fit, and what they tell are alike.
+        for of, value in (("chi2", 1.0), ("expected_error_rad", None), ("gain", None)):
+            alike = np.median(getattr(found, of)) if value is None else value
+            assert np.median(getattr(found, of)[here]) == pytest.approx(alike, rel=0.15)
+
+
+@pytest.mark.parametrize("low_pass", [None, 40.0])
+def test_a_reference_with_a_symmetry_gives_a_map_with_it(low_pass):
+    alike = made_symmetric(DENSITY, "D2")
     images, _ = noisy(1 / 2, images=imaging.shift(projection.project(alike, TRUE), SHIFTS))
     given = particles(images=images, at=off(TRUE, 0.1), shifts_px=SHIFTS)
-    against = partial(refine_against, given, resolution_angstrom=30.0, search=ONE)
-    plain, found = against(alike), against(alike, symmetry="D2")
+    # What is coarser than is used is enough, and its symmetry is asked of no finer detail.
+    reference = alike if low_pass is None else alike.low_passed(low_pass)
+    against = partial(refine_against, given, resolution_angstrom=low_pass or 30.0, search=ONE)
+    plain, found = against(reference), against(reference, symmetry="D2")
     assert maps.has_symmetry(plain.half_maps, "D2") < maps.has_symmetry(found.half_maps, "D2")
     for half in (found.half_maps.first, found.half_maps.second):
-        np.testing.assert_allclose(maps.turned(half, elements[1]).values, half.values, atol=1e-3)
+        turned = maps.turned(half, group("D2").elements[1])
+        np.testing.assert_allclose(turned.values, half.values, atol=1e-3)
     assert correlation(found.density.values, alike.values) > correlation(
         plain.density.values, alike.values
     )
-    assert found.moved_fraction == 0  # to another of the orbit is nowhere else
-    with pytest.raises(InputError, match=r"reference has not the symmetry D2, its axes where"):
-        against(DENSITY, symmetry="D2")
+    for other in (DENSITY, DENSITY.low_passed(30.0)):
+        with pytest.raises(InputError, match=r"reference has not the symmetry D2, its axes where"):
+            refine_against(given, other, resolution_angstrom=30.0, symmetry="D2")
+
+
+def test_every_step_against_a_reference_is_told_its_symmetry(monkeypatch):
+    module, told = "cryoem.refinement.reference", {}
+
+    def spied(name, function):
+        def spy(*arguments, **options):
+            told[name] = options["symmetry"]
+            return function(*arguments, **options)
+
+        return spy
+
+    monkeypatch.setattr(f"{module}.found_again", spied("again", elsewhere.found_again))
+    monkeypatch.setattr(f"{module}.maps.reference_bias", spied("bias", maps.reference_bias))
+    alike = made_symmetric(DENSITY, "C2")
+    given = particles(images=projection.project(alike, TRUE), at=off(TRUE, 0.1))
+    found = refine_against(given, alike, resolution_angstrom=30.0, symmetry="C2", search=ONE)
+    assert told == {"again": "C2", "bias": "C2"}
+    assert found.moved_fraction == 0
+    # Where there is hardly any noise another of the orbit is likelier by rounding alone.
+    found = refine_against(given, alike, resolution_angstrom=30.0, search=ONE)
+    assert found.moved_fraction == 0
+
+
+def test_particles_that_have_not_the_symmetry_of_their_reference_are_said():
+    """Half-maps that are both made symmetric agree, beyond the reference too."""
+    given = particles(images=noisy(1.0)[0], at=off(TRUE, 0.1), shifts_px=SHIFTS)
+    alike = made_symmetric(DENSITY, "C2")
+    with pytest.warns(UserWarning, match="has not the symmetry C2"):
+        refine_against(given, alike, resolution_angstrom=30.0, symmetry="C2", search=ONE)
+
+
+def test_a_compact_symmetric_particle_is_brought_into_the_references_frame():
+    """It is like itself however it lies."""
+    alike = made_symmetric(DENSITY, "D2")
+    images, _ = noisy(1 / 2, images=projection.project(alike, TRUE))
+    lies = rotations.multiply(rotations.uniform(1, 8)[0], TRUE)
+    with pytest.warns(UserWarning, match="in another frame than the reference"):
+        found = in_frame_of(particles(images=images, at=lies), alike)
+    assert group("D2").distance(found.oriented(), TRUE).max() < 0.1
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -1169,8 +1248,8 @@ def test_a_resolution_beyond_which_no_bias_is_to_be_told_is_refused_at_once(monk
 
 
 def test_a_symmetry_that_the_particles_have_not_is_said():
-    alike = np.mean([maps.turned(DENSITY, g).values for g in group("D2").elements], axis=0)
-    lies = maps.turned(symmetric := Density(alike, VOXEL), rotations.uniform(1, 8)[0])
+    symmetric = made_symmetric(DENSITY, "D2")
+    lies = maps.turned(symmetric, rotations.uniform(1, 8)[0])
     for density, said in ((symmetric, False), (lies, True), (DENSITY, True)):
         clean = projection.project(density, TRUE)
         images = clean + clean.std() * np.random.default_rng(4).standard_normal(clean.shape)
@@ -1188,8 +1267,7 @@ def test_a_symmetry_that_the_particles_have_not_is_said():
 @pytest.mark.parametrize("name", ["D3", "O"])
 def test_orientations_of_one_asymmetric_unit_tell_no_symmetry(name):
     """As RELION leaves them: without the others of their orbits most of the map is unseen."""
-    elements = group(name).elements
-    alike = Density(np.mean([maps.turned(DENSITY, g).values for g in elements], axis=0), VOXEL)
+    elements, alike = group(name).elements, made_symmetric(DENSITY, name)
     orbits = rotations.multiply(elements[:, None], TRUE)
     towards = rotations.view_directions(orbits.reshape(-1, 4)).reshape(*orbits.shape[:2], 3)
     nearest = (towards @ np.array([0.5, 0.2, 0.84])).argmax(axis=0)

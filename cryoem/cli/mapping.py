@@ -189,7 +189,7 @@ def refine_particles(
     """
     from .. import report
     from ..io.particles import write_particles
-    from ..refinement import kept, refine_halves
+    from ..refinement import check_reference, kept, refine_halves
 
     if map_file is None:
         refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
@@ -201,7 +201,11 @@ def refine_particles(
     rounds_kept = [work / name for name in kept.FILES] if map_file is None else []
     written = {"--output": [*map_files(output, stack), *rounds_kept]}
     check_outputs(written, [particles_file, map_file], stack)
-    reference = None if map_file is None else open_map(map_file, voxel_size, stack)
+    reference = None
+    if map_file is not None:
+        reference = open_map(map_file, voxel_size, stack)
+        reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
+        check_reference(reference, resolution or COARSE, symmetry)
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     if reference is None:
@@ -242,7 +246,6 @@ def _against(
     """Refine against a reference, in its frame."""
     from ..refinement import in_frame_of, refine_against
 
-    reference = reference.sampled_as(stack.box_px, stack.pixel_size_angstrom)
     return refine_against(
         in_frame_of(stack, reference, seed=seed), reference, resolution_angstrom=resolution,
         symmetry=symmetry, seed=seed, scheduler=scheduler, progress=not quiet,

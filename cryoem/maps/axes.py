@@ -149,12 +149,16 @@ def has_symmetry(
     Returns
     -------
     float
-        The ``ratio`` of :class:`Axes`; NaN where the half-maps do not agree, and tell nothing.
+        The ``ratio`` of :class:`Axes`: 1 of C1, which all have; else NaN where the half-maps do not
+        agree, and tell nothing.
     """
-    name, turns = group(symmetry).name, _Turns(pair, resolution_angstrom, seed)
+    name = group(symmetry).name
+    if name == "C1":
+        return 1.0
+    turns = _Turns(pair, resolution_angstrom, seed)
     if turns.plain < LEAST:
         return float("nan")
-    return 1.0 if name == "C1" else _ratio(turns, name, Rotation.identity(), np.zeros(3))
+    return _ratio(turns, name, Rotation.identity(), np.zeros(3))
 
 
 def symmetry_of(pair: HalfMaps, *, resolution_angstrom: float = 20.0, seed: int = 0) -> Axes:

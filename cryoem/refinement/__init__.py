@@ -3,7 +3,7 @@
 from .check import check_symmetry, cross_check, expected_error
 from .fit import RefinedStack, refine
 from .halves import HalvesRefinement, refine_halves
-from .reference import ReferenceRefinement, in_frame_of, refine_against
+from .reference import ReferenceRefinement, check_reference, in_frame_of, refine_against
 from .search import Search
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ReferenceRefinement",
     "RefinedStack",
     "Search",
+    "check_reference",
     "check_symmetry",
     "cross_check",
     "expected_error",

@@ -42,8 +42,10 @@ LOCATED, APART, FEW, LIKELY = 20.0, 3 / 8, 4608, 5
 PLACES, WORTH, REFINED = 10, 8.0, 3
 #: Percentage of the particles that lie no farther off the middle of their frames.
 MOST = 95
-#: Radians: places on the sphere are not nearer than this to each other.
-LEAST_SPREAD = 0.01
+#: Radians: nearer than the references lie apart there is no other place.
+LEAST_REACH = 0.1
+#: Where another place must be surely likelier, it explains more by this share at least.
+MORE = 0.01
 #: Particles that are tried together.
 AT_ONCE = 4000
 
@@ -58,7 +60,7 @@ def found_again(
     search: Search,
     symmetry: str,
     scheduler: str | Client | None,
-    margin: float = 0.0,
+    lost: float | None = None,
 ) -> tuple[ParticleStack, float]:
     """Bring particles to where they are likelier, on the sphere and in their frames.
 
@@ -86,9 +88,10 @@ def found_again(
         How places are refined; nearer than its spread there is nothing to be tried.
     symmetry : str
     scheduler : str or distributed.Client, optional
-    margin : float
-        How much likelier another place must be than where a particle is, in logarithm, where the
-        stack's noise is known.
+    lost : float, optional
+        Share of the particles that may be thought to lie wrongly, beforehand. A particle is brought
+        elsewhere where the likelihood outweighs these odds (:func:`by_chance`), for which the
+        stack's noise must be known; by default wherever it is likelier.
 
     Returns
     -------
@@ -104,6 +107,7 @@ def found_again(
         for half in (1, 2)
     ]
     everywhere = _positions(shifts, LOCATED * APART / stack.pixel_size_angstrom)
+    margin = None if lost is None else by_chance(search, symmetry, lost, len(everywhere))
     likelier = partial(
         _likelier, references=references, least_contrasts=least, mask=mask, search=search,
         resolution_angstrom=resolution_angstrom, symmetry=symmetry, scheduler=scheduler,
@@ -113,7 +117,7 @@ def found_again(
     def bring(rows: Int[np.ndarray, " r"]) -> np.ndarray:
         q[rows], shifts[rows] = likelier(stack.select(rows), given.select(rows))
         apart = group(symmetry).distance(q[rows], stack.oriented()[rows])
-        return np.asarray(apart > search.spread_rad)
+        return np.asarray(apart > _reach(search))
 
     sample = asked(stack)
     moved = bring(sample)
@@ -128,14 +132,21 @@ def found_again(
     return stack.with_poses(q, shifts), float(total / len(stack))
 
 
-def by_chance(search: Search, symmetry: str) -> float:
-    """How much likelier, in logarithm, the likeliest place on the sphere may be by chance.
+def by_chance(search: Search, symmetry: str, lost: float, positions: int = 1) -> float:
+    """How much likelier, in logarithm, another place must be to be believed: the odds beforehand.
 
-    That of how many places there are: as many balls of what is searched about one, as orientations
-    have room for. The least margin, that is, of a particle that lies right as a rule.
+    Where it lies now a particle lies rightly in all but this share of the cases; else anywhere
+    among as many places as orientations have room for balls of what is searched about one, and at
+    any of the positions in the frame.
     """
-    ball = 4 / 3 * math.pi * max(search.spread_rad, LEAST_SPREAD) ** 3
-    return math.log(max(8 * math.pi**2 / len(group(symmetry).elements) / ball, 1.0))
+    ball = 4 / 3 * math.pi * _reach(search) ** 3
+    places = max(8 * math.pi**2 / len(group(symmetry).elements) / ball, 1.0)
+    return math.log(places * positions * (1 - lost) / lost)
+
+
+def _reach(search: Search) -> float:
+    """Radians: within it refinement has searched, and there is no other place."""
+    return max(search.spread_rad, LEAST_REACH)
 
 
 def asked(stack: ParticleStack) -> Int[np.ndarray, " r"]:
@@ -158,7 +169,7 @@ def _likelier(
     search: Search,
     symmetry: str,
     scheduler: str | Client | None,
-    margin: float,
+    margin: float | None,
     everywhere_px: Float[np.ndarray, "s 2"],
 ) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, "n 2"]]:
     """Where particles are likeliest: there, or where they are."""
@@ -178,7 +189,7 @@ def _likelier(
             known = np.broadcast_to(q[here][:, None], places[part].shape)
             apart = points.distance(places[part].reshape(-1, 4), known.reshape(-1, 4))
             worth = likely[part] > likely[part, :1] - WORTH
-            worth &= apart.reshape(worth.shape) > search.spread_rad
+            worth &= apart.reshape(worth.shape) > _reach(search)
             image, place = np.nonzero(worth)
             if len(image) == 0:
                 continue
@@ -198,7 +209,7 @@ def _better(
     refined: Callable[..., RefinedStack],
     resolution_angstrom: float,
     search: Search,
-    margin: float,
+    margin: float | None,
 ) -> tuple[Int[np.ndarray, " f"], Float[np.ndarray, "f 4"], Float[np.ndarray, "f 2"]]:
     """Which particles are likelier elsewhere, and where: the last of several is the likeliest."""
     # Where a particle is, it has been refined; elsewhere it will have been, by coarse detail.
@@ -217,8 +228,9 @@ def _better(
         )
         for start in (stack.select(others), tried)
     )
+    least = here.gain if margin is None else (1 + MORE) * here.gain + 2 * margin
     order = np.argsort(there.gain)
-    order = order[there.gain[order] > here.gain[of[order]] + 2 * margin]
+    order = order[there.gain[order] > least[of[order]]]
     return others[of[order]], there.quaternions[order], there.shifts_px[order]
 
 
@@ -262,7 +274,7 @@ def _places(
         crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
         return Preprocessing(box, small, crop, voxel)
 
-    apart: dict[str, Any] = {"apart_rad": 2 * search.spread_rad, "symmetry": symmetry}
+    apart: dict[str, Any] = {"apart_rad": 2 * _reach(search), "symmetry": symmetry}
     shifts = stack.shifts_px[:, None]
     tried = np.broadcast_to(everywhere_px, (len(stack), *everywhere_px.shape))
     if len(everywhere_px) > LIKELY:

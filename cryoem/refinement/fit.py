@@ -61,8 +61,8 @@ class RefinedStack(ParticleStack):
     correlation : (n,) array
         Of each image with its projection, over the frequencies that were used.
     noise_variance : float
-        Per pixel: what was given, or estimated from the residuals. The stack's ``noise`` has the
-        spectrum.
+        Per pixel, the mean of the optics groups: what was given, or estimated from the residuals.
+        The stack's ``noise`` has the spectrum.
     resolution_angstrom : float
         The finest detail that was used.
     """
@@ -345,14 +345,20 @@ def _judged(
     """How well each particle's parameters are known."""
     gain, contrast, matrix, _ = fit.normal(grams)
     left = np.maximum(grams[:, 6, 6] - gain, 0) / (fit.samples - 6)  # six parameters
+    spectrum = stack.noise
+    # Whitened, the noise of each optics group has its own variance.
+    own = np.ones(len(stack))
+    if spectrum is not None:
+        own = spectrum.variances[spectrum.of(stack.optics_group)] / spectrum.variance
+    left /= own
     noise = float(left.mean()) if noise_variance is None else float(noise_variance)
     scale = np.sqrt(np.maximum(np.einsum("nii->ni", matrix), 1e-30))
     scale = 1 / (scale[:, :, None] * scale[:, None])
     # What the image says nothing about gets a variance that is large, not infinite.
-    covariances = np.linalg.inv(matrix * scale + 1e-9 * np.eye(5)) * scale * noise
+    covariances = np.linalg.inv(matrix * scale + 1e-9 * np.eye(5)) * scale
+    covariances *= noise * own[:, None, None]
     power = np.sqrt(np.maximum(grams[:, 0, 0] * grams[:, 6, 6], 1e-30))
     safe = noise if noise > 0 else 1.0
-    spectrum = stack.noise
     if spectrum is not None and noise > 0:
         spectrum = Noise(spectrum.power * (noise / spectrum.variance))
     return stack.extended(
@@ -365,7 +371,7 @@ def _judged(
         covariances=covariances[:, :3, :3],
         shift_covariances=covariances[:, 3:, 3:],
         chi2=left / safe,
-        gain=gain / safe,
+        gain=gain / (safe * own),
         correlation=grams[:, 0, 6] / power,
         noise_variance=noise,
         resolution_angstrom=resolution_angstrom,

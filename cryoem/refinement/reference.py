@@ -17,8 +17,8 @@ from ..particles import ParticleStack
 from ..reconstruction import reconstruct
 from ..rotations import Seed
 from ..symmetry import group
-from .check import SYMMETRIC, coarse_sample
-from .elsewhere import by_chance, found_again
+from .check import SYMMETRIC, check_symmetry, coarse_sample
+from .elsewhere import found_again
 from .fit import DEFAULT, RefinedStack, refine
 from .halves import believed, half_maps
 from .search import Search
@@ -26,10 +26,15 @@ from .search import Search
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ReferenceRefinement", "in_frame_of", "refine_against"]
+__all__ = ["ReferenceRefinement", "check_reference", "in_frame_of", "refine_against"]
 
-#: The correlation, at 30 A, from which a map and a reference are taken to lie alike.
-ALIKE = 0.6
+#: The correlation, at 30 A, from which a map and a reference may lie alike, and from which they do;
+#: and what share of the unlikeness goes, or how much likeness comes, where a turn makes them.
+ALIKE, SURELY, LEFT, BETTER = 0.6, 0.95, 0.5, 0.2
+#: Share of a reference's standard deviation that does not count as structure.
+UNSEEN = 0.01
+#: Share of the particles that is thought to lie wrongly, before anything is known.
+LOST = 0.1
 #: How many particles make a map that tells the frame, and in pixels of how many angstrom.
 ENOUGH, PIXEL = 5000, 6.0
 
@@ -85,8 +90,9 @@ def refine_against(
     warning says so and no map is given. Too few or too noisy particles end in the same warning: it
     says that nothing was shown, not that the images are empty.
 
-    Particles that wrongly lie elsewhere are brought back: those that are likelier elsewhere on the
-    sphere, or in their frames, by more than the number of places there are lets expect by chance.
+    Particles that lie wrongly are brought to where they are likelier, elsewhere on the sphere or in
+    their frames, by more than the odds against that beforehand: of one in ten, anywhere. In loud
+    noise this leaves some that are lost, and a few that were not may be.
 
     Parameters
     ----------
@@ -125,8 +131,8 @@ def refine_against(
         raise InputError(
             f"wanted a reference of the images' {stack.box_px} px, got {reference.box_px}"
         )
-    shells_beyond(reference.box_px, reference.voxel_size_angstrom, resolution_angstrom)
-    _check_symmetry(reference, symmetry)
+    check_reference(reference, resolution_angstrom, symmetry)
+    check_symmetry(stack, symmetry, seed=seed)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
     refined, moved = _refined(
         stack.with_half_sets(seed), reference, mask, resolution_angstrom, symmetry, search,
@@ -146,9 +152,29 @@ def refine_against(
     return ReferenceRefinement(refined, moved, pair, mask, test, fsc, density)
 
 
-def _check_symmetry(reference: Density, symmetry: str) -> None:
-    """Refuse a symmetry that a reference has not: maps would be made to have it nonetheless."""
-    ratio = maps.has_symmetry(maps.HalfMaps(reference, reference, independent=False), symmetry)
+def check_reference(
+    reference: Density, resolution_angstrom: float = 15.0, symmetry: str = "C1"
+) -> None:
+    """Refuse a reference by which nothing is to be refined.
+
+    Of whose voxels too little is left beyond the resolution to tell its bias; or that has not the
+    symmetry, which its maps would be made to have nonetheless.
+    """
+    shells_beyond(reference.box_px, reference.voxel_size_angstrom, resolution_angstrom)
+    # Noise of its own in either, so that shells where there is hardly anything are not asked.
+    least = UNSEEN * float(reference.values.std())
+    rng = rotations.generator(0, "symmetry")
+    first, second = (
+        Density(
+            reference.values + least * rng.standard_normal(reference.values.shape),
+            reference.voxel_size_angstrom,
+        )
+        for _ in range(2)
+    )
+    ratio = maps.has_symmetry(
+        maps.HalfMaps(first, second, independent=True), symmetry,
+        resolution_angstrom=max(20.0, resolution_angstrom),
+    )  # fmt: skip
     if ratio < SYMMETRIC:
         raise InputError(
             f"the reference has not the symmetry {group(symmetry).name}, its axes where the "
@@ -178,7 +204,7 @@ def _refined(
         return near, 0.0
     brought, moved = found_again(
         near, stack, (reference, reference), mask, near.resolution_angstrom, search=search,
-        symmetry=symmetry, scheduler=run["scheduler"], margin=by_chance(search, symmetry),
+        symmetry=symmetry, scheduler=run["scheduler"], lost=LOST,
     )  # fmt: skip
     if moved == 0:
         return near, 0.0
@@ -208,11 +234,13 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     stack.oriented()
     own = reconstruct(coarse_sample(stack, ENOUGH, PIXEL, seed)).resampled(stack.box_px)
     before = _likeness(own, reference)
-    if before > ALIKE:
+    if before > SURELY:
         return stack
     laid = maps.register(own, reference, resolution_angstrom=20.0)
     after = _likeness(laid.density, reference)
-    if not (after > ALIKE and after > before + 0.2):
+    # Compact symmetric particles are like themselves however they lie.
+    better = after > before + BETTER or 1 - after < LEFT * (1 - before)
+    if not (after > ALIKE and better):
         return stack
     angle = rotations.distance(laid.quaternion, np.array([0.0, 0, 0, 1]))
     warnings.warn(
