@@ -111,6 +111,10 @@ class Noise:
             )
         return group if len(self.power) > 1 else np.zeros_like(group)
 
+    def of_each(self, group: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The variance, per pixel, for each particle's optics group."""
+        return self.variances[self.of(group)]
+
     def for_groups(self, groups: int) -> Noise:
         """The same noise for so many optics groups: those that are missing have the mean power."""
         missing = groups - len(self.power)

@@ -17,6 +17,7 @@ from cryoem.noise import Noise
 from cryoem.particles import CtfParameters, ParticleStack
 from cryoem.refinement import (
     Search,
+    check_reference,
     check_symmetry,
     cross_check,
     elsewhere,
@@ -1141,6 +1142,26 @@ def test_of_loud_and_quiet_optics_groups_as_many_are_brought_back():
             assert np.median(getattr(found, of)[here]) == pytest.approx(alike, rel=0.15)
 
 
+def test_halves_tell_the_noise_of_the_optics_groups_that_they_hold():
+    """A group that one half has none of was given the mean of all."""
+    images, variance = noisy(1.0)
+    group_of = np.arange(N) % 2
+    images = np.where(group_of[:, None, None], 2, 1) * images
+    given = particles(
+        images=images.astype(np.float32), shifts_px=SHIFTS, optics_group=group_of,
+        half_set=group_of + 1,
+    )  # fmt: skip
+    found = halves.refine_each_half(given, [DENSITY] * 2, resolution_angstrom=30.0, search=ONE)
+    np.testing.assert_allclose(found.noise.variances, [variance, 4 * variance], rtol=0.1)
+    # And of particles of one group, another one's noise is nothing to them.
+    loud = found.select(group_of == 1)
+    again = refine(loud, DENSITY, resolution_angstrom=30.0, search=ONE, noise_variance=4 * variance)
+    assert np.median(again.chi2) == pytest.approx(1.0, rel=0.15)
+    few = given.replace(noise=Noise(np.ones((2, 2))), optics_group=group_of + 1)
+    with pytest.raises(InputError, match="optics_group 2, counted from 0, has no noise"):
+        refine(few, DENSITY, resolution_angstrom=30.0)
+
+
 @pytest.mark.parametrize("low_pass", [None, 40.0])
 def test_a_reference_with_a_symmetry_gives_a_map_with_it(low_pass):
     alike = made_symmetric(DENSITY, "D2")
@@ -1238,6 +1259,20 @@ def test_a_shift_between_the_frames_moves_the_images_too():
 def test_a_reference_of_another_box_is_refused():
     with pytest.raises(InputError, match="40 px, got 80"):
         refine_against(particles(5), SHARP.density(2 * BOX, VOXEL / 2))
+
+
+def test_a_reference_that_does_not_fit_or_is_empty_is_refused():
+    given = particles(5)
+    other, empty = Density(DENSITY.values, 1.2 * VOXEL), Density(0 * DENSITY.values, VOXEL)
+    with pytest.raises(InputError, match="voxels of the images' 5 A, got 6 A"):
+        refine_against(given, other, resolution_angstrom=30.0)
+    with pytest.raises(InputError, match="40 px, got 80"):
+        in_frame_of(given, SHARP.density(2 * BOX, VOXEL))
+    with pytest.raises(InputError, match="the same everywhere"):
+        check_reference(empty, 30.0)
+    raised = Density(made_symmetric(DENSITY, "D2").values + 0.2 * DENSITY.values.max(), VOXEL)
+    with pytest.warns(UserWarning, match="solvent is at"):
+        check_reference(raised, 30.0, "D2")  # not refused: it has the symmetry
 
 
 def test_a_resolution_beyond_which_no_bias_is_to_be_told_is_refused_at_once(monkeypatch):

@@ -44,8 +44,9 @@ PLACES, WORTH, REFINED = 10, 8.0, 3
 MOST = 95
 #: Radians: nearer than the references lie apart there is no other place.
 LEAST_REACH = 0.1
-#: Where another place must be surely likelier, it explains more by this share at least.
-MORE = 0.01
+#: Where another place must be surely likelier, it explains more by this share at least: where there
+#: is hardly any noise, what interpolation leaves is not to be taken for a reason.
+MORE = 1e-3
 #: Particles that are tried together.
 AT_ONCE = 4000
 
@@ -224,7 +225,7 @@ def _better(
             start,
             resolution_angstrom=resolution_angstrom,
             search=search.near,
-            noise_variance=1.0 if stack.noise is None else stack.noise.variance,
+            noise_variance=_typical(start),
         )
         for start in (stack.select(others), tried)
     )
@@ -232,6 +233,11 @@ def _better(
     order = np.argsort(there.gain)
     order = order[there.gain[order] > least[of[order]]]
     return others[of[order]], there.quaternions[order], there.shifts_px[order]
+
+
+def _typical(stack: ParticleStack) -> float:
+    """The variance of the noise, the mean over the particles; 1 where it is not known."""
+    return 1.0 if stack.noise is None else float(stack.noise.of_each(stack.optics_group).mean())
 
 
 def _likeliest(

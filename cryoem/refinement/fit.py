@@ -61,8 +61,8 @@ class RefinedStack(ParticleStack):
     correlation : (n,) array
         Of each image with its projection, over the frequencies that were used.
     noise_variance : float
-        Per pixel, the mean of the optics groups: what was given, or estimated from the residuals.
-        The stack's ``noise`` has the spectrum.
+        Per pixel, the mean over the particles: what was given, or estimated from the residuals. The
+        stack's ``noise`` has the spectra.
     resolution_angstrom : float
         The finest detail that was used.
     """
@@ -118,8 +118,8 @@ def refine(
     search : Search
         How orientations are sought about the given ones.
     noise_variance : float, optional
-        Per pixel; scales the spectrum. By default estimated from the residuals of all images; the
-        refined parameters do not depend on it, their covariances do.
+        Per pixel, the mean over the particles; scales the spectrum. By default estimated from the
+        residuals of all images; the refined parameters do not depend on it, their covariances do.
     least_contrast : float, optional
         No particle's falls below it. By default a tenth of the median of a random sample's where
         they start, which must not be negative.
@@ -145,12 +145,8 @@ def refine(
     """
     from tqdm.auto import tqdm
 
-    stack.oriented()
+    _check(stack, density, noise_variance)
     n, box = len(stack), stack.box_px
-    if box > density.box_px:
-        raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
-    if noise_variance is not None and not noise_variance > 0:
-        raise InputError(f"noise_variance must be positive, got {noise_variance}")
     stages = plan(density, box, resolution_angstrom, search)
     if stack.noise is None:
         stack = stack.replace(noise=_residual_noise(stages, stack, search, least_contrast))
@@ -169,6 +165,17 @@ def refine(
             bar.update(len(found[0]))
     fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None, least)
     return _judged(stack, q, shifts, grams, fit, noise_variance, stages.resolution_angstrom)
+
+
+def _check(stack: ParticleStack, density: Density, noise_variance: float | None) -> None:
+    """Refuse before anything is refined."""
+    stack.oriented()
+    if (box := stack.box_px) > density.box_px:
+        raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
+    if noise_variance is not None and not noise_variance > 0:
+        raise InputError(f"noise_variance must be positive, got {noise_variance}")
+    if stack.noise is not None:
+        stack.noise.of(stack.optics_group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,11 +352,12 @@ def _judged(
     """How well each particle's parameters are known."""
     gain, contrast, matrix, _ = fit.normal(grams)
     left = np.maximum(grams[:, 6, 6] - gain, 0) / (fit.samples - 6)  # six parameters
-    spectrum = stack.noise
-    # Whitened, the noise of each optics group has its own variance.
-    own = np.ones(len(stack))
+    spectrum, own, typical = stack.noise, np.ones(len(stack)), 1.0
     if spectrum is not None:
-        own = spectrum.variances[spectrum.of(stack.optics_group)] / spectrum.variance
+        # Whitened, the noise of each optics group has its own variance.
+        own = spectrum.of_each(stack.optics_group)
+        typical = float(own.mean())
+        own /= typical
     left /= own
     noise = float(left.mean()) if noise_variance is None else float(noise_variance)
     scale = np.sqrt(np.maximum(np.einsum("nii->ni", matrix), 1e-30))
@@ -360,7 +368,7 @@ def _judged(
     power = np.sqrt(np.maximum(grams[:, 0, 0] * grams[:, 6, 6], 1e-30))
     safe = noise if noise > 0 else 1.0
     if spectrum is not None and noise > 0:
-        spectrum = Noise(spectrum.power * (noise / spectrum.variance))
+        spectrum = Noise(spectrum.power * (noise / typical))
     return stack.extended(
         RefinedStack,
         noise=spectrum,

@@ -399,10 +399,19 @@ def refine_each_half(
             found[f.name] = float(np.mean(values))
         elif "rows" in f.metadata and isinstance(values[0], np.ndarray) and f.name != "images":
             found[f.name] = np.concatenate(values)[order]
-    groups = stack.optics_groups
-    spectra = [part.noise.for_groups(groups).power for part in parts if part.noise is not None]
-    found["noise"] = Noise(np.mean(spectra, axis=0))
+    found["noise"] = _of_both(parts, stack.optics_groups)
     return stack.extended(RefinedStack, **found)
+
+
+def _of_both(parts: Sequence[RefinedStack], groups: int) -> Noise:
+    """The noise of each optics group, by either half as many of its images are in it."""
+    power, count = np.zeros(1), np.zeros((groups, 1))
+    for part in parts:
+        assert part.noise is not None  # refinement has estimated it
+        mine = np.bincount(part.optics_group, minlength=groups)[:, None] + 1e-9  # of none: the mean
+        power = power + mine * part.noise.for_groups(groups).power
+        count += mine
+    return Noise(power / count)
 
 
 def _held_out(

@@ -31,6 +31,10 @@ __all__ = ["ReferenceRefinement", "check_reference", "in_frame_of", "refine_agai
 #: The correlation, at 30 A, from which a map and a reference may lie alike, and from which they do;
 #: and what share of the unlikeness goes, or how much likeness comes, where a turn makes them.
 ALIKE, SURELY, LEFT, BETTER = 0.6, 0.95, 0.5, 0.2
+#: Voxels that differ from the images' pixels by no more than this share are as large.
+SAME_SIZE = 0.01
+#: Solvent that is farther off zero than this share of a reference's peak is said to be.
+LEVEL = 0.05
 #: Share of a reference's standard deviation that does not count as structure.
 UNSEEN = 0.01
 #: Share of the particles that is thought to lie wrongly, before anything is known.
@@ -119,18 +123,15 @@ def refine_against(
     Raises
     ------
     InputError
-        A reference of another box, that has not the symmetry, or of whose voxels too little is left
-        beyond the resolution to tell its bias; before anything is refined.
+        A reference of another box or voxel size, that is empty, that has not the symmetry, or of
+        whose voxels too little is left beyond the resolution to tell its bias; before anything is
+        refined.
 
     References
     ----------
     Henderson, PNAS 110 (2013).
     """
-    stack.oriented()
-    if stack.box_px != reference.box_px:
-        raise InputError(
-            f"wanted a reference of the images' {stack.box_px} px, got {reference.box_px}"
-        )
+    _check_fits(stack, reference)
     check_reference(reference, resolution_angstrom, symmetry)
     check_symmetry(stack, symmetry, seed=seed)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
@@ -152,21 +153,46 @@ def refine_against(
     return ReferenceRefinement(refined, moved, pair, mask, test, fsc, density)
 
 
+def _check_fits(stack: ParticleStack, reference: Density) -> None:
+    """Refuse a reference of another box or of other voxels than the images' pixels."""
+    stack.oriented()
+    if stack.box_px != reference.box_px:
+        raise InputError(
+            f"wanted a reference of the images' {stack.box_px} px, got {reference.box_px}"
+        )
+    pixel, voxel = stack.pixel_size_angstrom, reference.voxel_size_angstrom
+    if abs(voxel - pixel) > SAME_SIZE * pixel:
+        raise InputError(
+            f"wanted a reference in voxels of the images' {pixel:g} A, got {voxel:g} A; "
+            "Density.sampled_as brings it there"
+        )
+
+
 def check_reference(
     reference: Density, resolution_angstrom: float = 15.0, symmetry: str = "C1"
 ) -> None:
     """Refuse a reference by which nothing is to be refined.
 
-    Of whose voxels too little is left beyond the resolution to tell its bias; or that has not the
-    symmetry, which its maps would be made to have nonetheless.
+    That is empty; of whose voxels too little is left beyond the resolution to tell its bias; or
+    that has not the symmetry, which its maps would be made to have nonetheless. Solvent that is
+    not at zero is said.
     """
+    if not np.ptp(reference.values) > 0:
+        raise InputError("the reference is the same everywhere: no particle is to be seen in it")
+    level = reference.solvent_level
+    if abs(level) > LEVEL * abs(reference.values - level).max():
+        warnings.warn(
+            f"the reference's solvent is at {level:.3g}, not at zero, which bends every pose: take "
+            "it off",
+            stacklevel=3,
+        )
     shells_beyond(reference.box_px, reference.voxel_size_angstrom, resolution_angstrom)
     # Noise of its own in either, so that shells where there is hardly anything are not asked.
     least = UNSEEN * float(reference.values.std())
     rng = rotations.generator(0, "symmetry")
     first, second = (
         Density(
-            reference.values + least * rng.standard_normal(reference.values.shape),
+            reference.values - level + least * rng.standard_normal(reference.values.shape),
             reference.voxel_size_angstrom,
         )
         for _ in range(2)
@@ -231,7 +257,7 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     ParticleStack
         The same one where the orientations are in the reference's frame already.
     """
-    stack.oriented()
+    _check_fits(stack, reference)
     own = reconstruct(coarse_sample(stack, ENOUGH, PIXEL, seed)).resampled(stack.box_px)
     before = _likeness(own, reference)
     if before > SURELY:
