@@ -1153,6 +1153,13 @@ def test_halves_tell_the_noise_of_the_optics_groups_that_they_hold():
     )  # fmt: skip
     found = halves.refine_each_half(given, [DENSITY] * 2, resolution_angstrom=30.0, search=ONE)
     np.testing.assert_allclose(found.noise.variances, [variance, 4 * variance], rtol=0.1)
+    # What is known of groups that none of the particles is of stays known; one row is of all.
+    three = Noise(np.array([[1.0], [4.0], [9.0]]) * variance * np.ones(2))
+    for noise, rows in ((three, 3), (Noise.white(variance), 2)):
+        more = halves.refine_each_half(
+            given.replace(noise=noise), [DENSITY] * 2, resolution_angstrom=30.0, search=JUDGE
+        )
+        assert len(more.noise.power) == rows
     # And of particles of one group, another one's noise is nothing to them.
     loud = found.select(group_of == 1)
     again = refine(loud, DENSITY, resolution_angstrom=30.0, search=ONE, noise_variance=4 * variance)

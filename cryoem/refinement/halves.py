@@ -399,17 +399,18 @@ def refine_each_half(
             found[f.name] = float(np.mean(values))
         elif "rows" in f.metadata and isinstance(values[0], np.ndarray) and f.name != "images":
             found[f.name] = np.concatenate(values)[order]
-    found["noise"] = _of_both(parts, stack.optics_groups)
+    found["noise"] = _of_both(parts)
     return stack.extended(RefinedStack, **found)
 
 
-def _of_both(parts: Sequence[RefinedStack], groups: int) -> Noise:
+def _of_both(parts: Sequence[RefinedStack]) -> Noise:
     """The noise of each optics group, by either half as many of its images are in it."""
+    known = [part.noise for part in parts if part.noise is not None]
+    groups = max(*(len(n.power) for n in known), *(part.optics_groups for part in parts))
     power, count = np.zeros(1), np.zeros((groups, 1))
-    for part in parts:
-        assert part.noise is not None  # refinement has estimated it
+    for part, noise in zip(parts, known, strict=True):
         mine = np.bincount(part.optics_group, minlength=groups)[:, None] + 1e-9  # of none: the mean
-        power = power + mine * part.noise.for_groups(groups).power
+        power = power + mine * noise.for_groups(groups).power
         count += mine
     return Noise(power / count)
 
