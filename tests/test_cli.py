@@ -773,9 +773,10 @@ def test_black_particles_are_oriented_as_white_ones(folder, black, trained, tmp_
                     "--other-hand: a --reference has its own hand",
                 ),
                 ("refine", ("--map", "{}/flat.mrc"), "flat.mrc: is 2 everywhere"),
+                ("refine", ("--map", "{}/map.mrc"), "nothing is left beyond 15 A in voxels of"),
                 (
                     "refine",
-                    ("--map", "{}/map.mrc", "--symmetry", "D2"),
+                    ("--map", "{}/map.mrc", "--symmetry", "D2", "--resolution", "30"),
                     "the reference has not the symmetry D2, its axes where",
                 ),
                 ("orient", ("--model", "4jsv", "--reference", "{}/flat.mrc"), "flat.mrc: is 2"),
