@@ -141,7 +141,7 @@ def auto_refined(folder, symmetry):
     subprocess.run(code, check=True, capture_output=True, cwd=folder, env={**os.environ, **AS_ROOT})
     halves = [folder / "relion" / f"run_half{h}_class001_unfil.mrc" for h in (1, 2)]
     times = [(folder / "relion" / f"times{rank}").read_text().split()[-2:] for rank in (1, 2)]
-    seconds = [time.partition("m") for time in itertools.chain(*times)]
+    seconds = [told.partition("m") for told in itertools.chain(*times)]
     cpu = sum(60 * int(minutes) + float(rest.rstrip("s")) for minutes, _, rest in seconds)
     return folder / "relion" / "run_data.star", halves, cpu
 

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from cryoem import distances, imaging, rotations
+from cryoem import distances, imaging, maps, rotations
 from cryoem.abinitio import Schedule
 from cryoem.density import Density
 from cryoem.projection import Projector, project
+from cryoem.symmetry import group
 
 #: Few rounds, as many as particles that are seen well need.
 QUICK = Schedule(rounds=24, images=(100, 400), orientations=(500, 2500), finest_angstrom=14.0)
@@ -21,6 +22,12 @@ def relative_error(found, wanted):
 
 def correlation(a, b):
     return np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
+
+
+def made_symmetric(density, name):
+    """The mean of a density turned by the elements of a group."""
+    turned = [maps.turned(density, g).values for g in group(name).elements]
+    return Density(np.mean(turned, axis=0), density.voxel_size_angstrom)
 
 
 def packed(q):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from measures import correlation, relative_error
+from measures import correlation, made_symmetric, relative_error
 
 from cryoem import evaluation, imaging, maps, projection, reconstruction, rotations
 from cryoem.density import Density, Phantom
@@ -1104,11 +1104,6 @@ def test_in_loud_noise_particles_stay_unless_they_are_surely_likelier_elsewhere(
     with pytest.warns(UserWarning, match="may be the reference alone"):
         found = refine_against(given, DENSITY, resolution_angstrom=30.0, search=ONE)
     assert by_chance > 0.1 and found.moved_fraction < by_chance / 5
-
-
-def made_symmetric(density, name):
-    turned = [maps.turned(density, g).values for g in group(name).elements]
-    return Density(np.mean(turned, axis=0), density.voxel_size_angstrom)
 
 
 def test_what_another_place_must_be_likelier_by_are_the_odds_against_it():

@@ -68,12 +68,13 @@ def reconstruct_map(
     from ..density import write_density
     from ..maps import HalfMaps
     from ..reconstruction import reconstruct
+    from ..refinement import check_symmetry
 
     stack = open_oriented(particles_file, quiet, pixel_size)
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
-    _check_symmetry(stack, symmetry, seed)
+    check_symmetry(stack, symmetry, seed=seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, scheduler=scheduler, progress=not quiet)
         write_density(output, found)
@@ -100,14 +101,6 @@ def reconstruct_map(
         f"{output}: from {len(stack):,} particles; "
         f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of {pair.wording}"
     )
-
-
-def _check_symmetry(stack: ParticleStack, symmetry: str, seed: int) -> None:
-    """Say so where a symmetry that was asked for is not that of the particles' map."""
-    from ..refinement import check_symmetry
-
-    if symmetry.upper() != "C1":
-        check_symmetry(stack, symmetry, seed=seed)
 
 
 def map_files(output: Path, stack: ParticleStack) -> list[Path]:
@@ -189,7 +182,7 @@ def refine_particles(
     """
     from .. import report
     from ..io.particles import write_particles
-    from ..refinement import check_reference, kept, refine_halves
+    from ..refinement import check_reference, check_symmetry, kept, refine_halves
 
     if map_file is None:
         refuse_alone({"--resolution": resolution, "--voxel-size": voxel_size}, OF_MAP)
@@ -209,7 +202,7 @@ def refine_particles(
     stack = prepared(stack, particles_file, invert, quiet, seed)[0].with_half_sets(seed)
     found: HalvesRefinement | ReferenceRefinement
     if reference is None:
-        _check_symmetry(stack, symmetry, seed)
+        check_symmetry(stack, symmetry, seed=seed)
         found = refine_halves(
             stack, rounds=rounds, symmetry=symmetry, seed=seed, work=work, scheduler=scheduler,
             progress=not quiet,

@@ -352,12 +352,12 @@ def _judged(
     """How well each particle's parameters are known."""
     gain, contrast, matrix, _ = fit.normal(grams)
     left = np.maximum(grams[:, 6, 6] - gain, 0) / (fit.samples - 6)  # six parameters
-    spectrum, own, typical = stack.noise, np.ones(len(stack)), 1.0
-    if spectrum is not None:
-        # Whitened, the noise of each optics group has its own variance.
-        own = spectrum.of_each(stack.optics_group)
-        typical = float(own.mean())
-        own /= typical
+    spectrum = stack.noise
+    assert spectrum is not None  # told, or estimated by now
+    # Whitened, the noise of each optics group has its own variance.
+    own = spectrum.of_each(stack.optics_group)
+    typical = float(own.mean())
+    own /= typical
     left /= own
     noise = float(left.mean()) if noise_variance is None else float(noise_variance)
     scale = np.sqrt(np.maximum(np.einsum("nii->ni", matrix), 1e-30))
@@ -367,7 +367,7 @@ def _judged(
     covariances *= noise * own[:, None, None]
     power = np.sqrt(np.maximum(grams[:, 0, 0] * grams[:, 6, 6], 1e-30))
     safe = noise if noise > 0 else 1.0
-    if spectrum is not None and noise > 0:
+    if noise > 0:
         spectrum = Noise(spectrum.power * (noise / typical))
     return stack.extended(
         RefinedStack,

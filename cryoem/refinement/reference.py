@@ -187,6 +187,8 @@ def check_reference(
             stacklevel=3,
         )
     shells_beyond(reference.box_px, reference.voxel_size_angstrom, resolution_angstrom)
+    if group(symmetry).name == "C1":
+        return
     # Noise of its own in either, so that shells where there is hardly anything are not asked.
     least = UNSEEN * float(reference.values.std())
     rng = rotations.generator(0, "symmetry")
