@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,7 +17,7 @@ from .particles import ParticleStack
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Job", "reached", "worked"]
+__all__ = ["Job", "reached", "shared_out", "worked"]
 
 #: Its number, and particles or whatever else a job works on.
 Part = tuple[int, Any]
@@ -69,6 +70,27 @@ def reached(scheduler: str | Client | None) -> None:
     if scheduler is not None:
         with _client(scheduler):
             pass
+
+
+def shared_out(
+    items: int, most: int, scheduler: str | Client, *, each: int = 1, least: int = 1
+) -> int:
+    """How many items to a part, so that all workers have as much to do.
+
+    Parameters
+    ----------
+    items : int
+        How many there are.
+    most, least : int
+        To a part; ``least`` goes before.
+    scheduler : str or distributed.Client
+    each : int
+        Parts of every thread, or a multiple: more where some may be slower than others.
+    """
+    with _client(scheduler) as client:
+        threads = max(1, sum(client.nthreads().values()))
+    rounds = max(1, math.ceil(items / (most * each * threads)))
+    return max(least, math.ceil(items / (rounds * each * threads)))
 
 
 @contextlib.contextmanager

@@ -197,3 +197,35 @@ def test_a_workers_error_arrives(cluster, truth, density, tmp_path):
     bad = truth.replace(images=open_array(tmp_path / "bad.npy"), noise=Noise.white(1.0))
     with pytest.raises(InputError, match=r"image 78 of .*not finite"):
         reconstruct(bad, scheduler=cluster.scheduler_address)
+
+
+@pytest.mark.parametrize(
+    ("items", "most", "options", "size"),
+    [
+        (2000, 5000, {}, 1000),  # one part of all would leave one of two workers idle
+        (10_000, 4000, {}, 2500),  # as large as they may be, but none of them small
+        (2000, 5000, {"each": 4}, 250),
+        (100, 5000, {"each": 4, "least": 60}, 60),
+        (1, 5000, {}, 1),
+        (0, 5000, {}, 1),
+    ],
+)
+def test_parts_are_shared_out_among_all_workers(cluster, items, most, options, size):
+    with cluster.get_client() as client:
+        assert sum(client.nthreads().values()) == 2
+        assert workers.shared_out(items, most, client, **options) == size
+    assert workers.shared_out(items, most, cluster.scheduler_address, **options) == size
+
+
+def test_few_images_are_back_projected_by_every_worker(cluster, truth, monkeypatch):
+    monkeypatch.undo()  # all images would be laid down together
+    asked, ask = [], workers._by_workers
+
+    def heard(job, parts, client):
+        parts = list(parts)
+        asked.append([len(part) for _, part in parts])
+        return ask(job, iter(parts), client)
+
+    monkeypatch.setattr(workers, "_by_workers", heard)
+    reconstruct(truth, scheduler=cluster.scheduler_address)
+    assert asked == [[N // 2, N // 2]]

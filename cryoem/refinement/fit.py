@@ -38,8 +38,9 @@ SAMPLE = 150
 NOISE_SAMPLE, ENOUGH, GROUPS, SHARE = 60, 30, 20, 1 / 10
 #: Noise below this share of the images' power is as good as none.
 CLEAN = 1e-2
-#: How many times what a thread refines together is sent to a worker.
-SENT = 32
+#: How many times what a thread refines together is sent to a worker, at most; and in how many parts
+#: at least every worker has its share, since some are slower.
+SENT, SLOWER = 32, 4
 DEFAULT = Search()
 
 
@@ -153,7 +154,9 @@ def refine(
     least = _least_contrast(stages, stack, search, least_contrast)
     q, shifts, grams = np.empty((n, 4)), np.empty((n, 2)), np.empty((n, 7, 7))
     job = _Refining(stages, search, least)
-    at_once = stages.particles_at_once * (SENT if scheduler else 1)
+    at_once = stages.particles_at_once
+    if scheduler is not None:
+        at_once = workers.shared_out(n, SENT * at_once, scheduler, each=SLOWER, least=at_once)
     parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
     with (
         contextlib.closing(workers.worked(job, parts, scheduler, here=threads.each)) as refined,
