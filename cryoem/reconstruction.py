@@ -43,7 +43,8 @@ SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
 #: quarter more, is transformed.
 POINTS_AT_ONCE = 8_000_000
-#: How many times what is laid down together a worker sums before it answers, at most.
+#: How many times what is read at once a worker sums before it answers, at most; or what is laid
+#: down together, where that is more.
 SENT = 4
 #: Width of the ball's soft edge, over the box.
 EDGE = 1 / 32
@@ -429,7 +430,8 @@ def _back_projected(
     sums = _Sums.of_nothing(size, len(job.slices.weights))
     at_once = job.at_once
     if scheduler is not None:
-        at_once = workers.shared_out(n, SENT * at_once, scheduler)
+        most = max(at_once, SENT * job.slices.at_once)
+        at_once = workers.shared_out(n, most, scheduler)
     parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
     with (
         contextlib.closing(workers.worked(job, parts, scheduler)) as worked,
