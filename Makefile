@@ -42,7 +42,7 @@ check: $(ALL) ## Lint, format and types
 notebooks: $(ALL) ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 
-bench-%: $(ALL) ## Measure (ARGS=... for it): bench-abinitio, -real, -own_map, -peers, -accuracy, -recovery, -refinement, -noise, -nuisances, -large, -stream, -architecture, -mismatch, -method
+bench-%: $(ALL) ## Measure (ARGS=... for it): bench-abinitio, -real, -own_map, -peers, -accuracy, -recovery, -refinement, -noise, -nuisances, -large, -stream, -workers, -architecture, -mismatch, -method
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
 bench-peers: | relion results/cryojax

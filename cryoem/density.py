@@ -283,6 +283,8 @@ def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) ->
             with mrcfile.open(path, permissive=True) as mrc:
                 header, data = mrc.header, mrc.data
                 values = None if data is None else np.array(data)
+                if values is not None and values.dtype == np.int8 and stacks.unsigned(header):
+                    values = values.view(np.uint8)
     except (ValueError, OSError, EOFError, MemoryError, zlib.error) as error:
         raise InputError(f"{path}: not a readable MRC file ({error})") from error
     if values is None:
@@ -294,6 +296,9 @@ def read_density(path: PathLike, *, voxel_size_angstrom: float | None = None) ->
     for note in notes:
         if issubclass(note.category, RuntimeWarning):  # mrcfile's own; others only passed by
             warnings.warn(f"{path}: {note.message}", stacklevel=2)
+    angles = np.array([float(header.cellb[a]) for a in ("alpha", "beta", "gamma")])
+    if angles.any() and not np.allclose(angles, 90, atol=0.1):
+        raise InputError(f"{path}: cell angles of {angles} degrees; wanted a grid of right angles")
     order = tuple(int(header[name]) for name in ("mapc", "mapr", "maps"))
     if sorted(order) != [1, 2, 3]:
         warnings.warn(f"{path}: axis order {order} is none; read as 1, 2, 3", stacklevel=2)
@@ -356,12 +361,9 @@ def _check_header(path: Path) -> None:
     """Refuse a header that asks for more than the file can hold."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    if packed:
-        with gzip.open(path) as unpacked:
-            # Deflate packs 1032 bytes into one at best.
-            stacks.fitting(unpacked.read(1024), 1032 * path.stat().st_size, path)
-    else:
-        stacks.layout(path)
+    with gzip.open(path) if packed else path.open("rb") as file:
+        # Deflate packs 1032 bytes into one at best.
+        stacks.fitting(file.read(1024), path.stat().st_size * (1032 if packed else 1), path)
 
 
 def write_density(path: PathLike, density: Density) -> None:

@@ -259,9 +259,12 @@ def random_error(
 # --------------------------------------------------------------------------------------
 # The physical limit
 
+#: The mean angle between random orientations, radians: nothing is known worse.
+RANDOM = np.pi / 2 + 2 / np.pi
+
 
 def mean_error_of(covariances: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, " n"]:
-    """Mean length of Gaussian rotation vectors with these covariances.
+    """Mean length of Gaussian rotation vectors with these covariances, at most that of random ones.
 
     Parameters
     ----------
@@ -285,7 +288,7 @@ def _mean_lengths(covariances: np.ndarray) -> np.ndarray:
     v = variances / np.where(scale > 0, scale, 1)
     product = np.prod(1 + 2 * v[:, :, None] * t, axis=1) ** -0.5
     integral = np.trapezoid((1 - product) * np.exp(-u / 2), u, axis=1)
-    return integral / (2 * np.sqrt(np.pi)) * np.sqrt(scale[:, 0])
+    return np.minimum(integral / (2 * np.sqrt(np.pi)) * np.sqrt(scale[:, 0]), RANDOM)
 
 
 def cramer_rao(

@@ -183,9 +183,14 @@ def _numbered(values: np.ndarray) -> np.ndarray:
 
 
 def _opened(images: Any) -> np.ndarray | None:
-    """Numbers of the images of opened files, alike whatever links and folders name them by."""
+    """Numbers of the images of opened files, alike whatever links and folders name them by.
+
+    And, where all were looked at, whatever copies of them there are.
+    """
     if not hasattr(images, "layouts"):
         return None
+    if images.picture is not None:
+        return np.asarray(images.picture)
     places = [
         (status.st_dev, status.st_ino) for status in (os.stat(at.path) for at in images.layouts)
     ]

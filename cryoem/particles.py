@@ -317,8 +317,8 @@ class ParticleStack:
         if self.half_set is None:
             if known < len(self):
                 warnings.warn(
-                    f"{name}: {len(self):,} rows are of {known:,} particles, by their names or "
-                    "places; those of one were put into one half",
+                    f"{name}: {len(self):,} rows are of {known:,} particles, by their names, "
+                    "places or pictures; those of one were put into one half",
                     stacklevel=2,
                 )
             return self.replace(half_set=random_half_sets(len(self), seed, particle))
@@ -371,7 +371,7 @@ class ParticleStack:
         chosen = [] if self.half_set is None else self.half_set == number
         rows = np.flatnonzero(chosen)
         if len(rows) == 0:
-            raise InputError(f"no particle is in half-set {number}; wanted some in both")
+            raise InputError(f"no particle is in half-set {number} (rlnRandomSubset); wanted both")
         return rows
 
 

@@ -111,7 +111,7 @@ def reconstruct(
     spectrum = _transformed(sums.kernel)
     sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
     if iterations is None:
-        iterations = NOISY if job.loud.any() else CLEAN
+        iterations = NOISY if job.loud.any() and not _premultiplied(stack) else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
             sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
@@ -121,6 +121,12 @@ def reconstruct(
     restored = scipy.fft.rfftn(values, workers=fourier.WORKERS)
     restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
     return Density(scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS), pixel)
+
+
+def _premultiplied(stack: ParticleStack) -> bool:
+    """Whether images have passed their CTF twice: it takes more steps to undo that."""
+    parameters = stack.ctf_parameters
+    return parameters is not None and "premultiplied" in np.asarray(parameters.images)
 
 
 def kernel_edge(size: int) -> int:

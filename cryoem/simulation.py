@@ -19,6 +19,7 @@ from jaxtyping import Float
 from . import fourier, imaging, rotations
 from .density import Density
 from .errors import InputError
+from .io import files
 from .noise import Noise, coloured
 from .particles import CtfParameters, ParticleStack
 from .preprocessing import Preprocessing
@@ -181,6 +182,7 @@ class TrainingImages:
         self.coverage = coverage
         self.group = group(symmetry)
         self._projector = _projector(density, preprocessing)
+        self._density_sha256 = files.sha256_of([density.values])
         #: Variance of the whole frame's clean images, without and with a CTF.
         self.signal_variance, self.ctf_signal_variance = _signal_variances(
             density, preprocessing, defocus_range_angstrom
@@ -203,7 +205,7 @@ class TrainingImages:
             else self.noise,
             "coverage": self.coverage,
             "symmetry": self.group.name,
-            "signal_variance": float(f"{self.signal_variance:.5g}"),
+            "density_sha256": self._density_sha256,
         }
 
     def centred(self) -> TrainingImages:

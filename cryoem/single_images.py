@@ -6,6 +6,7 @@ them together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -48,7 +49,7 @@ def beyond_circle(radius: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class ImageStatistics:
-    """What each image shows by itself; all but the first three in standard deviations of it.
+    """What each image shows by itself; levels and ramps in standard deviations of it.
 
     Attributes
     ----------
@@ -59,6 +60,8 @@ class ImageStatistics:
     plane, saddle, grain : (n, 3), (n,) and (n,) arrays
         The background's level and ramps (:func:`cryoem.imaging.background_planes`); its rise to two
         opposite corners, which is but noise; and what white noise makes of a level.
+    picture : (n,) array of uint64
+        Alike where images are, pixel by pixel.
     """
 
     group: np.ndarray
@@ -68,6 +71,7 @@ class ImageStatistics:
     plane: np.ndarray
     saddle: np.ndarray
     grain: np.ndarray
+    picture: np.ndarray
 
     @classmethod
     def of(cls, images: np.ndarray, group: np.ndarray) -> ImageStatistics:
@@ -91,7 +95,14 @@ class ImageStatistics:
             plane=found[:, :3] / scale[:, None],
             saddle=np.abs(found[:, 3] * SADDLE) / scale,
             grain=grain,
+            picture=np.array([_digest(image) for image in images], np.uint64),
         )
+
+    @cached_property
+    def same(self) -> np.ndarray | None:
+        """Numbers of the pictures, (n,), alike where images are; None: all differ."""
+        found, number = np.unique(self.picture, return_inverse=True)
+        return None if len(found) == len(number) else number
 
     @classmethod
     def joined(cls, parts: Sequence[ImageStatistics]) -> ImageStatistics:
@@ -208,6 +219,10 @@ class ImageStatistics:
             odd.append(rows[other if now else sure])
             mixed |= now
         return np.concatenate(odd), mixed
+
+
+def _digest(image: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest())
 
 
 def _parts(rows: np.ndarray, which: np.ndarray) -> list[np.ndarray]:

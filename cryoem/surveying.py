@@ -34,6 +34,8 @@ LITTLE = 2e-3
 FAINT = 0.02
 #: Pixels of background from which a spectrum can be measured.
 ENOUGH = 20_000
+#: SNR below which no image shows a particle to anybody.
+FAINTEST = 1e-6
 #: SNR from which noise is no matter, and its spectrum is not looked for.
 LOUD = 10.0
 
@@ -115,6 +117,11 @@ class Survey:
                 "nothing can be trained for it; wanted images as they were extracted, not masked"
             )
         snr = max(self.snr, self.snr_error)
+        if not snr > FAINTEST:
+            raise InputError(
+                f"no particle is to be seen in the images: SNR {self.snr:.2g}; "
+                "nothing can be trained for it"
+            )
         found: TrainingRanges = {
             "snr_range": (snr / 4, snr * 4),
             "clean_fraction": 0.0,

@@ -78,3 +78,7 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path):
 def test_a_source_of_training_images_knows_what_made_them():
     assert training().settings == training().settings
     assert training().settings != training(snr_range=(1 / 8, 1)).settings
+    # Of the same variance: of the other contrast, and of the other hand.
+    for values in (-CUBE.values, CUBE.values[::-1]):
+        other = TrainingImages(Density(values, CUBE.voxel_size_angstrom), PREPROCESSING)
+        assert other.settings != training().settings

@@ -294,6 +294,17 @@ def test_the_folder_of_a_file_that_has_changed_is_refused(network, path, tmp_pat
         orient(network, ParticleStack(open_array(mine), 7.0), work=tmp_path / "work", **OPTIONS)
 
 
+def test_the_folder_of_images_that_are_now_turned_is_refused(network, path, tmp_path):
+    """Their files are as they were; and the one that is turned is no landmark."""
+    stack = open_array(path)
+    orient(network, ParticleStack(stack, 7.0), work=tmp_path, **FEW)
+    for row in range(0, len(stack), 50):
+        sign = np.ones(len(stack))
+        sign[row] = -1
+        with pytest.raises(InputError, match=r"particles_sha256.*another folder"):
+            orient(network, ParticleStack(stack.with_sign(sign), 7.0), work=tmp_path, **FEW)
+
+
 def test_the_folder_of_other_images_is_refused_whichever_they_are(network, defocused, tmp_path):
     """Only those of the landmarks were looked at."""
     orient(network, defocused, work=tmp_path, **FEW)
@@ -347,6 +358,19 @@ def test_results_without_their_landmarks_are_made_again(network, made, path, who
     stack, images = seen(path)
     assert_same(orient(network, stack, work=tmp_path, **OPTIONS), whole)
     assert images.chunks == [(0, N)]
+
+
+@pytest.mark.parametrize("name", ["particles.npy", "done.json"])
+def test_what_somebody_else_keeps_there_is_not_written_onto(network, made, name, tmp_path):
+    theirs = tmp_path / name
+    if name == "particles.npy":
+        np.save(theirs, np.zeros((3, 8, 8), np.float32))
+    else:
+        theirs.write_text("done")
+    before = theirs.read_bytes()
+    with pytest.raises(InputError, match=rf"{name}: not what a run keeps there"):
+        orient(network, made.select(slice(60)), work=tmp_path, **OPTIONS)
+    assert theirs.read_bytes() == before
 
 
 def archive(**changes):

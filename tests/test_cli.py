@@ -1,7 +1,9 @@
 import contextlib
 import dataclasses
+import filecmp
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,6 +37,7 @@ from cryoem import (
 from cryoem.cli import initial, options, orienting, solving
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
+from cryoem.particles import ParticleFile
 from cryoem.refinement import halves
 
 COMMANDS = (
@@ -881,6 +884,17 @@ def test_a_map_of_an_earlier_run_does_not_pass_for_this_ones(folder, tmp_path):
     assert all(name in done.stderr for name in maps) and ".earlier behind" in done.stderr
     for name in maps:
         assert (tmp_path / f"{name}.earlier").read_text() == "of an earlier run"
+    # What was put aside before stays, and may be the reference.
+    shutil.copy(folder / "map.mrc", tmp_path / "r.mrc.earlier.2")
+    for name in maps:
+        (tmp_path / name).write_text("of another run")
+    run("refine", tmp_path / "noise.star", "--map", tmp_path / "r.mrc.earlier.2", "--voxel-size", 7,
+        "--resolution", 40, "-o", tmp_path / "r.star", "-q")  # fmt: skip
+    for name in maps:
+        assert (tmp_path / f"{name}.earlier").read_text() == "of an earlier run"
+    assert (tmp_path / "r.mrc.earlier.3").read_text() == "of another run"
+    assert (tmp_path / "r_fsc.star.earlier.2").read_text() == "of another run"
+    assert filecmp.cmp(tmp_path / "r.mrc.earlier.2", folder / "map.mrc", shallow=False)
     # Neither another's file nor the rounds of a refinement without a map.
     for name in ("r_other.mrc", "r.work/rounds.npz"):
         assert (tmp_path / name).read_text() == "of an earlier run"
@@ -1071,6 +1085,24 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
     assert [(out / name).stat().st_mtime_ns for name in steps] == before
     assert (out / "refined.star").exists()
     assert "refined.star: is there already" in run(*solve).stderr
+    with monkeypatch.context() as patch:
+        again = []
+        patch.setattr(solving, "refine_particles", lambda start, *_, **__: again.append(start))
+        kept = (out / "refined.mrc").read_bytes()
+        (out / "refined.mrc").unlink()  # what goes with the particles is made again
+        run(*solve)
+        assert again == [out / "oriented.star"]
+        (out / "refined.mrc").write_bytes(kept)
+    text = (out / "refined.star").read_text()
+    (out / "refined.star").write_text(text.replace("data_particles", "\ndata_particles"))
+    assert "refined.star: is not what solve wrote there" in run(*solve, code=1).output
+    (out / "refined.star").write_text(text)
+    with monkeypatch.context() as patch:  # so is the map's
+        patch.setattr(solving, "find_maps", lambda some, initial, *_: again.append(initial) or [])
+        (out / "initial.star").rename(out / "moved.star")
+        run(*solve, code=3)
+        assert again[-1] == out / "initial.star"
+        (out / "moved.star").rename(out / "initial.star")
     with monkeypatch.context() as patch:  # what it began from was made anew
         again = []
         patch.setattr(solving, "refine_particles", lambda start, *_, **__: again.append(start))
@@ -1087,17 +1119,65 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
         assert told in run(*solve, *more, code=1).output
 
 
+def test_what_solve_goes_on_from_knows_what_the_images_are(folder, tmp_path):
+    """Whatever their sizes and times."""
+    for name in ("particles.star", "particles.mrcs"):
+        shutil.copy(folder / name, tmp_path)
+    path, images = tmp_path / "particles.star", tmp_path / "particles.mrcs"
+    times, raw = os.stat(images), bytearray(images.read_bytes())
+    before = solving._state(path, None, read_particles(path))
+    images.touch()
+    assert solving._state(path, None, read_particles(path)) == before
+    raw[-4:] = np.array([1.5], "<f4").tobytes()
+    images.write_bytes(raw)
+    os.utime(images, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert solving._state(path, None, read_particles(path)) != before
+
+
+def test_copies_of_images_are_in_one_half(folder, tmp_path):
+    """Whatever their names: half-maps would agree on their noise."""
+    stack = read_particles(folder / "particles.star").select(np.tile(np.arange(40), 2))
+    bare = ParticleStack(np.asarray(stack.images), 7.0, quaternions=stack.quaternions)
+    for name, half_set, told in (
+        ("a", None, "80 rows are of 40 particles, by their names, places or pictures"),
+        ("b", np.repeat([1, 2], 40), "40 particles stand in both half-sets, such as those of rows"),
+    ):
+        write_particles(tmp_path / f"{name}.star", bare.replace(half_set=half_set))
+        done = run("reconstruct", tmp_path / f"{name}.star", "--half-maps", "-q", "-o",
+                   tmp_path / f"{name}.mrc")  # fmt: skip
+        assert done.stderr.count(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "told"),
+    [
+        ("abinitio", "--shift", "inf", "0 to 100000 angstrom, got inf"),
+        ("abinitio", "--shift", "-1", "0 to 100000 angstrom, got -1"),
+        ("simulate", "--shift", "inf", "0 to 100000 pixels, got inf"),
+        ("simulate", "--voxel-size", "1e6", "0.1 to 100 angstrom"),
+        ("density", "--voxel-size", "0.001", "0.1 to 100 angstrom"),
+        ("density", "--resolution", "1e9", "0.1 to 100 angstrom"),
+    ],
+)
+def test_an_option_beyond_its_bounds_is_refused(folder, tmp_path, command, option, value, told):
+    first = {"abinitio": folder / "particles.star", "simulate": folder / "map.mrc"}
+    output = tmp_path / ("a.mrc" if command == "density" else "a.star")
+    done = run(command, first.get(command, "4jsv"), "-o", output, f"{option}={value}", code=1)
+    assert f"{option}: wanted {told}" in done.output and not output.exists()
+
+
 def test_what_solve_goes_on_from_knows_the_passthrough_files(tmp_path):
     """The CTF may stand there; of a STAR file nothing is read beside it."""
     particles, beside = tmp_path / "J1_particles.cs", tmp_path / "J1_passthrough_particles.cs"
     for path in (particles, beside, tmp_path / "particles.star"):
         path.write_text("some")
-    stack = ParticleStack(np.ones((2, 8, 8)), 4.0)
+    stack = ParticleStack(np.ones((2, 8, 8)), 4.0, origin=ParticleFile(particles, {}, ()))
     before = solving._state(particles, None, stack)
-    assert [name for name, *_ in before] == [str(particles.resolve()), str(beside.resolve())]
+    files = [str(particles.resolve()), str(beside.resolve()), "images"]
+    assert [name for name, *_ in before] == files
     beside.write_text("others")
     assert solving._state(particles, None, stack) != before
-    assert len(solving._state(tmp_path / "particles.star", None, stack)) == 1
+    assert len(solving._state(tmp_path / "particles.star", None, stack)) == 2
 
 
 @pytest.mark.parametrize(

@@ -491,6 +491,15 @@ def test_a_map_round_trips(tmp_path):
         assert mrcfile.validate(path)
 
 
+def test_a_map_on_a_skewed_grid_is_refused(tmp_path):
+    path = write(tmp_path / "a.mrc", VALUES)
+    raw = bytearray(path.read_bytes())
+    raw[60:64] = np.array(120, "<f4").tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=r"a\.mrc: cell angles of .*120.*grid of right angles"):
+        density.read_density(path)
+
+
 @pytest.mark.parametrize("voxel", [1.06, 0.8321, 0.9912, 2.489, 3.67, 13.25])
 def test_a_voxel_size_keeps_its_digits_and_gets_no_more(tmp_path, voxel):
     # The header has it in single precision, times the edge: 3.6700000105 for 3.67.

@@ -941,6 +941,18 @@ def test_the_first_at_sign_of_a_name_ends_its_number(written, tmp_path, kind):
         assert all(re.match("[0-9]+@", name) for name in told)
 
 
+def test_names_lead_from_where_a_linked_folder_is(written, tmp_path):
+    """A way up from it does not lead to where the link stands."""
+    (tmp_path / "else" / "deep" / "scratch").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    for name in ("particles.star", "particles.mrcs"):
+        (tmp_path / name).rename(tmp_path / "data" / name)
+    (tmp_path / "out").symlink_to(tmp_path / "else" / "deep" / "scratch")
+    write_particles(tmp_path / "out" / "new.star", read_particles(tmp_path / "data/particles.star"))
+    for folder in (tmp_path / "out", tmp_path / "else" / "deep" / "scratch"):
+        np.testing.assert_array_equal(read_particles(folder / "new.star").images[:], IMAGES)
+
+
 def test_another_stack_of_the_same_name_is_not_taken_for_the_right_one(written, tmp_path):
     (tmp_path / "b").mkdir()
     mrcfile.write(tmp_path / "b" / "particles.mrcs", -IMAGES)
@@ -1377,6 +1389,8 @@ def test_an_origin_outside_its_image_is_said(written, tmp_path, kind):
         ("optics", {"rlnBeamTiltX": 0.3, "rlnOddZernike": "[0,0,-3.5,0]", "rlnMagMat00": 1.007,
                     "rlnEvenZernike": "[0,1]"}, []),
         ("particles", {"rlnIsFlip": 1}, ["rlnIsFlip (1)"]),
+        ("particles", {"rlnOriginxAngst": 3.0}, ["rlnOriginxAngst (rlnOriginXAngst is)"]),
+        ("particles", {"RLNDEFOCUSU": 9e3}, ["RLNDEFOCUSU (rlnDefocusU is)"]),
         ("particles", {"rlnIsFlip": 0}, []),
         ("particles", {"otherIsPhaseFlipped": "True"}, ["otherIsPhaseFlipped (1)"]),
         ("particles", {"rlnAnglePsiFlipRatio": 0.5, "rlnNormCorrection": 0.7}, []),
@@ -1467,6 +1481,37 @@ def test_every_kind_of_mrc_file_is_read(written, mode, order, extended):
         found = read_particles(written).images
     assert found[:].dtype == np.float32 and found.layouts[0].pixel_size_angstrom == PIXEL
     np.testing.assert_array_equal(found[:], values)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "unsigned"),
+    [
+        (b"IMOD\0\0\0\0", True),
+        (b"IMOD\1\0\0\0", False),
+        (b"DOMI\0\0\0\2", True),
+        (b"DOMI\0\0\0\3", False),
+        (bytes(8), False),
+    ],
+)
+def test_bytes_that_imod_wrote_are_unsigned_unless_it_says_otherwise(written, stamp, unsigned):
+    raw = bytearray(mrc_bytes(np.round(20 * IMAGES), "<", 0))
+    raw[152:160] = stamp
+    values = np.frombuffer(raw[1024:], "u1" if unsigned else "i1").reshape(IMAGES.shape)
+    stack, cube = written.with_suffix(".mrcs"), written.with_name("cube.mrc")
+    stack.write_bytes(raw)
+    np.testing.assert_array_equal(read_particles(written).images[:], values)
+    cube.write_bytes(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is marked as a stack
+        np.testing.assert_array_equal(read_density(cube).values, values)
+
+
+def test_a_stack_of_turned_images_is_refused(written):
+    raw = bytearray(mrc_bytes(IMAGES, "<", 2))
+    raw[64:76] = np.array([2, 1, 3], "<i4").tobytes()
+    written.with_suffix(".mrcs").write_bytes(raw)
+    with pytest.raises(InputError, match=r"particles\.mrcs: .* are axes \(2, 1, 3\) by its header"):
+        read_particles(written)
 
 
 @pytest.mark.parametrize(
@@ -1664,6 +1709,12 @@ def no_rows(blocks):
         (put("optics", "cryoemSign", "black"), "data_optics: row 1, column cryoemSign: got black"),
         (put("particles", "cryoemContrast", "nan", row=2), "row 3, column cryoemContrast"),
         (put("particles", "cryoemExpectedErrorRad", "x", row=1), "row 2, column cryoemExpected"),
+        (put("particles", "cryoemContrast", -1, row=2), "row 3, column cryoemContrast: got -1"),
+        (put("particles", "rlnAngleTilt", 1e300, row=1), "row 2, column rlnAngleTilt: got 1e.300"),
+        (put("particles", "rlnAngleTilt", "1_0", row=1), "row 2, column rlnAngleTilt: got 1_0"),
+        (put("particles", "rlnOriginXAngst", 1e300, row=1), "row 2, column rlnOriginXAngst"),
+        (put("particles", "rlnCtfBfactor", -5000, row=3), "row 4, column rlnCtfBfactor: got -5000"),
+        (put("particles", "rlnPhaseShift", 1e9), "row 1, column rlnPhaseShift"),
         (names([f"{i + 2:06d}@particles.mrcs" for i in range(6)]), "row 6.*holds 6"),
         (names([f"{i:06d}@particles.mrcs" for i in range(6)]), "row 1.*image 0"),
         (names(["particles.mrcs"] * 6), "row 1.*000001@stack"),
@@ -1698,6 +1749,7 @@ def test_what_is_no_star_file_is_refused(tmp_path, content):
     [
         ("data_particles", "data_optics", "two blocks data_optics"),
         ("_rlnAngleRot", "_rlnAngleTilt", "data_particles: two columns rlnAngleTilt"),
+        ("_rlnAngleRot", "_", "data_particles: a column has no name"),
         ("data_optics", "1 2\ndata_optics", "line 4: wanted a block's name, data_..., got '1 2'"),
         ("loop_\n_rlnImageName", "1 2\n_rlnImageName", "wanted loop_, or a column's name"),
         ("000003@", "one 000003@", "data_particles: row 3: holds 12 values, wanted 11"),
@@ -1706,6 +1758,82 @@ def test_what_is_no_star_file_is_refused(tmp_path, content):
 def test_what_is_no_table_is_refused(written, old, new, message):
     written.write_text(written.read_text().replace(old, new, 1))
     with pytest.raises(InputError, match=re.escape(message)):
+        read_particles(written)
+
+
+def test_text_that_is_not_utf_8_is_refused_by_its_line(written):
+    text = written.read_text()
+    lines = text.splitlines()
+    row = next(i for i, line in enumerate(lines) if "000004@" in line)
+    mu = "\N{MICRO SIGN}".encode("latin-1")
+    written.write_bytes(text.replace("000004@", "x4x@").encode().replace(b"x4x@", mu + b"4@"))
+    with pytest.raises(InputError, match=rf"particles\.star: line {row + 1}: not UTF-8: "):
+        read_particles(written)
+
+
+def test_a_relion_30_file_is_refused_by_its_own_rows(written, tmp_path):
+    old = relion30(tmp_path)
+    table = starfile.read(old)
+    table["rlnVoltage"] = [300, 300, 300, 3e5, 300, 300]
+    starfile.write({"": table}, old, overwrite=True)
+    with pytest.raises(InputError, match=r"old\.star: row 4, column rlnVoltage: got 3"):
+        read_particles(old)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("ctf/accel_kv", np.nan, "row 3, field ctf/accel_kv: got nan"),
+        ("ctf/df1_A", 3e7, "row 3, field ctf/df1_A: got 3"),
+        ("alignments3D/split", 2, "row 3, field alignments3D/split: got 2, wanted 0 or 1"),
+    ],
+)
+def test_a_cryosparc_file_is_refused_by_its_own_fields(written, tmp_path, field, value, says):
+    path = cryosparc(tmp_path)
+    data = np.load(path)
+    data[field][2] = value
+    saved(path, data)
+    with pytest.raises(InputError, match=rf"J1_particles\.cs: {says}"):
+        read_particles(path)
+
+
+def test_sizes_of_cryosparcs_images_that_are_none_are_passed_over(written, tmp_path):
+    more = {"blob/shape": (np.full((6, 2), np.inf), ("f4", (2,)))}
+    path = cryosparc(tmp_path, more=more)
+    np.testing.assert_array_equal(read_particles(path).images[:], IMAGES)
+    saved(path, np.zeros(3, []))
+    with pytest.raises(InputError, match=r"J1_particles\.cs: wanted a table with named fields"):
+        read_particles(path)
+
+
+def test_a_cryosparc_field_that_no_column_can_be_is_refused(written, tmp_path):
+    path = cryosparc(tmp_path, more={"x y": (np.zeros(6), "f4")})
+    with pytest.raises(InputError, match=r"J1_particles\.cs: field 'x y': wanted a name"):
+        read_particles(path)
+
+
+def test_particles_of_cryosparc_without_a_ctf_are_said(written, tmp_path):
+    path = cryosparc(tmp_path)
+    data = np.load(path)
+    fields = [name for name in data.dtype.names if not name.startswith("ctf/")]
+    saved(path, np.lib.recfunctions.repack_fields(data[fields]))
+    with pytest.warns(UserWarning, match=r"J1_particles\.cs: no field ctf/df1_A, .* without a CTF"):
+        assert read_particles(path).ctf_parameters is None
+
+
+def test_halves_of_which_one_is_hardly_there_are_said(written):
+    rewritten(written, put("particles", "rlnRandomSubset", 1))
+    rewritten(written, put("particles", "rlnRandomSubset", 2, row=5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one of six is no such share
+        assert len(read_particles(written).half(2)) == 1
+    rows = np.repeat(np.arange(6), 3)
+    rewritten(written, lambda b: b.update(particles=b["particles"].iloc[rows]))
+    rewritten(written, put("particles", "rlnRandomSubset", 1))
+    rewritten(written, put("particles", "rlnRandomSubset", 2, row=17))
+    with pytest.warns(
+        UserWarning, match="rlnRandomSubset: 17 particles are in half 1, 1 in half 2"
+    ):
         read_particles(written)
 
 

@@ -794,6 +794,16 @@ def test_rounds_go_on_while_orientations_move(asked, monkeypatch, restless, roun
     assert len(found.resolutions_angstrom) == len(turns) == rounds
 
 
+def test_halves_of_noise_are_not_believed(from_halves):
+    """However well their maps agree: by the other half's map most lie elsewhere."""
+    *_, particle = from_halves
+    assert particle.believable and particle.astray_fraction < 0.1
+    for seed in (3, 4):
+        with pytest.warns(UserWarning, match="likelier elsewhere by the map of the other half"):
+            found = refine_halves(particles(images=white(seed)), rounds=2, seed=9)
+        assert not found.believable and found.astray_fraction > 0.5
+
+
 @pytest.mark.parametrize(("shares", "rounds"), [([0.3, 0.005], 6), ([0.3] * 3, 8)])
 def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rounds):
     """Sought by the map of their own half, for the halves to stay independent; here to eight."""
@@ -1272,6 +1282,9 @@ def test_a_reference_that_does_not_fit_or_is_empty_is_refused():
         in_frame_of(given, SHARP.density(2 * BOX, VOXEL))
     with pytest.raises(InputError, match="the same everywhere"):
         check_reference(empty, 30.0)
+    for scale in (1e-20, 1e20):  # of which single precision makes nothing, or infinities
+        with pytest.raises(InputError, match=r"the reference's values reach .*: scale it"):
+            check_reference(Density(scale * DENSITY.values, VOXEL), 30.0)
     raised = Density(made_symmetric(DENSITY, "D2").values + 0.2 * DENSITY.values.max(), VOXEL)
     with pytest.warns(UserWarning, match="solvent is at"):
         check_reference(raised, 30.0, "D2")  # not refused: it has the symmetry

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from cryoem import (
     surveying,
     write_particles,
 )
+from cryoem.errors import InputError
 from cryoem.noise import coloured
 from cryoem.particles import CtfParameters
 from cryoem.preprocessing import preprocessing_for
@@ -197,6 +200,12 @@ def test_noise_alone_gives_ranges_too():
     ranges = survey(ParticleStack(noise, 4.0)).training()
     assert 0 < ranges["snr_range"][0] < ranges["snr_range"][1]
     assert ranges["max_shift_px"] == 2 and "defocus_range_angstrom" not in ranges
+
+
+def test_nothing_is_trained_for_images_that_show_nothing():
+    seen = survey(ParticleStack(np.random.default_rng(0).standard_normal((50, 24, 24)), 4.0))
+    with pytest.raises(InputError, match="no particle is to be seen in the images: SNR 1e-22"):
+        dataclasses.replace(seen, snr=1e-22, snr_error=3e-22).training()
 
 
 def test_as_many_images_are_looked_at_as_were_asked_for_and_there_are(cube):

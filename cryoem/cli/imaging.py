@@ -9,15 +9,17 @@ import typer
 
 from ..errors import InputError
 from .options import (
+    FARTHEST,
+    VOXELS,
     MapFile,
     MapOut,
     MapVoxelSize,
     Seed,
     StarOut,
     app,
+    between,
     check_outputs,
     open_map,
-    positive,
     star_files,
 )
 
@@ -32,11 +34,13 @@ def make_density(
     ],
     output: MapOut,
     voxel_size: Annotated[
-        float, typer.Option(help="Angstrom.", callback=positive("--voxel-size"))
+        float, typer.Option(help="Angstrom.", callback=between("--voxel-size", *VOXELS))
     ] = 3.67,
     resolution: Annotated[
         float,
-        typer.Option(help="Angstrom, at least two voxels.", callback=positive("--resolution")),
+        typer.Option(
+            help="Angstrom, at least two voxels.", callback=between("--resolution", *VOXELS)
+        ),
     ] = 8.0,
     assembly: Annotated[str, typer.Option(help="Biological assembly; 'none': as it stands.")] = "1",
     symmetry: Annotated[
@@ -65,7 +69,13 @@ def simulate_particles(
     output: StarOut,
     n: Annotated[int, typer.Option("-n", "--number", help="How many particles.")] = 1000,
     snr: Annotated[float, typer.Option(help="Over the whole frame; inf: clean.")] = float("inf"),
-    shift: Annotated[float, typer.Option(help="Largest shift, pixels (triangular law).")] = 0.0,
+    shift: Annotated[
+        float,
+        typer.Option(
+            help="Largest shift, pixels (triangular law).",
+            callback=between("--shift", 0, FARTHEST, f"0 to {FARTHEST:g} pixels"),
+        ),
+    ] = 0.0,
     defocus: Annotated[
         tuple[float, float] | None, typer.Option(help="Range, angstrom; default: no CTF.")
     ] = None,

@@ -12,6 +12,7 @@ import typer
 from ..errors import InputError
 from .mapping import map_files, put_aside, write_halves
 from .options import (
+    FARTHEST,
     Invert,
     MapVoxelSize,
     Particles,
@@ -21,6 +22,7 @@ from .options import (
     Seed,
     StarOut,
     app,
+    between,
     check_outputs,
     open_map,
     open_particles,
@@ -50,7 +52,8 @@ Diameter = Annotated[
 Shift = Annotated[
     float | None,
     typer.Option(
-        min=0, help="Angstrom, how far particles may be off-centre; default: a tenth of the frame."
+        help="Angstrom, how far particles may be off-centre; default: a tenth of the frame.",
+        callback=between("--shift", 0, FARTHEST),
     ),
 ]
 Images = Annotated[

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -105,8 +107,13 @@ def reconstruct_map(
 
 def map_files(output: Path, stack: ParticleStack) -> list[Path]:
     """What is written of particles and their map: a STAR file, maps, their FSC and a report."""
-    map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
-    return [*star_files(output, stack), map_path, *_half_files(map_path), page]
+    return [*star_files(output, stack), *beside(output)]
+
+
+def beside(output: Path) -> list[Path]:
+    """What of that stands beside the STAR file."""
+    map_path = output.with_suffix(".mrc")
+    return [map_path, *_half_files(map_path), output.with_suffix(".html")]
 
 
 def _half_files(output: Path) -> tuple[Path, Path, Path]:
@@ -122,13 +129,19 @@ def put_aside(paths: Iterable[Path]) -> None:
     """
     there = [path for path in paths if path.exists() and path.suffix != ".mrcs"]
     for path in there:
-        path.replace(path.with_name(f"{path.name}.earlier"))
+        path.rename(_free(path.with_name(f"{path.name}.earlier")))
     if there:
         warnings.warn(
             f"{', '.join(map(str, there))}: of an earlier run; this one found no map, and they "
             "have .earlier behind their names now",
             stacklevel=2,
         )
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of path.2, path.3 and so on where nothing stands."""
+    names = (path if i == 1 else path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
@@ -221,7 +234,7 @@ def refine_particles(
     typer.echo(
         f"{output}: expected error {np.mean(refined.expected_error_rad):.3f} rad; "
         f"{summary['resolution_fsc0143_angstrom']:.1f} A at FSC 0.143, {summary['half_maps']}; "
-        + (f"{map_path}" if found.density is not None else "no map: see the note")
+        + (f"{map_path}" if found.believable else "no map: see the note")
     )
     if reference is None:
         _over(work)
@@ -257,10 +270,11 @@ def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed
     """Write a map and its halves where there is one; no other stays in their place."""
     from ..density import write_density
 
-    if found.density is None:
+    if not found.believable:
         put_aside([output, *_half_files(output)])
         return
     write_halves(output, found.half_maps, seed)
+    assert found.density is not None
     write_density(output, found.density)
 
 
@@ -277,6 +291,11 @@ def _over(work: Path) -> None:
 def _held_out(found: HalvesRefinement) -> str:
     """What to mind: the hand, and whether images match the map of the half they are not in."""
     open_hand = "No reference: the hand is open; the mirror image explains the images as well. "
+    if not found.believable:
+        return (
+            f"No map: {found.astray_fraction:.0%} of the particles are likelier elsewhere by the "
+            "map of the other half. What is shown here is not to be believed."
+        )
     if np.isnan(found.held_out_correlation):
         return open_hand + (
             f"The halves agree hardly beyond {found.joined_angstrom:.0f} A, which they share: "

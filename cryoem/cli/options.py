@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+#: Voxels of maps, angstrom; and how far a particle may lie off, beyond which nobody means it.
+VOXELS, FARTHEST = (0.1, 100.0), 1e5
 #: Why an option is refused.
 OF_MAP = "is told of a map, and none is given"
 #: Pixels of images that are looked at together.
@@ -93,15 +95,23 @@ def _ending_in(*suffixes: str) -> Callable[[Path], Path]:
     return checked
 
 
-def positive(name: str) -> Callable[[float | None], float | None]:
-    """A check of an option in angstrom."""
+def between(
+    name: str, low: float, high: float, wanted: str = ""
+) -> Callable[[float | None], float | None]:
+    """A check of an option that has bounds; without other words, in angstrom."""
 
     def checked(value: float | None) -> float | None:
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{name}: wanted a positive number of angstrom, got {value:g}")
+        if value is not None and not low <= value <= high:
+            told = wanted or f"{low:g} to {high:g} angstrom"
+            raise InputError(f"{name}: wanted {told}, got {value:g}")
         return value
 
     return checked
+
+
+def positive(name: str) -> Callable[[float | None], float | None]:
+    """A check of an option in angstrom."""
+    return between(name, 1e-300, sys.float_info.max, "a positive number of angstrom")
 
 
 def _not_negative(seed: int) -> int:
@@ -143,7 +153,7 @@ MapVoxelSize = Annotated[
     typer.Option(
         "--voxel-size",
         help="Angstrom, of the map; default: what its header says.",
-        callback=positive("--voxel-size"),
+        callback=between("--voxel-size", *VOXELS),
     ),
 ]
 Invert = Annotated[
@@ -326,8 +336,11 @@ def prepared(
     where the background is uneven; refused where some would drown the others.
     """
     from .. import surveying
+    from ..io.stacks import ImageStack
 
     seen = looked_at(stack, quiet)
+    if seen.same is not None and isinstance(stack.images, ImageStack):
+        stack = stack.replace(images=stack.images.with_pictures(seen.same))
     if len(seen.far):
         raise InputError(f"{path}: {far_told(stack, seen.far)}, or their rows taken out")
     if invert is None:

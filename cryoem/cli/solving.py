@@ -32,7 +32,7 @@ from .initial import (
     WantedSymmetry,
     find_maps,
 )
-from .mapping import map_files, refine_particles
+from .mapping import beside, map_files, refine_particles
 from .options import (
     Invert,
     MapVoxelSize,
@@ -216,14 +216,21 @@ def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> Non
     refined, note = plan.at("refined.star"), plan.at("solve.json")
     before = json.loads(note.read_text(encoding="utf-8"))
     asked = {"start_sha256": files.sha256(start), "rounds": rounds}
-    if refined.exists() and before.get("refined") == asked:
-        say(plan.quiet, f"{refined}: is there already")
-        return
+    done = before.get("refined")
+    if isinstance(done, dict) and refined.exists():
+        if done.get("sha256") != files.sha256(refined):
+            raise InputError(
+                f"{refined}: is not what solve wrote there; wanted it elsewhere, or another folder"
+            )
+        same = done == {**asked, "sha256": done["sha256"]}
+        if same and all(path.exists() for path in beside(refined)):
+            say(plan.quiet, f"{refined}: is there already")
+            return
     refine_particles(
         start, refined, rounds=rounds, symmetry=symmetry, invert=False,
         scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
     )  # fmt: skip
-    _remember(note, {**before, "refined": asked})
+    _remember(note, {**before, "refined": {**asked, "sha256": files.sha256(refined)}})
 
 
 def _placed(
@@ -266,17 +273,19 @@ def _placed(
     return oriented
 
 
-def _state(particles_file: Path, reference: str | None, stack: ParticleStack) -> list[list[object]]:
-    """Which files are read, and how they stand: names, sizes and times."""
-    from ..io.stacks import ImageStack
+def _state(particles_file: Path, reference: str | None, stack: ParticleStack) -> list[list[str]]:
+    """Which files are read, and what is in them."""
+    from ..io import files
+    from ..io.stacks import told_apart
 
-    images = stack.images
-    stacks = [layout.path for layout in images.layouts] if isinstance(images, ImageStack) else []
     known = [Path(reference)] if reference and os.path.exists(reference) else []
+    if stack.origin is not None:  # not images alone
+        known.append(particles_file)
     if particles_file.suffix == ".cs":  # it is read with these
         known += particles_file.parent.glob("*passthrough*.cs")
-    paths = sorted({os.path.realpath(path) for path in (particles_file, *stacks, *known)})
-    return [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+    paths = sorted({os.path.realpath(path) for path in known})
+    images = ["images", files.sha256_of(told_apart(stack.images))]
+    return [*([path, files.sha256(path)] for path in paths), images]
 
 
 def _known(note: Path, told: Mapping[str, object]) -> Found | None:
@@ -294,7 +303,7 @@ def _known(note: Path, told: Mapping[str, object]) -> Found | None:
             f"{note.parent}: holds the results of another run ({', '.join(differing)} differ); "
             "wanted another folder"
         )
-    return found
+    return found if (note.parent / found.file).exists() else None  # or it was taken away
 
 
 def _remember(note: Path, told: Mapping[str, object]) -> None:

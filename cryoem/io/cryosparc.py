@@ -10,7 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from .. import rotations
 from ..errors import InputError
-from .star import ORIGINS, Table, length, split_optics, texts
+from .star import ORIGINS, Table, length, numbers, split_optics, texts
 
 __all__ = ["read_cryosparc"]
 
@@ -62,7 +62,8 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
             columns |= {"rlnCoordinateX": x * shape[:, 1], "rlnCoordinateY": y * shape[:, 0]}
     for name, (column, factor) in NUMBERS.items():
         if name in fields.values:
-            columns[column] = fields.numbers(name) * factor
+            told = {column: fields.numbers(name) * factor}
+            columns[column] = numbers(path, told, column, called=f"field {name}")
     _add_alignment(fields, columns)
     for name, column in (
         ("alignments3D/split", "rlnRandomSubset"),
@@ -70,13 +71,26 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     ):
         if name in fields.values:
             columns[column] = fields.counted(name)
+    if (bad := ~np.isin(columns.get("rlnRandomSubset", 1), (1, 2))).any():
+        row = int(np.argmax(bad))
+        raise InputError(
+            f"{path}: row {row + 1}, field alignments3D/split: got "
+            f"{columns['rlnRandomSubset'][row] - 1}, wanted 0 or 1"
+        )
+    if not any(name in columns for name in ("rlnDefocusU", "rlnDefocusV")):
+        warnings.warn(
+            f"{path}: no field ctf/df1_A, neither here nor in a passthrough file beside it that "
+            "holds all of its particles: they are taken for images without a CTF",
+            stacklevel=3,
+        )
     sign, box = _signs(fields), fields.values.get("blob/shape")
     columns.update({name: _column(values) for name, values in fields.values.items()})
     optics, particles = split_optics(columns)
     if sign is not None:
         place = optics if (sign == sign[0]).all() else particles
         place["cryoemSign"] = np.resize(sign, length(place))
-    if box is not None and box.ndim == 2 and (box == box[0, 0]).all():
+    whole = box is not None and box.ndim == 2 and box.dtype.kind in "iuf" and box.shape[1]
+    if box is not None and whole and (box == box[0, 0]).all() and 0 < box[0, 0] < 1e6:
         optics["rlnImageSize"] = np.full(length(optics), int(box[0, 0]))
     return optics, particles, ()
 
@@ -90,6 +104,8 @@ class _Fields:
             raise InputError(f"{path}: no particles")
         self.values = _with_passthroughs(path, self.values)
         for name, column in self.values.items():
+            if len(name.split()) != 1:
+                raise InputError(f"{path}: field {name!r}: wanted a name without blanks")
             if column.dtype.kind in "SU":  # before anything is computed
                 texts(_column(column), f"{path}: field {name}, ")
         for name in ("blob/path", "blob/idx", "blob/psize_A"):
@@ -211,7 +227,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         data = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # NumPy raises whatever the parser of its header met
         raise InputError(f"{path}: not a readable .cs file ({error})") from error
-    if data.ndim != 1 or data.dtype.names is None:
+    if data.ndim != 1 or not data.dtype.names:
         raise InputError(f"{path}: wanted a table with named fields, got {data.dtype}")
     return {name: np.array(data[name]) for name in data.dtype.names}
 

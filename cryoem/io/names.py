@@ -56,7 +56,7 @@ def open_images(path: Path, names: Iterable[object]) -> ImageStack:
                     "it, or in the working directory"
                 )
             index[stack] = len(layouts)
-            layouts.append(stacks.layout(found))
+            layouts.append(stacks.layout_of_images(found))
         layout = layouts[index[stack]]
         held, *edges = layout.shape
         if not (re.fullmatch("[0-9]{1,9}", digits) if digits else held == 1):
@@ -101,7 +101,9 @@ def names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.n
         if (file, stack) not in renamed:
             there, here = layout.path.absolute(), find_stack(stack, folders)
             same = here is not None and here.samefile(there)
-            renamed[file, stack] = stack if same else os.path.relpath(there, folders[0])
+            # A way up leads from where the folder is, whatever links lead there.
+            way = os.path.relpath(there.parent.resolve() / there.name, folders[0].resolve())
+            renamed[file, stack] = stack if same else way
         numbered = digits or layout.shape[0] > 1 or "@" in renamed[file, stack]
         if numbered and int(digits or 0) != section + 1:
             digits = f"{section + 1:06d}"

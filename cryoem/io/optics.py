@@ -13,9 +13,10 @@ import numpy as np
 from ..errors import InputError
 from ..imaging import CtfParameters
 from ..particles import ParticleStack
+from ..rotations import RELION_ANGLES
 from .aberrations import EVEN, UNDONE, even_zernike
 from .stacks import ImageStack
-from .star import ORIGINS, Table, length, numbers, numbers_of
+from .star import OPTICS, ORIGINS, Table, length, numbers, numbers_of
 
 __all__ = [
     "CTF",
@@ -74,6 +75,14 @@ UNUSED: dict[str, float | tuple[float, ...]] = {
 }
 #: Columns that a particle may have of its own, beside its optics group's.
 OWN = (*CTF, *DONE.values(), *UNDONE, EVEN, "cryoemSign")
+#: All columns that are used, by their names in small letters.
+USED = {
+    name.lower(): name
+    for name in (
+        *OWN, *ORIGINS, *OPTICS, *RELION_ANGLES, "rlnOriginX", "rlnOriginY", "rlnImageName",
+        "rlnImageSize", "rlnOpticsGroup", "rlnRandomSubset", "cryoemContrast",
+    )
+}  # fmt: skip
 #: Defocus in U and V that differs no further is round, angstrom.
 ROUND = 1.0
 #: Names by which other programs may say what was done to the images.
@@ -334,7 +343,9 @@ def note_unused(path: Path, optics: Table, table: Table) -> None:
     found = []
     for told in (optics, table):
         for name, column in told.items():
-            usual = UNUSED.get(name)
+            usual, known = UNUSED.get(name), USED.get(name.lower(), name)
+            if known != name:
+                found.append(f"{name} ({known} is)")
             if name in DONE.values() or (name == "alignments2D/shift" and ORIGINS[0] in table):
                 continue
             if usual is None and TOLD_OTHERWISE.search(name):

@@ -51,6 +51,8 @@ HALF_SET, CONTRAST, EXPECTED = "rlnRandomSubset", "cryoemContrast", "cryoemExpec
 SIGN = "cryoemSign"
 
 SIZE = "rlnImageSize"
+#: A half that is smaller than this share of the other is said.
+UNEVEN = 0.2
 
 #: Fields of a stack, and the columns without which a file does not tell them.
 NEEDED = {
@@ -171,6 +173,13 @@ def _half_set(path: Path, table: Table) -> np.ndarray | None:
         raise InputError(
             f"{path}: row {np.argmax(bad) + 1}, column {HALF_SET}: got "
             f"{table[HALF_SET][np.argmax(bad)]!s}, wanted 1 or 2"
+        )
+    counts = np.bincount(np.zeros(0, int) if half_set is None else half_set.astype(int))[1:]
+    if len(counts) == 2 and 0 < min(counts) < UNEVEN * max(counts):
+        warnings.warn(
+            f"{path}: column {HALF_SET}: {counts[0]:,} particles are in half 1, {counts[1]:,} in "
+            "half 2: their maps are hardly to be compared",
+            stacklevel=3,
         )
     return half_set
 

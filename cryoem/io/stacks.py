@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "Layout",
     "NoImages",
     "layout",
+    "layout_of_images",
     "open_array",
     "open_stack",
     "told_apart",
@@ -47,6 +48,8 @@ class Layout:
         Bytes before the values.
     pixel_size_angstrom : float
         As the header has it; 0 where it says nothing of use.
+    axes : (int, int, int)
+        Which of x, y, z (1, 2, 3) columns, rows and sections are, as the header has it.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Layout:
     dtype: np.dtype
     offset: int
     pixel_size_angstrom: float = 0.0
+    axes: tuple[int, int, int] = (1, 2, 3)
 
     def mapped(self) -> np.ndarray:
         """Map the values into memory, read-only: a (nz, ny, nx) array."""
@@ -86,6 +90,17 @@ def layout(path: PathLike) -> Layout:
     return fitting(raw, length, path)
 
 
+def layout_of_images(path: PathLike) -> Layout:
+    """Read the header of an MRC stack: of images whose rows are rows, one behind the other."""
+    found = layout(path)
+    if sorted(found.axes) == [1, 2, 3] and found.axes != (1, 2, 3):
+        raise InputError(
+            f"{path}: columns, rows and sections are axes {found.axes} by its header; wanted "
+            "images, (1, 2, 3)"
+        )
+    return found
+
+
 def fitting(raw: bytes, length: int, path: Path) -> Layout:
     """Return the layout that the header ``raw`` of a file of ``length`` bytes describes."""
     from mrcfile.dtypes import HEADER_DTYPE
@@ -103,6 +118,8 @@ def fitting(raw: bytes, length: int, path: Path) -> Layout:
         except ValueError:
             failures.append((False, f"mode {mode}, wanted 0, 1, 2, 6 or 12"))
             continue
+        if dtype == np.int8 and unsigned(header):
+            dtype = np.dtype(np.uint8)
         wanted = len(raw) + extended + nz * ny * nx * dtype.itemsize
         if dtype.kind == "c":
             what = "a transform (mode 4), wanted real values"
@@ -119,11 +136,21 @@ def fitting(raw: bytes, length: int, path: Path) -> Layout:
             cell, intervals = float(header["cella"]["x"]), int(header["mx"])
             known = np.isfinite(cell) and cell > 0 and intervals > 0
             pixel = float(f"{cell / intervals:.6g}") if known else 0.0
-            return Layout(path, (nz, ny, nx), dtype, len(raw) + extended, pixel)
+            column, row, section = (int(header[name]) for name in ("mapc", "mapr", "maps"))
+            return Layout(
+                path, (nz, ny, nx), dtype, len(raw) + extended, pixel, (column, row, section)
+            )
         failures.append((True, what))
     # The byte order is the one in which the mode makes sense.
     _, what = max(failures, key=lambda failure: failure[0])
     raise InputError(f"{path}: not a whole MRC file: the header says {what}")
+
+
+def unsigned(header: Any) -> bool:
+    """Whether bytes (mode 0) are 0 to 255: IMOD wrote them, and does not flag them as signed."""
+    of_imod = header["extra2"].tobytes()[40:48]  # imodStamp, imodFlags
+    lowest = {b"IMOD": 4, b"DOMI": 7}.get(of_imod[:4])  # the byte order is the stamp's
+    return lowest is not None and not of_imod[lowest] & 1
 
 
 def open_array(path: PathLike) -> ImageStack:
@@ -144,7 +171,7 @@ def open_array(path: PathLike) -> ImageStack:
 
 def open_stack(path: PathLike) -> ImageStack:
     """Open the images of an MRC stack, without reading them."""
-    at = layout(path)
+    at = layout_of_images(path)
     n, height, width = at.shape
     if height != width:
         raise InputError(f"{path}: wanted square images, got {width} x {height} pixels")
@@ -231,6 +258,8 @@ class ImageStack:
         self.aberration = np.full(len(self.file), -1, np.int32)
         if aberration is not None:
             self.aberration[:] = aberration
+        #: Alike where images are the same picture, (n,) int array; None: nobody has looked.
+        self.picture: np.ndarray | None = None
         #: (n, size, size)
         self.shape = (len(self.file), *self.layouts[0].shape[1:])
 
@@ -253,6 +282,7 @@ class ImageStack:
         some.file, some.section, some.row = self.file[rows], self.section[rows], self.row[rows]
         some.sign = None if self.sign is None else self.sign[rows]
         some.aberration = self.aberration[rows]
+        some.picture = None if self.picture is None else self.picture[rows]
         some.shape = (len(some.file), *self.shape[1:])
         return some
 
@@ -269,6 +299,12 @@ class ImageStack:
         other = copy.copy(self)
         other.aberrations = tuple(aberrations)
         other.aberration = np.asarray(aberration, np.int32)
+        return other
+
+    def with_pictures(self, picture: ArrayLike) -> ImageStack:
+        """The same images, of which it is known which are the same picture."""
+        other = copy.copy(self)
+        other.picture = np.asarray(picture)
         return other
 
     def flattened(self) -> ImageStack:
@@ -338,6 +374,8 @@ def _rebuilt(arguments: tuple[Any, ...], options: dict[str, Any]) -> ImageStack:
 def told_apart(images: Any) -> Iterator[np.ndarray]:
     """What tells images from others, part by part: they themselves; of large files, some of each.
 
+    And what is done to each of them as it is read.
+
     Of files beyond that, sizes, which of their sections are which images, and the first, the
     middle and the last image that is used of each. Nothing where images are of another kind.
     """
@@ -349,6 +387,12 @@ def told_apart(images: Any) -> Iterator[np.ndarray]:
     yield np.array([images.layouts[i].path.stat().st_size for i in used])
     yield file
     yield images.section
+    if images.sign is not None:
+        yield images.sign
+    if images.aberrations:
+        yield images.aberration
+        for aberration in images.aberrations:
+            yield from (np.asarray(getattr(aberration, f.name)) for f in fields(aberration))
     whole = 4 * math.prod(images.shape) <= WHOLE
     order = np.argsort(file, kind="stable")
     parts = np.split(images.section[order], np.flatnonzero(np.diff(file[order])) + 1)

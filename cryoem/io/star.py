@@ -63,6 +63,11 @@ BOUNDS = {
     "rlnDetectorPixelSize": (1e-6, 1e3),
     "rlnMagnification": (1.0, 1e8),
     "rlnCtfScalefactor": (1e-6, 1e6),
+    "rlnCtfBfactor": (-1e3, 1e4),
+    "rlnPhaseShift": (-3600.0, 3600.0),
+    **dict.fromkeys(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), (-3600.0, 3600.0)),
+    **dict.fromkeys(("rlnOriginX", "rlnOriginY", *ORIGINS), (-1e5, 1e5)),
+    "cryoemContrast": (0.0, 1e6),
 }
 
 
@@ -71,7 +76,9 @@ def length(table: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(table.values()))) if table else 0
 
 
-def numbers(path: Path, table: Mapping[str, np.ndarray], name: str, block: str = "") -> np.ndarray:
+def numbers(
+    path: Path, table: Mapping[str, np.ndarray], name: str, block: str = "", called: str = ""
+) -> np.ndarray:
     """A column as an (n,) float64 array, finite and within its bounds.
 
     Raises
@@ -81,17 +88,18 @@ def numbers(path: Path, table: Mapping[str, np.ndarray], name: str, block: str =
     """
     low, high = BOUNDS.get(name, (-np.inf, np.inf))
     column = table[name]
-    values = np.full(len(column), np.nan)
-    try:
-        values[:] = column
-        bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
-    except (ValueError, TypeError):
-        bad = np.array([not _is_number(value) for value in column])
+    if column.dtype.kind in "iuf":
+        values = column.astype(np.float64)
+    else:
+        told = map(str, column)
+        values = np.array([float(text) if _NUMBER.fullmatch(text) else np.nan for text in told])
+    bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
     if bad.any():
         row = int(np.argmax(bad))
+        got = f"{column[row]:.9g}" if column.dtype.kind == "f" else column[row]
         raise InputError(
-            f"{path}: {block}row {row + 1}, column {name}: got {column[row]!s}, wanted a number"
-            + (f" between {low:g} and {high:g}" if np.isfinite(low) else "")
+            f"{path}: {block}row {row + 1}, {called or f'column {name}'}: got {got}, "
+            "wanted a number" + (f" between {low:g} and {high:g}" if np.isfinite(low) else "")
         )
     return values
 
@@ -108,11 +116,8 @@ def numbers_of(
     return numbers(path, optics, name, "data_optics: ")[group] if name in optics else None
 
 
-def _is_number(value: object) -> bool:
-    try:
-        return bool(np.isfinite(float(str(value))))
-    except ValueError:
-        return False
+#: Numbers as other programs write them; Python would take 1_0 for one, too.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 # --------------------------------------------------------------------------------------
@@ -228,6 +233,9 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
                 groups = numbers(path, particles, "rlnOpticsGroup")
                 whole = groups.astype(np.int64)
                 particles["rlnOpticsGroup"] = whole if (whole == groups).all() else groups
+            for name in ("rlnImagePixelSize", *OPTICS[:3] * ("rlnDefocusU" in particles)):
+                if name in particles:
+                    numbers(path, particles, name)  # by its row, while it has one
             optics, particles = split_optics(particles)
         else:
             optics = _table(f"{path}: data_optics: ", blocks.pop("optics"))
@@ -235,7 +243,10 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
                 raise InputError(f"{path}: data_optics is empty")
         return optics, particles, tuple(map(_as_it_stands, blocks.values()))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a readable STAR file ({error})") from error
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        at, bad = next((i, x) for i, x in lines if x != x.decode(errors="ignore").encode())
+        told = bad.decode(errors="replace")[:40]
+        raise InputError(f"{path}: line {at}: not UTF-8: {told!r}") from error
 
 
 _IMAGE_NAME = re.compile(rb"\s*_rlnImageName(\s|$)")
@@ -292,6 +303,8 @@ def _table(where: str, lines: Sequence[bytes]) -> Table:
                 f"{lines[at - 1][:40].decode(errors='replace')!r}"
             )
         names = [label[1:].decode() for label in labels]
+        if "" in names:
+            raise InputError(f"{where}a column has no name: got '_'")
         if twice := [n for i, n in enumerate(names) if n in names[:i] or n in columns]:
             raise InputError(f"{where}two columns {twice[0]}")
         columns |= {name: found[label] for name, label in zip(names, labels, strict=True)}

@@ -190,6 +190,7 @@ class WorkFolder:
     def keep(self, known: FramedLandmarks) -> None:
         """Keep landmarks and the settings that they stand for; nothing is done against them."""
         marks = known.landmarks
+        self._refuse_others()
         for path in (self._done, self._particles):
             path.unlink(missing_ok=True)
         self.done = []
@@ -202,6 +203,18 @@ class WorkFolder:
         }
         arrays = {name: getattr(marks, name) for name in _LANDMARK_ARRAYS}
         files.write_npz(self._landmarks, state, arrays)
+
+    def _refuse_others(self) -> None:
+        """Refuse to write onto files of the same names that are not a run's."""
+        theirs = self._done if self._done.exists() and not self._particles.exists() else None
+        if self._particles.exists():
+            try:
+                ours = "features" in (self.rows().dtype.names or ())
+            except (EOFError, ValueError):
+                ours = False
+            theirs = None if ours else self._particles
+        if theirs is not None:
+            raise InputError(f"{theirs}: not what a run keeps there; wanted another folder")
 
     def missing(self, n: int, chunk: int) -> Iterator[tuple[int, int]]:
         """Chunks (start, stop) of what is not done when the run begins."""

@@ -9,6 +9,7 @@ takes damped Gauss-Newton steps (Levenberg-Marquardt) with analytic derivatives
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -27,7 +28,7 @@ from .search import Plan, Search, Stage, distinct_first, plan
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["RefinedStack", "refine"]
+__all__ = ["RefinedStack", "noise_of", "refine"]
 
 #: No particle's contrast falls below this share of the median; at zero an image says nothing.
 LEAST_CONTRAST = 0.1
@@ -387,3 +388,15 @@ def _judged(
         noise_variance=noise,
         resolution_angstrom=resolution_angstrom,
     )
+
+
+def noise_of(parts: Sequence[RefinedStack]) -> Noise:
+    """The noise of each optics group, by each part as many of its images are in it."""
+    known = [part.noise for part in parts if part.noise is not None]
+    groups = max(*(len(n.power) for n in known), *(part.optics_groups for part in parts))
+    power, count = np.zeros(1), np.zeros((groups, 1))
+    for part, noise in zip(parts, known, strict=True):
+        mine = np.bincount(part.optics_group, minlength=groups)[:, None] + 1e-9  # of none: the mean
+        power = power + mine * noise.for_groups(groups).power
+        count += mine
+    return Noise(power / count)

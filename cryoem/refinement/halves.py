@@ -6,6 +6,7 @@ as the two maps agree: noise then builds no structure.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -18,11 +19,10 @@ from .. import maps, reconstruction, rotations
 from ..density import Density
 from ..errors import InputError
 from ..io.files import PathLike
-from ..noise import Noise
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .elsewhere import asked, found_again
-from .fit import DEFAULT, RefinedStack, refine
+from .fit import DEFAULT, RefinedStack, noise_of, refine
 from .kept import Kept, Rounds, rescaled
 from .search import Search
 
@@ -39,8 +39,9 @@ FEWEST, MOST, SETTLED = 5, 15, 0.1
 #: Of twice so many particles and more, so many at random settle first, and all begin with their
 #: maps; all are then refined in so many rounds at least.
 PART, LAST = 10_000, 2
-#: Share of the particles, found elsewhere, of which maps are made anew.
-ASTRAY = 0.01
+#: Share of the particles, found elsewhere, of which maps are made anew; and up to which a map is to
+#: be believed: more than half of those of noise lie elsewhere by the other half's map.
+ASTRAY, BELIEVED = 0.01, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,8 @@ class HalvesRefinement:
         beyond ``joined_angstrom``: there is then nothing to judge by.
     chance_correlation : float
         The same with every image at another one's orientation.
+    astray_fraction : float
+        Share of the particles that were likelier elsewhere by the map of the other half.
     resolutions_angstrom : tuple of float
         To which each round of all particles refined.
     joined_angstrom : float
@@ -81,8 +84,14 @@ class HalvesRefinement:
     density: Density
     held_out_correlation: float
     chance_correlation: float
+    astray_fraction: float
     resolutions_angstrom: tuple[float, ...]
     joined_angstrom: float
+
+    @property
+    def believable(self) -> bool:
+        """Whether half of the particles lie where the other half's map has them, too."""
+        return self.astray_fraction <= BELIEVED
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +182,11 @@ def refine_halves(
     last = maps_of(now)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     if not so_far.sought:
-        found, _ = again(now, given, last.references[::-1], last.snug, used[-1])
-        so_far = replace(so_far, now=found, ended=True, sought=True)
+        found, astray = again(now, given, last.references[::-1], last.snug, used[-1])
+        so_far = replace(so_far, now=found, ended=True, sought=True, astray=astray)
         kept.write(so_far)
     everyone = _against_all(so_far.now, last, used[-1], search, scheduler)
-    return _ended(everyone, separate, last, held_out, used[1:], joined_angstrom)
+    return _ended(everyone, separate, last, held_out, so_far, joined_angstrom)
 
 
 def _check(stack: ParticleStack, rounds: int | None, work: PathLike | None, seed: Seed) -> None:
@@ -266,12 +275,9 @@ def _against_all(
     """Refine all against the map of all: so far as the halves say that it can be believed."""
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     return refine(
-        stack,
-        whole,
-        resolution_angstrom=resolution_angstrom,
-        search=search.near,
+        stack, whole, resolution_angstrom=resolution_angstrom, search=search.near,
         scheduler=scheduler,
-    )
+    )  # fmt: skip
 
 
 def _ended(
@@ -279,11 +285,11 @@ def _ended(
     separate: RefinedStack,
     last: _Round,
     held_out: tuple[float, float],
-    used: tuple[float, ...],
+    so_far: Rounds,
     joined_angstrom: float,
 ) -> HalvesRefinement:
-    """What the last round ends with."""
-    return HalvesRefinement(
+    """What the last round ends with; said where it is not to be believed."""
+    ended = HalvesRefinement(
         particles=particles,
         separate=separate,
         half_maps=last.pair,
@@ -292,9 +298,17 @@ def _ended(
         density=believed(last.pair, last.fsc),
         held_out_correlation=held_out[0],
         chance_correlation=held_out[1],
-        resolutions_angstrom=used,
+        astray_fraction=so_far.astray,
+        resolutions_angstrom=so_far.used[1:],
         joined_angstrom=joined_angstrom,
     )
+    if not ended.believable:
+        warnings.warn(
+            f"{so_far.astray:.0%} of the particles are likelier elsewhere by the map of the other "
+            "half: the map is not to be believed",
+            stacklevel=3,
+        )
+    return ended
 
 
 def _round(
@@ -399,20 +413,8 @@ def refine_each_half(
             found[f.name] = float(np.mean(values))
         elif "rows" in f.metadata and isinstance(values[0], np.ndarray) and f.name != "images":
             found[f.name] = np.concatenate(values)[order]
-    found["noise"] = _of_both(parts)
+    found["noise"] = noise_of(parts)
     return stack.extended(RefinedStack, **found)
-
-
-def _of_both(parts: Sequence[RefinedStack]) -> Noise:
-    """The noise of each optics group, by either half as many of its images are in it."""
-    known = [part.noise for part in parts if part.noise is not None]
-    groups = max(*(len(n.power) for n in known), *(part.optics_groups for part in parts))
-    power, count = np.zeros(1), np.zeros((groups, 1))
-    for part, noise in zip(parts, known, strict=True):
-        mine = np.bincount(part.optics_group, minlength=groups)[:, None] + 1e-9  # of none: the mean
-        power = power + mine * noise.for_groups(groups).power
-        count += mine
-    return Noise(power / count)
 
 
 def _held_out(
@@ -439,11 +441,7 @@ def _held_out(
     judge = Search(starts=1, steps=0)
     held_out, chance = (
         refine_each_half(
-            at,
-            others,
-            resolution_angstrom=resolution_angstrom,
-            search=judge,
-            scheduler=scheduler,
+            at, others, resolution_angstrom=resolution_angstrom, search=judge, scheduler=scheduler
         )
         for at in (stack, exchanged)
     )

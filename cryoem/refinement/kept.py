@@ -48,6 +48,8 @@ class Rounds:
         Orientations have settled, or there were as many rounds as were told.
     sought : bool
         Particles that lay astray have been sought a last time, by the map of the other half.
+    astray : float
+        Share of them that were found then.
     """
 
     separate: RefinedStack | None
@@ -55,6 +57,7 @@ class Rounds:
     used: tuple[float, ...]
     ended: bool = False
     sought: bool = False
+    astray: float = 0.0
 
     @property
     def count(self) -> int:
@@ -123,11 +126,12 @@ class Kept:
             )
             used = tuple(map(float, state["used"]))
             ended, sought = bool(state["ended"]), bool(state.get("sought", False))
+            astray = float(state.get("astray", 0.0))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.path}: not rounds of a refinement ({error})") from error
         files.same_run(self.path.parent, before, self.settings)
         now = rescaled(separate).with_poses(arrays["next"][:, :4], arrays["next"][:, 4:])
-        return Rounds(separate, now, used, ended, sought)
+        return Rounds(separate, now, used, ended, sought, astray)
 
     def write(self, rounds: Rounds) -> None:
         """Keep what the rounds have come to."""
@@ -140,6 +144,7 @@ class Kept:
             "used": rounds.used,
             "ended": rounds.ended,
             "sought": rounds.sought,
+            "astray": rounds.astray,
             **{name: getattr(separate, name) for name in _NUMBERS},
         }
         arrays = {name: getattr(separate, name) for name in _ROWS}

@@ -31,6 +31,8 @@ __all__ = ["ReferenceRefinement", "check_reference", "in_frame_of", "refine_agai
 #: The correlation, at 30 A, from which a map and a reference may lie alike, and from which they do;
 #: and what share of the unlikeness goes, or how much likeness comes, where a turn makes them.
 ALIKE, SURELY, LEFT, BETTER = 0.6, 0.95, 0.5, 0.2
+#: Single precision holds what references of these values make of images.
+SCALES = 1e-6, 1e10
 #: Voxels that differ from the images' pixels by no more than this share are as large.
 SAME_SIZE = 0.01
 #: Solvent that is farther off zero than this share of a reference's peak is said to be.
@@ -72,6 +74,11 @@ class ReferenceRefinement:
     test: maps.ReferenceBias
     fsc: maps.HalfMapFsc
     density: Density | None
+
+    @property
+    def believable(self) -> bool:
+        """Whether there is a map."""
+        return self.density is not None
 
 
 def refine_against(
@@ -179,6 +186,12 @@ def check_reference(
     """
     if not np.ptp(reference.values) > 0:
         raise InputError("the reference is the same everywhere: no particle is to be seen in it")
+    peak = float(np.abs(reference.values).max())
+    if not SCALES[0] < peak < SCALES[1]:
+        raise InputError(
+            f"the reference's values reach {peak:.2g}; wanted between {SCALES[0]:g} and "
+            f"{SCALES[1]:g}, so that it can be computed with: scale it"
+        )
     level = reference.solvent_level
     if abs(level) > LEVEL * abs(reference.values - level).max():
         warnings.warn(
