@@ -31,6 +31,7 @@ __all__ = ["app"]
 VOXELS, FARTHEST = (0.1, 100.0), 1e5
 #: Why an option is refused.
 OF_MAP = "is told of a map, and none is given"
+POSITIVE = "a positive number of angstrom"
 #: Pixels of images that are looked at together.
 AT_ONCE = 1 << 22
 #: How many rows, or files, a message lists.
@@ -102,8 +103,8 @@ def between(
 
     def checked(value: float | None) -> float | None:
         if value is not None and not low <= value <= high:
-            told = wanted or f"{low:g} to {high:g} angstrom"
-            raise InputError(f"{name}: wanted {told}, got {value:g}")
+            told = f"{low:g} to {high:g} angstrom" if value > 0 or low == 0 else POSITIVE
+            raise InputError(f"{name}: wanted {wanted or told}, got {value:g}")
         return value
 
     return checked
@@ -111,7 +112,7 @@ def between(
 
 def positive(name: str) -> Callable[[float | None], float | None]:
     """A check of an option in angstrom."""
-    return between(name, 1e-300, sys.float_info.max, "a positive number of angstrom")
+    return between(name, 1e-300, sys.float_info.max, POSITIVE)
 
 
 def _not_negative(seed: int) -> int:
