@@ -87,6 +87,7 @@ def particles_in(stack: ParticleStack) -> Int[np.ndarray, " n"]:
         stack.columns,
         len(stack),
         image=_opened(stack.images),
+        picture=getattr(stack.images, "picture", None),
         moved_px=stack.shifts_px * (stack.pixel_size_angstrom / pixel)[:, None],
         near_px=max(NEAR_PX, NEAR_ANGSTROM / float(pixel.max())),
     )
@@ -109,6 +110,7 @@ def particles_of(
     n: int,
     *,
     image: Int[np.ndarray, " n"] | None = None,
+    picture: Int[np.ndarray, " n"] | None = None,
     moved_px: np.ndarray | float = 0.0,
     near_px: float = NEAR_PX,
 ) -> Int[np.ndarray, " n"]:
@@ -124,6 +126,8 @@ def particles_of(
     image : (n,) int array, optional
         Alike where rows are of one image of one opened file, whatever its names; by default names
         are compared.
+    picture : (n,) int array, optional
+        Alike where images are, pixel by pixel.
     moved_px : (n, 2) array, optional
         Where each particle lies from its coordinates, pixels of the micrograph.
     near_px : float
@@ -132,8 +136,7 @@ def particles_of(
     edges = []
     if image is None and "rlnImageName" in columns:
         image = _images(columns["rlnImageName"])
-    if image is not None:
-        edges.append(_alike(image))
+    edges += [_alike(numbers) for numbers in (image, picture) if numbers is not None]
     for name, alike in (("rlnImageOriginalName", _images), ("uid", _numbered)):
         if name in columns:
             known = np.flatnonzero(~np.isin(columns[name].astype(str), NOTHING))
@@ -183,14 +186,9 @@ def _numbered(values: np.ndarray) -> np.ndarray:
 
 
 def _opened(images: Any) -> np.ndarray | None:
-    """Numbers of the images of opened files, alike whatever links and folders name them by.
-
-    And, where all were looked at, whatever copies of them there are.
-    """
+    """Numbers of the images of opened files, alike whatever links and folders name them by."""
     if not hasattr(images, "layouts"):
         return None
-    if images.picture is not None:
-        return np.asarray(images.picture)
     places = [
         (status.st_dev, status.st_ino) for status in (os.stat(at.path) for at in images.layouts)
     ]

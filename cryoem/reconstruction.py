@@ -74,7 +74,7 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 12, and 50 where there is no noise to be seen.
+        Of conjugate gradients, at most; by default 12; 50 of images without noise or premultiplied.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.

@@ -1100,9 +1100,14 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
     with monkeypatch.context() as patch:  # so is the map's
         patch.setattr(solving, "find_maps", lambda some, initial, *_: again.append(initial) or [])
         (out / "initial.star").rename(out / "moved.star")
-        run(*solve, code=3)
+        assert "network.npz beside it was made of it" in run(*solve, code=1).output
+        for name in ("network.npz", "oriented.star"):
+            (out / name).rename(out / f"moved_{name}")
+        run(*solve, code=3)  # no map, by what stands in for the step
         assert again[-1] == out / "initial.star"
         (out / "moved.star").rename(out / "initial.star")
+        for name in ("network.npz", "oriented.star"):
+            (out / f"moved_{name}").rename(out / name)
     with monkeypatch.context() as patch:  # what it began from was made anew
         again = []
         patch.setattr(solving, "refine_particles", lambda start, *_, **__: again.append(start))
@@ -1117,6 +1122,20 @@ def test_the_images_alone_give_a_map_and_a_network_that_places_the_others(
         (["--classes", "2"], "no --classes beside it"),
     ):
         assert told in run(*solve, *more, code=1).output
+
+
+def test_noise_ends_in_no_map_of_its_own(tmp_path, narrow):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((120, 32, 32), np.float32)
+    write_particles(
+        tmp_path / "n.star", ParticleStack(noise, 7.0, quaternions=rotations.uniform(120, 1))
+    )
+    (tmp_path / "r.mrc").write_text("of an earlier run")
+    done = run("refine", tmp_path / "n.star", "-o", tmp_path / "r.star", "--rounds", 2, code=3)
+    assert "no map: see the note" in done.stdout and "of the other half" in done.stderr
+    assert (tmp_path / "r.star").exists() and not (tmp_path / "r.mrc").exists()
+    assert "No map: " in (tmp_path / "r.html").read_text()
+    assert (tmp_path / "r.mrc.earlier").exists() and not (tmp_path / "r.work").exists()
 
 
 def test_what_solve_goes_on_from_knows_what_the_images_are(folder, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from .mapping import map_files, put_aside, write_halves
+from .mapping import NO_MAP, map_files, put_aside, write_halves
 from .options import (
     FARTHEST,
     Invert,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from ..density import Density
     from ..particles import ParticleStack
 
-#: Exit code where the images do not agree on any map.
-NO_MAP = 3
 
 WantedSymmetry = Annotated[
     str | None,

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ..particles import ParticleStack
     from ..refinement import HalvesRefinement, ReferenceRefinement
 
+#: Exit code where the images do not agree on any map.
+NO_MAP = 3
 #: Angstrom to which a reference is used.
 COARSE = 15.0
 
@@ -133,7 +135,7 @@ def put_aside(paths: Iterable[Path]) -> None:
     if there:
         warnings.warn(
             f"{', '.join(map(str, there))}: of an earlier run; this one found no map, and they "
-            "have .earlier behind their names now",
+            "have .earlier behind their names now (.earlier.2 and so on, where there is one)",
             stacklevel=2,
         )
 
@@ -190,7 +192,8 @@ def refine_particles(
     (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
     where the images do not agree beyond it, there is a warning and no map.
 
-    Without a reference, interrupted and called again, it goes on after the rounds that are done:
+    Without one there is no map, and the exit code is 3, where the halves do not agree.
+    Interrupted and called again, it goes on after the rounds that are done:
     they are kept in OUTPUT with .work until the end.
     """
     from .. import report
@@ -237,7 +240,7 @@ def refine_particles(
         + (f"{map_path}" if found.believable else "no map: see the note")
     )
     if reference is None:
-        _over(work)
+        _over(work, found.believable)
 
 
 def _against(
@@ -278,14 +281,16 @@ def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed
     write_density(output, found.density)
 
 
-def _over(work: Path) -> None:
-    """Remove what an interrupted run would have gone on from."""
+def _over(work: Path, believable: bool) -> None:
+    """Remove what an interrupted run would have gone on from; end with 3 where there is no map."""
     from ..refinement.kept import FILES
 
     for name in FILES:
         (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or it holds something else
         work.rmdir()
+    if not believable:
+        raise typer.Exit(NO_MAP)
 
 
 def _held_out(found: HalvesRefinement) -> str:

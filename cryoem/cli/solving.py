@@ -20,7 +20,6 @@ from ..errors import InputError
 from ..half_sets import unshared
 from ..version import __version__
 from .initial import (
-    NO_MAP,
     ClassesWanted,
     Diameter,
     Found,
@@ -32,7 +31,7 @@ from .initial import (
     WantedSymmetry,
     find_maps,
 )
-from .mapping import beside, map_files, refine_particles
+from .mapping import NO_MAP, beside, map_files, refine_particles
 from .options import (
     Invert,
     MapVoxelSize,
@@ -216,21 +215,29 @@ def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> Non
     refined, note = plan.at("refined.star"), plan.at("solve.json")
     before = json.loads(note.read_text(encoding="utf-8"))
     asked = {"start_sha256": files.sha256(start), "rounds": rounds}
-    done = before.get("refined")
+    done = before.pop("refined", None)
     if isinstance(done, dict) and refined.exists():
-        if done.get("sha256") != files.sha256(refined):
+        if done["sha256"] != files.sha256(refined):
             raise InputError(
                 f"{refined}: is not what solve wrote there; wanted it elsewhere, or another folder"
             )
-        same = done == {**asked, "sha256": done["sha256"]}
-        if same and all(path.exists() for path in beside(refined)):
+        there = all(plan.at(name).exists() for name in done["beside"])
+        if there and {name: done[name] for name in asked} == asked:
             say(plan.quiet, f"{refined}: is there already")
-            return
-    refine_particles(
-        start, refined, rounds=rounds, symmetry=symmetry, invert=False,
-        scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
-    )  # fmt: skip
-    _remember(note, {**before, "refined": {**asked, "sha256": files.sha256(refined)}})
+            raise typer.Exit(done["code"])
+    _remember(note, before)  # it is written anew from here on
+    code = 0
+    try:
+        refine_particles(
+            start, refined, rounds=rounds, symmetry=symmetry, invert=False,
+            scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
+        )  # fmt: skip
+    except typer.Exit as ended:  # there is no map
+        code = ended.exit_code
+    done = {**asked, "sha256": files.sha256(refined), "code": code}
+    done["beside"] = [path.name for path in beside(refined) if path.exists()]
+    _remember(note, {**before, "refined": done})
+    raise typer.Exit(code)
 
 
 def _placed(
@@ -276,7 +283,7 @@ def _placed(
 def _state(particles_file: Path, reference: str | None, stack: ParticleStack) -> list[list[str]]:
     """Which files are read, and what is in them."""
     from ..io import files
-    from ..io.stacks import told_apart
+    from ..io.stacks import ImageStack, told_apart, told_whole
 
     known = [Path(reference)] if reference and os.path.exists(reference) else []
     if stack.origin is not None:  # not images alone
@@ -284,8 +291,12 @@ def _state(particles_file: Path, reference: str | None, stack: ParticleStack) ->
     if particles_file.suffix == ".cs":  # it is read with these
         known += particles_file.parent.glob("*passthrough*.cs")
     paths = sorted({os.path.realpath(path) for path in known})
-    images = ["images", files.sha256_of(told_apart(stack.images))]
-    return [*([path, files.sha256(path)] for path in paths), images]
+    found = [[path, files.sha256(path)] for path in paths]
+    found.append(["images", files.sha256_of(told_apart(stack.images))])
+    if isinstance(stack.images, ImageStack) and not told_whole(stack.images):
+        stacks = sorted({os.path.realpath(layout.path) for layout in stack.images.layouts})
+        found += [[path, str(os.stat(path).st_mtime_ns)] for path in stacks]
+    return found
 
 
 def _known(note: Path, told: Mapping[str, object]) -> Found | None:
@@ -303,7 +314,15 @@ def _known(note: Path, told: Mapping[str, object]) -> Found | None:
             f"{note.parent}: holds the results of another run ({', '.join(differing)} differ); "
             "wanted another folder"
         )
-    return found if (note.parent / found.file).exists() else None  # or it was taken away
+    if (note.parent / found.file).exists():
+        return found
+    made = [name for name in ("network.npz", "oriented.star") if (note.parent / name).exists()]
+    if told["learn"] and made:
+        raise InputError(
+            f"{note.parent / found.file}: was taken away, and {made[0]} beside it was made of it; "
+            "wanted it back, or another folder"
+        )
+    return None  # it is made again
 
 
 def _remember(note: Path, told: Mapping[str, object]) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "open_array",
     "open_stack",
     "told_apart",
+    "told_whole",
 ]
 
 
@@ -371,6 +372,11 @@ def _rebuilt(arguments: tuple[Any, ...], options: dict[str, Any]) -> ImageStack:
     return ImageStack(*arguments, **options)
 
 
+def told_whole(images: ImageStack) -> bool:
+    """Whether all images are looked at to tell them from others."""
+    return 4 * math.prod(images.shape) <= WHOLE
+
+
 def told_apart(images: Any) -> Iterator[np.ndarray]:
     """What tells images from others, part by part: they themselves; of large files, some of each.
 
@@ -393,7 +399,7 @@ def told_apart(images: Any) -> Iterator[np.ndarray]:
         yield images.aberration
         for aberration in images.aberrations:
             yield from (np.asarray(getattr(aberration, f.name)) for f in fields(aberration))
-    whole = 4 * math.prod(images.shape) <= WHOLE
+    whole = told_whole(images)
     order = np.argsort(file, kind="stable")
     parts = np.split(images.section[order], np.flatnonzero(np.diff(file[order])) + 1)
     for i, part in zip(used, parts, strict=True):

@@ -91,7 +91,7 @@ def numbers(
     if column.dtype.kind in "iuf":
         values = column.astype(np.float64)
     else:
-        told = map(str, column)
+        told = (str(value).strip() for value in column)
         values = np.array([float(text) if _NUMBER.fullmatch(text) else np.nan for text in told])
     bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
     if bad.any():
@@ -244,7 +244,8 @@ def read_relion(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
         return optics, particles, tuple(map(_as_it_stands, blocks.values()))
     except UnicodeDecodeError as error:
         lines = enumerate(path.read_bytes().splitlines(), 1)
-        at, bad = next((i, x) for i, x in lines if x != x.decode(errors="ignore").encode())
+        bad_ones = [(i, x) for i, x in lines if x != x.decode(errors="ignore").encode()]
+        at, bad = min(bad_ones, key=lambda one: one[1].lstrip().startswith(b"#"))
         told = bad.decode(errors="replace")[:40]
         raise InputError(f"{path}: line {at}: not UTF-8: {told!r}") from error
 

@@ -210,7 +210,7 @@ class WorkFolder:
         if self._particles.exists():
             try:
                 ours = "features" in (self.rows().dtype.names or ())
-            except (EOFError, ValueError):
+            except (AttributeError, EOFError, OSError, ValueError):
                 ours = False
             theirs = None if ours else self._particles
         if theirs is not None:

@@ -22,7 +22,7 @@ from .search import Search
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["asked", "by_chance", "found_again"]
+__all__ = ["asked", "by_chance", "found_again", "surely_astray"]
 
 #: Of more particles than this a random sample is asked; then those whose contrast is no higher than
 #: what this percentage of the sample's have that are brought elsewhere.
@@ -47,6 +47,8 @@ LEAST_REACH = 0.1
 #: Where another place must be surely likelier, it explains more by this share at least: where there
 #: is hardly any noise, what interpolation leaves is not to be taken for a reason.
 MORE = 1e-3
+#: How many times as much another place explains of an image that is surely astray.
+FAR_BETTER = 1.2
 #: Particles that are tried together.
 AT_ONCE = 4000
 
@@ -131,6 +133,32 @@ def found_again(
     if moved.any() and len(others):
         total += bring(others).sum()
     return stack.with_poses(q, shifts), float(total / len(stack))
+
+
+def surely_astray(
+    stack: ParticleStack,
+    found: ParticleStack,
+    references: Sequence[Density],
+    resolution_angstrom: float,
+    search: Search,
+    scheduler: str | Client | None,
+) -> float:
+    """Share of 4,000 particles, or all, that are explained far better where they were found.
+
+    Not just as well: mates of a symmetric particle are, and noise chooses among them.
+    """
+    rows, better = asked(stack), []
+    for half, reference in zip((1, 2), references, strict=True):
+        mine = np.intersect1d(rows, stack.half(half))
+        here, there = (
+            refine(
+                one.select(mine), reference, resolution_angstrom=resolution_angstrom,
+                search=search.near, scheduler=scheduler,
+            ).gain
+            for one in (stack, found)
+        )  # fmt: skip
+        better.append(there > FAR_BETTER * here)
+    return float(np.concatenate(better).mean())
 
 
 def by_chance(search: Search, symmetry: str, lost: float, positions: int = 1) -> float:

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..io.files import PathLike
 from ..particles import ParticleStack
 from ..rotations import Seed
-from .elsewhere import asked, found_again
+from .elsewhere import asked, found_again, surely_astray
 from .fit import DEFAULT, RefinedStack, noise_of, refine
 from .kept import Kept, Rounds, rescaled
 from .search import Search
@@ -70,7 +70,8 @@ class HalvesRefinement:
     chance_correlation : float
         The same with every image at another one's orientation.
     astray_fraction : float
-        Share of the particles that were likelier elsewhere by the map of the other half.
+        Share of the particles that were likelier elsewhere by the map of the other half; where
+        these are most, only those that it explains far better there.
     resolutions_angstrom : tuple of float
         To which each round of all particles refined.
     joined_angstrom : float
@@ -168,21 +169,21 @@ def refine_halves(
     given = stack.with_half_sets(seed).replace(contrast=None)
     told: dict[str, object] = {"rounds": rounds, "symmetry": symmetry, "seed": seed}
     told |= {"resolution_angstrom": resolution_angstrom, "joined_angstrom": joined_angstrom}
-    told |= {"search": asdict(search)}
     maps_of = partial(
         _round, joined_angstrom=joined_angstrom, symmetry=symmetry, seed=seed, scheduler=scheduler
     )
     again = partial(found_again, search=search, symmetry=symmetry, scheduler=scheduler)
     steps = _Steps(maps_of, again, search, rounds, scheduler, progress)
-    kept = Kept(work, given, told)
+    kept = Kept(work, given, told | {"search": asdict(search)})
     so_far = steps.of_many(Rounds(None, given, (resolution_angstrom,)), kept, seed)
     separate, used = so_far.separate, so_far.used
     assert separate is not None  # there was at least one round
-    now = rescaled(separate)
-    last = maps_of(now)
+    last = maps_of(now := rescaled(separate))
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     if not so_far.sought:
         found, astray = again(now, given, last.references[::-1], last.snug, used[-1])
+        if astray > BELIEVED:
+            astray = surely_astray(now, found, last.references[::-1], used[-1], search, scheduler)
         so_far = replace(so_far, now=found, ended=True, sought=True, astray=astray)
         kept.write(so_far)
     everyone = _against_all(so_far.now, last, used[-1], search, scheduler)
@@ -246,11 +247,9 @@ class _Steps:
         used = (*so_far.used, max(limit, so_far.used[0]) if begins else limit)
         separate = refine_each_half(
             so_far.now.replace(noise=given.noise),  # estimated in every round, or given
-            now.references,
-            resolution_angstrom=used[-1],
-            search=self.search if begins else self.search.near,
-            scheduler=self.scheduler,
-        )
+            now.references, resolution_angstrom=used[-1],
+            search=self.search if begins else self.search.near, scheduler=self.scheduler,
+        )  # fmt: skip
         done = Rounds(separate, rescaled(separate), used)
         settled = self.rounds is None and least <= done.count < MOST
         if settled and _settled(so_far.now, separate):
@@ -397,14 +396,11 @@ def refine_each_half(
     rows = [stack.half(half) for half in (1, 2)]
     parts = [
         refine(
-            stack.select(here),
-            reference,
-            resolution_angstrom=resolution_angstrom,
-            search=search,
+            stack.select(here), reference, resolution_angstrom=resolution_angstrom, search=search,
             scheduler=scheduler,
         )
         for here, reference in zip(rows, references, strict=True)
-    ]
+    ]  # fmt: skip
     order = np.argsort(np.concatenate(rows))
     found: dict[str, object] = {}
     for f in fields(RefinedStack):  # in the particles' own order
