@@ -264,7 +264,7 @@ RANDOM = np.pi / 2 + 2 / np.pi
 
 
 def mean_error_of(covariances: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, " n"]:
-    """Mean length of Gaussian rotation vectors with these covariances, at most that of random ones.
+    """Mean length of Gaussian rotation vectors with these covariances.
 
     Parameters
     ----------
@@ -288,7 +288,7 @@ def _mean_lengths(covariances: np.ndarray) -> np.ndarray:
     v = variances / np.where(scale > 0, scale, 1)
     product = np.prod(1 + 2 * v[:, :, None] * t, axis=1) ** -0.5
     integral = np.trapezoid((1 - product) * np.exp(-u / 2), u, axis=1)
-    return np.minimum(integral / (2 * np.sqrt(np.pi)) * np.sqrt(scale[:, 0]), RANDOM)
+    return integral / (2 * np.sqrt(np.pi)) * np.sqrt(scale[:, 0])
 
 
 def cramer_rao(

@@ -182,10 +182,6 @@ def test_the_mean_length_of_a_number_is_the_half_normals():
     flat = np.diag([0.04, 0, 0])[None]
     assert evaluation.mean_error_of(flat)[0] == pytest.approx(0.2 * np.sqrt(2 / np.pi), rel=1e-4)
     assert evaluation.mean_error_of(np.zeros((1, 3, 3)))[0] == 0
-    # Nothing is known worse than where random orientations lie.
-    random = rotations.distance(rotations.uniform(20_000, 1), rotations.uniform(20_000, 2)).mean()
-    for worst in (100.0, 1e30):
-        assert evaluation.mean_error_of(worst * np.eye(3)[None])[0] == pytest.approx(random, 0.01)
 
 
 def test_the_mean_length_agrees_with_chance():

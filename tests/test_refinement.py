@@ -794,6 +794,16 @@ def test_rounds_go_on_while_orientations_move(asked, monkeypatch, restless, roun
     assert len(found.resolutions_angstrom) == len(turns) == rounds
 
 
+def test_nothing_is_known_worse_than_random_orientations_are():
+    """Of a point no view tells anything."""
+    point = np.zeros((BOX,) * 3, np.float32)
+    point[BOX // 2, BOX // 2, BOX // 2] = 1
+    found = refine(particles(images=white(3)), Density(point, VOXEL), search=JUDGE)
+    random = rotations.distance(rotations.uniform(20_000, 1), rotations.uniform(20_000, 2)).mean()
+    assert evaluation.mean_error_of(found.covariances).max() > 10
+    assert found.expected_error_rad.max() == pytest.approx(random, 0.01)
+
+
 def test_halves_of_noise_are_not_believed(from_halves):
     """However well their maps agree: by the other half's map most lie elsewhere."""
     *_, particle = from_halves

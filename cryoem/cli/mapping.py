@@ -192,9 +192,9 @@ def refine_particles(
     (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
     where the images do not agree beyond it, there is a warning and no map.
 
-    Without one there is no map, and the exit code is 3, where the halves do not agree.
-    Interrupted and called again, it goes on after the rounds that are done:
-    they are kept in OUTPUT with .work until the end.
+    Without one there is no map where the halves do not show one particle. Interrupted and called
+    again, it then goes on after the rounds that are done, which are kept in OUTPUT
+    with .work until the end.
     """
     from .. import report
     from ..io.particles import write_particles
@@ -240,7 +240,7 @@ def refine_particles(
         + (f"{map_path}" if found.believable else "no map: see the note")
     )
     if reference is None:
-        _over(work, found.believable)
+        _over(work)
 
 
 def _against(
@@ -281,16 +281,14 @@ def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed
     write_density(output, found.density)
 
 
-def _over(work: Path, believable: bool) -> None:
-    """Remove what an interrupted run would have gone on from; end with 3 where there is no map."""
+def _over(work: Path) -> None:
+    """Remove what an interrupted run would have gone on from."""
     from ..refinement.kept import FILES
 
     for name in FILES:
         (work / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or it holds something else
         work.rmdir()
-    if not believable:
-        raise typer.Exit(NO_MAP)
 
 
 def _held_out(found: HalvesRefinement) -> str:

@@ -226,14 +226,11 @@ def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> Non
             say(plan.quiet, f"{refined}: is there already")
             raise typer.Exit(done["code"])
     _remember(note, before)  # it is written anew from here on
-    code = 0
-    try:
-        refine_particles(
-            start, refined, rounds=rounds, symmetry=symmetry, invert=False,
-            scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
-        )  # fmt: skip
-    except typer.Exit as ended:  # there is no map
-        code = ended.exit_code
+    refine_particles(
+        start, refined, rounds=rounds, symmetry=symmetry, invert=False,
+        scheduler=plan.scheduler, seed=plan.seed, quiet=plan.quiet,
+    )  # fmt: skip
+    code = 0 if refined.with_suffix(".mrc").exists() else NO_MAP
     done = {**asked, "sha256": files.sha256(refined), "code": code}
     done["beside"] = [path.name for path in beside(refined) if path.exists()]
     _remember(note, {**before, "refined": done})

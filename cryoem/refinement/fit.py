@@ -49,7 +49,8 @@ DEFAULT = Search()
 class RefinedStack(ParticleStack):
     """Refined particles: poses, contrasts, and how well each is known.
 
-    ``expected_error_rad`` is the mean angle that each covariance lets expect.
+    ``expected_error_rad`` is the mean angle that each covariance lets expect, at most that of
+    random orientations.
 
     Attributes
     ----------
@@ -379,7 +380,9 @@ def _judged(
         quaternions=q,
         shifts_px=shifts,
         contrast=contrast,
-        expected_error_rad=evaluation.mean_error_of(covariances[:, :3, :3]),
+        expected_error_rad=np.minimum(
+            evaluation.mean_error_of(covariances[:, :3, :3]), evaluation.RANDOM
+        ),
         covariances=covariances[:, :3, :3],
         shift_covariances=covariances[:, 3:, 3:],
         chi2=left / safe,
