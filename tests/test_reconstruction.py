@@ -85,7 +85,7 @@ def test_what_was_done_to_images_before_is_taken_into_account(phantom, defocused
 
 
 def test_images_that_passed_their_ctf_twice_are_undone_in_noise_too(phantom, defocused):
-    """In as many steps as it takes: twelve, which are enough of others, leave a map of half."""
+    """In as many steps as it takes: twelve, which are enough of others, leave it too smooth."""
     expected, images = phantom.density(BOX, VOXEL), np.asarray(defocused.images)
     variance = images.var()
     noise = np.random.default_rng(2).normal(0, variance**0.5, images.shape).astype(np.float32)
@@ -95,6 +95,9 @@ def test_images_that_passed_their_ctf_twice_are_undone_in_noise_too(phantom, def
     once = reconstruct(defocused.replace(images=images + noise))
     scores = [maps.fsc(one, expected).mean for one in (once, found)]
     assert scores[1] > 0.9 * scores[0]
+    # Shell by shell it shows hardly: smooth is what it is as a whole. With twelve steps 0.85.
+    like = [np.corrcoef(one.values.ravel(), expected.values.ravel())[0, 1] for one in (once, found)]
+    assert like[1] > 0.98 * like[0]
 
 
 def test_contrasts_are_undone(phantom, seen):
