@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,7 +23,8 @@ from scipy.spatial.transform import Rotation
 from . import imaging, rotations
 from .errors import InputError
 from .half_sets import particles_in, random_half_sets, split_particles
-from .imaging import CtfParameters
+from .imaging import CtfParameters, Premultiplied
+from .lazy_images import Images, Rows, changed, selected_images
 from .noise import Noise
 from .rotations import Seed
 
@@ -36,22 +37,6 @@ __all__ = [
     "Rows",
     "random_half_sets",
 ]
-
-#: Which particles: a range, or indices in any order.
-Rows = slice | np.ndarray
-
-
-class Images(Protocol):
-    """Images that are read where they are indexed: an array, or an ``ImageStack`` of files."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(n, size, size)``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: int | Rows, /) -> np.ndarray: ...
-
 
 #: Of a field with one row a particle: what selects particles selects its rows.
 PER_PARTICLE = {"rows": True}
@@ -149,10 +134,14 @@ class ParticleStack:
         if name == "images":
             return imaging.check_stack(value)
         if name == "pixel_size_angstrom":
-            if not (np.isfinite(value) and value > 0):
-                raise InputError(f"pixel_size_angstrom must be positive, got {value}")
+            kind = np.asarray(value).dtype.kind
+            if kind not in "iuf" or np.ndim(value) or not 0 < value < np.inf:
+                raise InputError(f"pixel_size_angstrom must be positive, got {value!r}")
             return float(value)
         n = len(self)
+        kinds: dict[str, type] = {"noise": Noise, "ctf_parameters": CtfParameters}
+        if name in kinds and not isinstance(value, kinds[name] | None):
+            raise InputError(f"{name} must be {kinds[name].__name__} or None, got {value!r}")
         if name == "shifts_px":
             return _finite(name, np.zeros((n, 2)) if value is None else value, (n, 2))
         if name == "optics_group":
@@ -234,7 +223,7 @@ class ParticleStack:
                 raise InputError(f"rows must be a list of integers, got {rows.dtype} {rows.shape}")
             rows = rows.astype(int)
         new = copy.copy(self)
-        object.__setattr__(new, "images", _selected_images(self.images, rows))
+        object.__setattr__(new, "images", selected_images(self.images, rows))
         for f in fields(self):
             if "rows" in f.metadata and f.name != "images":
                 object.__setattr__(new, f.name, _selected(getattr(self, f.name), rows))
@@ -296,14 +285,30 @@ class ParticleStack:
 
         A particle file that names them says so in its column ``cryoemSign``.
         """
-        return self.replace(images=_changed(self.images, imaging.flip_contrast, "inverted"))
+        images = changed(self.images, lambda some, _: imaging.flip_contrast(some), "inverted")
+        return self.replace(images=images)
 
     def flattened(self) -> Self:
         """The same particles, each image's level and ramp taken off: in files, as they are read.
 
         See :func:`cryoem.imaging.flatten`.
         """
-        return self.replace(images=_changed(self.images, imaging.flatten, "flattened"))
+        images = changed(self.images, lambda some, _: imaging.flatten(some), "flattened")
+        return self.replace(images=images)
+
+    def divided(self) -> Self:
+        """The same particles, premultiplied images divided by their CTF, in files as they are read.
+
+        By its absolute value: they are then phase flipped, and their noise is as it was seen. What
+        needs to know the noise does it by itself.
+        """
+        ctf = self.ctf_parameters
+        if ctf is None or "premultiplied" not in (before := np.asarray(ctf.images)):
+            return self
+        by = Premultiplied(ctf, self.pixel_size_angstrom)
+        images = changed(self.images, lambda some, i: by.select(i).divided(some), "divided", by)
+        done = np.where(before == "premultiplied", "phase flipped", before)
+        return self.replace(images=images, ctf_parameters=replace(ctf, images=done))
 
     def with_half_sets(self, seed: Seed) -> Self:
         """The same particles in two halves: those that the stack has, else at random.
@@ -381,60 +386,12 @@ Kind = TypeVar("Kind", bound=ParticleStack)
 # --------------------------------------------------------------------------------------
 
 
-class _SomeImages:
-    """Some rows of images, which are read or copied where they are indexed."""
-
-    def __init__(self, base: Images, rows: np.ndarray, sign: int = 1, flat: bool = False) -> None:
-        self.base, self.rows, self.sign, self.flat = base, rows, sign, flat
-        self.shape = (len(rows), *base.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        images = np.asarray(self.base[self.rows[index]])
-        images = images if self.sign == 1 else -images
-        return imaging.flatten(images) if self.flat else images
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        images = self[:]
-        return images if dtype is None else images.astype(dtype, copy=False)
-
-    def select(self, rows: Rows) -> _SomeImages:
-        return _SomeImages(self.base, self.rows[rows], self.sign, self.flat)
-
-    def inverted(self) -> _SomeImages:
-        return _SomeImages(self.base, self.rows, -self.sign, self.flat)
-
-    def flattened(self) -> _SomeImages:
-        return _SomeImages(self.base, self.rows, self.sign, flat=True)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return np.array, (self[:],)  # other processes are sent these images, not all
-
-
 def _selected(value: Any, rows: Rows) -> Any:
     if value is None:
         return None
     if isinstance(value, Mapping):
         return {name: values[rows] for name, values in value.items()}
     return value.select(rows) if hasattr(value, "select") else value[rows]
-
-
-def _selected_images(images: Any, rows: Rows) -> Images:
-    if hasattr(images, "select"):
-        return images.select(rows)
-    if isinstance(images, np.ndarray) and isinstance(rows, slice):
-        return images[rows]  # a view
-    return _SomeImages(images, np.arange(len(images))[rows])
-
-
-def _changed(images: Any, now: Callable[[np.ndarray], np.ndarray], later: str) -> Images:
-    """Images changed at once where they are in memory, else by ``later()`` as they are read."""
-    if isinstance(images, np.ndarray) and not isinstance(images, np.memmap):
-        return now(images)
-    lazy = images if hasattr(images, later) else _SomeImages(images, np.arange(len(images)))
-    return getattr(lazy, later)()
 
 
 def files_of(images: Any) -> tuple[Path, ...]:

@@ -74,7 +74,7 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 12; 50 of images without noise or premultiplied.
+        Of conjugate gradients, at most; by default 12; 50 of images without noise.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.
@@ -96,6 +96,11 @@ def reconstruct(
     from tqdm.auto import tqdm
 
     stack.oriented()
+    if not (iterations is None or iterations >= 1) or not ridge >= 0:
+        raise InputError(
+            f"wanted at least one iteration, and a ridge that is not negative; got {iterations} "
+            f"and {ridge}"
+        )
     size, pixel = stack.box_px, stack.pixel_size_angstrom
     sums, job = _back_projected(stack, group(symmetry), scheduler, progress)
     edge = len(sums.kernel)
@@ -111,7 +116,7 @@ def reconstruct(
     spectrum = _transformed(sums.kernel)
     sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
     if iterations is None:
-        iterations = NOISY if job.loud.any() and not _premultiplied(stack) else CLEAN
+        iterations = NOISY if job.loud.any() else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
             sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
@@ -121,12 +126,6 @@ def reconstruct(
     restored = scipy.fft.rfftn(values, workers=fourier.WORKERS)
     restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
     return Density(scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS), pixel)
-
-
-def _premultiplied(stack: ParticleStack) -> bool:
-    """Whether images have passed their CTF twice: it takes more steps to undo that."""
-    parameters = stack.ctf_parameters
-    return parameters is not None and "premultiplied" in np.asarray(parameters.images)
 
 
 def kernel_edge(size: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from . import imaging
 from .particles import Rows
 
-__all__ = ["CERTAIN", "FAR", "HOT", "ImageStatistics", "beyond_circle"]
+__all__ = ["CERTAIN", "FAR", "HOT", "MOST", "ImageStatistics", "beyond_circle", "seen_share"]
 
 #: Standard errors at which a sign, or a signal, is believed.
 CERTAIN = 5.0
@@ -26,8 +26,9 @@ MATTERS = 0.05
 FLAT = 1e-3
 #: An image this many times as loud as others, or as faint, is of another scale.
 FAR = 5.0
-#: A pixel this many times as far from the background as the farthest of other images is hot.
-HOT = 10.0
+#: A pixel this many times as far from the background as the farthest of other images is hot, and
+#: one that holds this share of its image's power, whatever others hold.
+HOT, MOST = 10.0, 0.2
 #: Images by which an optics group, or a stack, is judged by itself.
 FEW = 20
 #: Share of images of the other contrast from which images are mixed, not a few of them bad.
@@ -47,14 +48,22 @@ def beyond_circle(radius: np.ndarray) -> np.ndarray:
     return beyond if beyond.any() else radius == radius.max()
 
 
+def seen_share(images: np.ndarray) -> np.ndarray:
+    """Share of each image's pixels that were not masked, or padded, with a constant: (n,) array."""
+    corners = images[:, beyond_circle(imaging.from_middle(images.shape[1]))]
+    share = np.mean(images != corners[:, :1, None], axis=(1, 2))
+    return np.where((np.ptp(corners, axis=1) == 0) & (share > 0), share, 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageStatistics:
     """What each image shows by itself; levels and ramps in standard deviations of it.
 
     Attributes
     ----------
-    group, scale, peak : (n,) arrays
-        Optics group, standard deviation, distance of the farthest pixel from the background.
+    group, scale, peak, alone : (n,) arrays
+        Optics group, standard deviation, distance of the farthest pixel from the background, and
+        the share of the image's power that this pixel holds.
     middle : (n,) array
         What the central disc is brighter by than the corners.
     plane, saddle, grain : (n, 3), (n,) and (n,) arrays
@@ -67,6 +76,7 @@ class ImageStatistics:
     group: np.ndarray
     scale: np.ndarray
     peak: np.ndarray
+    alone: np.ndarray
     middle: np.ndarray
     plane: np.ndarray
     saddle: np.ndarray
@@ -87,10 +97,12 @@ class ImageStatistics:
         grain = (corners - found @ patterns.T).std(axis=1) / np.sqrt(outer.sum()) / scale
         middle = images[:, inner].mean(axis=1, dtype=np.float64) - corners.mean(axis=1)
         low, high = (np.float64(end(images, axis=(1, 2))) for end in (np.min, np.max))
+        peak = np.maximum(high - found[:, 0], found[:, 0] - low)
         return cls(
             group=np.asarray(group),
             scale=scale,
-            peak=np.maximum(high - found[:, 0], found[:, 0] - low),
+            peak=peak,
+            alone=(peak / scale / size) ** 2,
             middle=middle / scale,
             plane=found[:, :3] / scale[:, None],
             saddle=np.abs(found[:, 3] * SADDLE) / scale,
@@ -161,7 +173,8 @@ class ImageStatistics:
         where a particle is seen from its end.
         """
         loud, peak = (values / self._usual(values) for values in (self.scale, self.peak))
-        far = (loud > FAR) | (loud < 1 / FAR) | ((peak > HOT) & (self.error > FLAT))
+        hot = (peak > HOT) | (self.alone > MOST)
+        far = (loud > FAR) | (loud < 1 / FAR) | (hot & (self.error > FLAT))
         for rows in self.groups if len(self.groups) > 1 else ():
             far[rows] &= len(rows) >= FEW
         return np.flatnonzero(far)

@@ -197,7 +197,11 @@ def told(stack: ParticleStack) -> Told:
 
 
 def with_noise(stack: ParticleStack, *, images: int = 1000) -> ParticleStack:
-    """The stack with a noise: its own, or what some images show where no particle reaches."""
+    """The stack with a noise: its own, or what some images show where no particle reaches.
+
+    Of premultiplied images, which are divided, it is that which was seen.
+    """
+    stack = stack.divided()
     if stack.noise is not None or len(stack) == 0:
         return stack
     return stack.replace(noise=survey(stack, images=images).noise)

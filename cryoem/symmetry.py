@@ -143,7 +143,7 @@ class Group:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name.upper()
+        self.name = str(name).upper()
         if self.name in SOLIDS:
             self.elements, combinations = _solid(*SOLIDS[self.name])
         else:

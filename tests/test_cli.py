@@ -34,7 +34,7 @@ from cryoem import (
     write_density,
     write_particles,
 )
-from cryoem.cli import initial, options, orienting, solving
+from cryoem.cli import initial, opening, options, orienting, solving
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError
 from cryoem.particles import ParticleFile
@@ -147,6 +147,26 @@ def test_info_tells_what_real_particles_hide(folder):
     assert "rlnAngleRot" in found["columns"] and found["pixel_size_angstrom"] == 7
 
 
+def test_premultiplied_images_are_seen_as_the_microscope_saw_them(folder, tmp_path):
+    run("simulate", folder / "map.mrc", "-n", 200, "--snr", 0.5, "--defocus", 1e4, 2e4, "--seed", 3,
+        "-o", tmp_path / "a.star")  # fmt: skip
+    stack = read_particles(tmp_path / "a.star")
+    twice = stack.replace(
+        images=imaging.apply_ctf(stack.images[:], stack.ctf()),
+        ctf_parameters=dataclasses.replace(stack.ctf_parameters, images="premultiplied"),
+    )
+    write_particles(tmp_path / "b.star", twice)
+    once, other = (
+        json.loads(run("info", tmp_path / f"{name}.star", "--json").stdout) for name in "ab"
+    )
+    assert other["snr"] == pytest.approx(once["snr"], rel=0.1)
+    assert other["noise_variance"] == pytest.approx(once["noise_variance"], rel=0.1)
+    run("reconstruct", tmp_path / "b.star", "-o", tmp_path / "b.mrc")
+    run("reconstruct", tmp_path / "a.star", "-o", tmp_path / "a.mrc")
+    a, b = (read_density(tmp_path / f"{name}.mrc").values.ravel() for name in "ab")
+    assert np.corrcoef(a, b)[0, 1] > 0.98
+
+
 def test_info_tells_what_a_file_says_without_its_images(folder, tmp_path):
     text = (folder / "particles.star").read_text()
     (tmp_path / "alone.star").write_text(text.replace("rlnImagePixelSize", "rlnPixelSize"))
@@ -189,6 +209,8 @@ def test_constant_corners_are_said(folder, tmp_path):
     done = run("info", tmp_path / "masked.star", "--json")
     assert json.loads(done.stdout)["snr"] is None
     assert "masked.star: the corners of its images are constant" in done.stderr
+    done = run("reconstruct", tmp_path / "masked.star", "-o", tmp_path / "a.mrc")
+    assert "masked.star: the corners of the images are constant, as where they" in done.stderr
     assert "constant" not in run("info", folder / "particles.star").stderr
 
 
@@ -419,11 +441,11 @@ def test_solvent_that_is_not_at_zero_is_taken_off(folder, tmp_path):
     for name, level in (("off.mrc", 0.1 * cube.values.max()), ("as_it_was.mrc", 0.0)):
         write_density(tmp_path / name, dataclasses.replace(cube, values=cube.values + level))
     with pytest.warns(UserWarning, match=r"off\.mrc: its solvent is at .*, not at zero; that is"):
-        found = options.open_map(tmp_path / "off.mrc", None)
+        found = opening.open_map(tmp_path / "off.mrc", None)
     np.testing.assert_allclose(found.values, cube.values, atol=1e-4 * cube.values.max())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = options.open_map(tmp_path / "as_it_was.mrc", None)
+        found = opening.open_map(tmp_path / "as_it_was.mrc", None)
     np.testing.assert_array_equal(found.values, cube.values)
     refine = ("refine", folder / "particles.star", "-o", tmp_path / "r.star", "-q",
               "--resolution", 30, "--map")  # fmt: skip
@@ -650,13 +672,13 @@ def test_a_level_of_all_or_some_images_is_taken_off_and_flat_ones_are_untouched(
     folder, tmp_path, level
 ):
     true = read_particles(folder / "particles.star")
-    flat = options.prepared(true, None, None, True, 0)[0]
+    flat = opening.prepared(true, None, None, True, 0)[0]
     assert flat.images is true.images
     raised = true.images[:].copy()
     raised[:: 10 if level > 1 else 1] += level * raised.std()
     write_particles(tmp_path / "a.star", true.with_images(raised))
     with pytest.warns(UserWarning, match="background .* taken off"):
-        found = options.prepared(read_particles(tmp_path / "a.star"), None, None, True, 0)[0]
+        found = opening.prepared(read_particles(tmp_path / "a.star"), None, None, True, 0)[0]
     np.testing.assert_allclose(found.images[:], imaging.flatten(raised), atol=1e-5)
 
 

@@ -1241,6 +1241,64 @@ def test_what_was_done_to_the_images_is_in_their_ctf(written, tmp_path, block, c
         np.testing.assert_array_equal(back.images, flipped.images)
 
 
+def premultiplied(folder, rows=slice(None)):
+    """The particles in a file, some of them multiplied by their CTF as they were extracted."""
+    path = relion31(folder)
+    once, ctf = np.array(IMAGES), read_particles(path).ctf()
+    once[rows] = imaging.apply_ctf(once[rows], ctf[rows])
+    with mrcfile.open(folder / "particles.mrcs", "r+") as mrc:
+        mrc.data[:] = once
+    flags = np.zeros(len(IMAGES), int)
+    flags[rows] = 1
+    return rewritten(path, lambda b: b["particles"].insert(0, MULTIPLIED, flags)), once, ctf, flags
+
+
+MULTIPLIED = "rlnCtfDataAreCtfPremultiplied"
+
+
+def away_from_zeros(images, ctf):
+    kept = np.abs(ctf) > 0.11
+    kept[:, :, -1] = kept[:, kept.shape[1] // 2] = False  # where astigmatism cannot be undone
+    return imaging.apply_ctf(images, kept)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(2, 5)])
+def test_premultiplied_images_are_divided_as_they_are_read(tmp_path, rows):
+    path, once, ctf, flags = premultiplied(tmp_path, rows)
+    given = read_particles(path)
+    np.testing.assert_array_equal(given.images[:], once)
+    stack = given.divided()
+    assert stack.divided() is stack
+    flipped = np.where(flags[:, None, None] == 1, np.sign(ctf), 1)
+    wanted = away_from_zeros(imaging.apply_ctf(IMAGES, flipped), ctf)
+    for images, of in (
+        (stack.images, slice(None)),
+        (given.replace(images=once).divided().images, slice(None)),  # in memory
+        (given.replace(images=np.lib.format.open_memmap(
+            tmp_path / "a.npy", "w+", np.float32, once.shape)).divided().images, None),
+        (stack.select(np.array([3, 0, 2])).images, [3, 0, 2]),
+        (pickle.loads(pickle.dumps(stack.images)), slice(None)),
+        (given.select(np.array([4, 4])).divided().images, [4, 4]),
+    ):  # fmt: skip
+        if of is None:
+            assert not np.asarray(images).any()
+        else:
+            np.testing.assert_allclose(away_from_zeros(images[:], ctf[of]), wanted[of], atol=1e-4)
+            np.testing.assert_allclose(images[1], np.asarray(images)[1], atol=1e-6)
+    np.testing.assert_allclose(stack.ctf(), np.where(flipped != 1, -ctf, ctf), rtol=1e-6)
+    black = stack.inverted().flattened()
+    np.testing.assert_allclose(black.images[:], -imaging.flatten(stack.images[:]), atol=1e-5)
+    # As it was found there is written of images that stay; not of those that are written anew.
+    write_particles(tmp_path / "b.star", stack)
+    assert list(starfile.read(tmp_path / "b.star")["particles"][MULTIPLIED]) == list(flags)
+    np.testing.assert_array_equal(read_particles(tmp_path / "b.star").images[:], once)
+    write_particles(tmp_path / "c.star", stack.replace(images=stack.images[:]))
+    anew = read_particles(tmp_path / "c.star")
+    np.testing.assert_allclose(anew.images[:], stack.images[:], atol=1e-6)
+    assert set(anew.ctf_parameters.images[rows]) == {"phase flipped"}
+    np.testing.assert_allclose(anew.ctf(), stack.ctf(), rtol=1e-6)
+
+
 def test_the_scale_of_the_ctf_is_used(written, tmp_path):
     plain = read_particles(written).ctf()
     rewritten(written, put("particles", "rlnCtfScalefactor", 0.5))

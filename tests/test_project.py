@@ -38,7 +38,7 @@ LAYERS = [
     fourier rotations symmetry distances
     aberrations
     imaging half_sets
-    noise
+    noise lazy_images
     particles
     workers single_images
     io

@@ -257,6 +257,10 @@ def test_what_has_no_orientations_is_refused(seen):
         reconstruct(seen.without_poses())
     with pytest.raises(InputError, match="at least one image"):
         reconstruct(seen.select(slice(0)))
+    with pytest.raises(InputError, match=r"at least one iteration.*got 0 and"):
+        reconstruct(seen, iterations=0)
+    with pytest.raises(InputError, match=r"not negative; got None and -1"):
+        reconstruct(seen, ridge=-1.0)
 
 
 def test_images_that_show_nothing_are_refused(seen):

@@ -136,6 +136,36 @@ def test_noiseless_images_are_placed_exactly(with_ctf):
     assert found.images is given.images and found.ctf_parameters is given.ctf_parameters
 
 
+def test_premultiplied_images_are_refined_as_those_that_were_seen():
+    """Their noise, which the CTF has coloured, is not taken for white."""
+    ctf = defocused(N)
+    seen = imaging.apply_ctf(CLEAN, ctf.values(BOX, VOXEL))
+    images, _ = noisy(0.3, images=seen)
+    given = particles(images=images, at=off(TRUE, 0.2), ctf_parameters=ctf)
+    twice = given.replace(
+        images=imaging.apply_ctf(images, given.ctf()),
+        ctf_parameters=dataclasses.replace(ctf, images="premultiplied"),
+    )
+    one, other = (refine(stack, DENSITY, resolution_angstrom=FINEST) for stack in (given, twice))
+    errors = [rotations.distance(found.quaternions, TRUE).mean() for found in (one, other)]
+    assert errors[1] < 1.1 * errors[0]
+    assert other.expected_error_rad.mean() == pytest.approx(one.expected_error_rad.mean(), rel=0.1)
+    assert other.images is not twice.images  # but divided
+    assert set(other.ctf_parameters.images) == {"phase flipped"}
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_masked_images_are_not_taken_for_quieter_than_they_are(at_snr_1, share):
+    """What a mask has put to a constant has no noise, and says nothing of it."""
+    middle = np.hypot(*np.mgrid[:BOX, :BOX] - BOX // 2) < share * BOX / 2
+    _, seen = at_snr_1
+    given = particles(images=np.where(middle, seen.images, 0), at=off(TRUE, 0.3))
+    found = refine(given, DENSITY, resolution_angstrom=FINEST)
+    ratio = [np.mean(stack.expected_error_rad / rotations.distance(stack.quaternions, TRUE).mean())
+             for stack in (seen, found)]  # fmt: skip
+    assert ratio[1] == pytest.approx(ratio[0], rel=0.15)
+
+
 @pytest.fixture(scope="module")
 def at_snr_1():
     images, variance = noisy(1)

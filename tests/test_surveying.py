@@ -159,6 +159,15 @@ def test_images_of_another_scale_and_hot_pixels_are_found(clean):
     np.testing.assert_array_equal(statistics(images, group).far, [3, 7, 50, 60])
 
 
+def test_pixels_that_hold_most_of_an_image_are_hot_whatever_others_hold(clean):
+    """Where most of the images have one, the usual image has one too."""
+    images = noisy(clean, 1 / 4)
+    rows = np.arange(0, 300, 5)
+    hot = np.delete(np.arange(300), rows)
+    images[hot, hot % BOX, 20] = 100 * images.std()
+    np.testing.assert_array_equal(statistics(images).far, hot)
+
+
 def test_noise_has_no_sign():
     noise = np.random.default_rng(3).standard_normal((300, BOX, BOX)).astype(np.float32)
     sign, z = surveying.contrast(noise)

@@ -116,7 +116,7 @@ def test_the_nearest_of_an_orbit():
     np.testing.assert_allclose(rotations.distance(group.nearest(moved, Q), Q), 0.05, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["D1", "C0", "", "C100", "d", "I5", "OO"])
+@pytest.mark.parametrize("name", ["D1", "C0", "", "C100", "d", "I5", "OO", 4, None])
 def test_other_names_are_refused(name):
     with pytest.raises(InputError, match="Cn or Dn"):
         symmetry.group(name)

@@ -208,7 +208,7 @@ def ab_initio(
     """
     _check(starts, symmetry, scheduler)
     how: dict[str, Any] = {"scheduler": scheduler, "progress": progress}
-    stack = unshared(stack).with_half_sets(seed)
+    stack = unshared(stack.divided()).with_half_sets(seed)
     cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
     halves = [cut.stack.select(cut.stack.half(h)) for h in (1, 2)]
     coarse = [coarsened(half, cut.finest_angstrom) for half in halves]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from .opening import open_map
 from .options import (
     FARTHEST,
     VOXELS,
@@ -19,7 +20,6 @@ from .options import (
     app,
     between,
     check_outputs,
-    open_map,
     star_files,
 )
 

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InputError
 from .mapping import NO_MAP, map_files, put_aside, write_halves
+from .opening import open_map, open_particles, prepared
 from .options import (
     FARTHEST,
     Invert,
@@ -24,10 +25,7 @@ from .options import (
     app,
     between,
     check_outputs,
-    open_map,
-    open_particles,
     positive,
-    prepared,
 )
 
 if TYPE_CHECKING:

@@ -16,6 +16,15 @@ import typer
 from .. import rotations
 from ..errors import InputError
 from ..half_sets import image_of
+from .opening import (
+    by_file,
+    contrasts_told,
+    far_told,
+    looked_at,
+    open_map,
+    open_oriented,
+    open_particles,
+)
 from .options import (
     OF_MAP,
     Json,
@@ -25,13 +34,6 @@ from .options import (
     Seed,
     Symmetry,
     app,
-    by_file,
-    contrasts_told,
-    far_told,
-    looked_at,
-    open_map,
-    open_oriented,
-    open_particles,
     print_figures,
     refuse_alone,
 )
@@ -294,7 +296,7 @@ def _surveyed(stack: ParticleStack, path: Path, seed: int) -> dict[str, object]:
     from ..surveying import survey
 
     drawn = rotations.generator(seed, "info").permutation(len(stack))[:LOOKED_AT]
-    some = stack.select(np.sort(drawn))
+    some = stack.select(np.sort(drawn)).divided()
     seen = looked_at(some, True)
     if len(far := seen.far):
         warnings.warn(f"{path}: {far_told(some, far)}", stacklevel=2)

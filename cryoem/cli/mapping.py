@@ -15,6 +15,7 @@ import numpy as np
 import typer
 
 from ..half_sets import shared_particles
+from .opening import open_map, open_oriented, prepared
 from .options import (
     OF_MAP,
     Invert,
@@ -30,10 +31,7 @@ from .options import (
     Symmetry,
     app,
     check_outputs,
-    open_map,
-    open_oriented,
     positive,
-    prepared,
     refuse_alone,
     star_files,
 )

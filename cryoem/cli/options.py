@@ -8,22 +8,16 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
-from .. import threads
 from ..errors import CryoemError, InputError
 
 if TYPE_CHECKING:
-    from ..density import Density
-    from ..io.stacks import ImageStack
     from ..particles import ParticleStack
-    from ..single_images import ImageStatistics
-    from ..surveying import Survey
 
 __all__ = ["app"]
 
@@ -32,10 +26,6 @@ VOXELS, FARTHEST = (0.1, 100.0), 1e5
 #: Why an option is refused.
 OF_MAP = "is told of a map, and none is given"
 POSITIVE = "a positive number of angstrom"
-#: Pixels of images that are looked at together.
-AT_ONCE = 1 << 22
-#: How many rows, or files, a message lists.
-LISTED = 5
 
 
 class _Commands(typer.core.TyperGroup):
@@ -267,184 +257,3 @@ def star_files(output: Path, particles: ParticleStack | None = None) -> list[Pat
     images = None if particles is None else particles.images
     named = isinstance(images, ImageStack) and not images.is_array
     return [output] if named else [output, output.with_suffix(".mrcs")]
-
-
-def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
-    """Read a particle file, and say what it holds."""
-    from ..io.particles import read_particles
-
-    if path.suffix == ".gz":
-        raise InputError(f"{path}: is compressed; wanted it unpacked (gunzip)")
-    stack = read_particles(path, pixel_size_angstrom=pixel_size)
-    box, pixel = stack.box_px, stack.pixel_size_angstrom
-    say(quiet, f"{path}: {len(stack):,} particles of {box} px, {pixel:g} A each")
-    return stack
-
-
-def open_oriented(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
-    """Read a particle file that has orientations."""
-    stack = open_particles(path, quiet, pixel_size)
-    if stack.quaternions is None:
-        raise InputError(f"{path}: no columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi; see orient")
-    return stack
-
-
-#: Solvent that is farther off zero than this share of a map's peak is said to be.
-LEVEL = 5e-3
-
-
-def open_map(
-    path: Path, voxel_size: float | None, particles: ParticleStack | None = None
-) -> Density:
-    """Read a map as a cube, and say where its header may be wrong for these particles."""
-    from ..density import Density, read_density
-
-    cube = read_density(path, voxel_size_angstrom=voxel_size)
-    if np.ptp(cube.values) == 0:
-        raise InputError(
-            f"{path}: is {cube.values.flat[0]:g} everywhere: no particle is to be seen in it"
-        )
-    level = cube.solvent_level
-    if abs(level) > LEVEL * abs(cube.values - level).max():
-        warnings.warn(
-            f"{path}: its solvent is at {level:.3g}, not at zero; that is taken off", stacklevel=2
-        )
-        cube = Density(cube.values - level, cube.voxel_size_angstrom)
-    pixel = 1.0 if particles is None else particles.pixel_size_angstrom
-    if voxel_size is None and cube.voxel_size_angstrom == 1 and abs(pixel - 1) > 0.01:
-        warnings.warn(
-            f"{path}: its header says voxels of 1 A, as files do where the size was not told; the "
-            f"particles' pixels are {pixel:g} A. See --voxel-size",
-            stacklevel=2,
-        )
-    shape = cube.values.shape
-    if len(set(shape)) > 1:
-        warnings.warn(
-            f"{path}: {' x '.join(map(str, shape[::-1]))} voxels; padded to a cube of {max(shape)} "
-            "about their middle",
-            stacklevel=2,
-        )
-        cube = cube.in_box(max(shape))
-    return cube
-
-
-def prepared(
-    stack: ParticleStack, path: Path | None, invert: bool | None, quiet: bool, seed: int
-) -> tuple[ParticleStack, Survey]:
-    """Particles that are white on black, on a background of zero; and what some images said.
-
-    Every image is looked at. Turned where the user says so, or where they are black; flattened
-    where the background is uneven; refused where some would drown the others.
-    """
-    from .. import surveying
-    from ..io.stacks import ImageStack
-
-    seen = looked_at(stack, quiet)
-    if seen.same is not None and isinstance(stack.images, ImageStack):
-        stack = stack.replace(images=stack.images.with_pictures(seen.same))
-    if len(seen.far):
-        raise InputError(f"{path}: {far_told(stack, seen.far)}, or their rows taken out")
-    if invert is None:
-        stack = _turned(stack, path, seen)
-    elif invert:
-        say(quiet, f"{path}: the images are turned, as --invert says")
-        stack = stack.inverted()
-    if seen.uneven:
-        level, ramp = seen.background
-        warnings.warn(
-            f"{path}: the background of the images is {level:.2g} standard deviations from zero "
-            f"and rises by {ramp:.2g} across them; both are taken off as they are read",
-            stacklevel=2,
-        )
-        stack = stack.flattened()
-    return stack, surveying.survey(stack, images=300, seed=seed)
-
-
-def looked_at(stack: ParticleStack, quiet: bool) -> ImageStatistics:
-    """What each image shows by itself; some are in memory at a time."""
-    from tqdm.auto import tqdm
-
-    from ..imaging import check_images
-    from ..single_images import ImageStatistics
-
-    def look(part: ParticleStack) -> ImageStatistics:
-        return ImageStatistics.of(check_images(part.images[:]), part.optics_group)
-
-    parts = []
-    with tqdm(total=len(stack), desc="images", unit="image", disable=quiet) as bar:
-        for part in threads.each(look, stack.chunks(max(1, AT_ONCE // stack.box_px**2))):
-            parts.append(part)
-            bar.update(len(part.group))
-    return ImageStatistics.joined(parts)
-
-
-def far_told(stack: ParticleStack, rows: np.ndarray) -> str:
-    """What is wrong with the images of these rows, of another scale than the others."""
-    from ..single_images import FAR, HOT
-
-    return (
-        f"{len(rows):,} of {len(stack):,} images are over {FAR:g} times louder or fainter than the "
-        f"others, or have a pixel over {HOT:g} times as far from the background: "
-        f"{_listed(stack, rows)}; wanted images that were normalised"
-    )
-
-
-def contrasts_told(stack: ParticleStack, odd: np.ndarray) -> str:
-    """Which images are the other way."""
-    return (
-        f"{len(odd):,} of {len(stack):,} images are black on white where the others are white on "
-        f"black, or the reverse: {_listed(stack, odd)}"
-    )
-
-
-def by_file(stack: ParticleStack) -> np.ndarray:
-    """Which file each image lies in."""
-    return getattr(stack.images, "file", np.zeros(len(stack), int))
-
-
-def _turned(stack: ParticleStack, path: Path | None, seen: ImageStatistics) -> ParticleStack:
-    """The stack, white on black: what is black turned, where that is certain."""
-    sign, odd, mixed = seen.contrasts(by_file(stack))
-    if mixed:
-        warnings.warn(
-            f"{path}: {contrasts_told(stack, odd)}: either particles are dark in the middle in "
-            "some views, or the contrasts are mixed, and the map will be wrong; a column "
-            "cryoemSign (1, or -1: black) tells them apart",
-            stacklevel=3,
-        )
-    elif len(odd):
-        warnings.warn(f"{path}: {contrasts_told(stack, odd)}; they stay as they are", stacklevel=3)
-    if not sign.any():
-        warnings.warn(
-            f"{path}: whether the particles are white or black is not to be told; they are taken "
-            "for white on black (--invert: turned)",
-            stacklevel=3,
-        )
-    if len(black := np.flatnonzero(sign < 0)):
-        every = len(black) == len(stack)
-        which = "the" if every else f"{len(black):,} of {len(stack):,}"
-        warnings.warn(
-            f"{path}: {which} particles are black on white"
-            f"{'' if every else f' ({_listed(stack, black)})'}; their images are turned as they "
-            "are read (--no-invert: taken as they are)",
-            stacklevel=3,
-        )
-        images = cast("ImageStack", stack.images)
-        before = 1 if images.sign is None else images.sign
-        stack = stack.replace(images=images.with_sign(np.where(sign < 0, -1, 1) * before))
-    return stack
-
-
-def _listed(stack: ParticleStack, rows: np.ndarray) -> str:
-    """Rows, and the files that their images lie in: the first of each."""
-    from ..io.stacks import ImageStack
-
-    def first(what: str, values: Sequence[object]) -> str:
-        more = f" and {len(values) - LISTED:,} more" if len(values) > LISTED else ""
-        return f"{what}{'s' * (len(values) > 1)} {', '.join(map(str, values[:LISTED]))}{more}"
-
-    if not isinstance(stack.images, ImageStack):
-        return first("row", (rows + 1).tolist())
-    found = first("row", (stack.images.row[rows] + 1).tolist())
-    files = [stack.images.layouts[i].path.name for i in np.unique(stack.images.file[rows])]
-    return f"{found} ({first('file', files)})"

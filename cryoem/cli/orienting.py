@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
+from .opening import open_map, open_particles, prepared
 from .options import (
     OF_MAP,
     EstimatorOut,
@@ -23,9 +24,6 @@ from .options import (
     app,
     check_outputs,
     json_of,
-    open_map,
-    open_particles,
-    prepared,
     refuse_alone,
     say,
     star_files,

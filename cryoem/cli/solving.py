@@ -32,6 +32,7 @@ from .initial import (
     find_maps,
 )
 from .mapping import NO_MAP, beside, map_files, refine_particles
+from .opening import open_particles, prepared
 from .options import (
     Invert,
     MapVoxelSize,
@@ -43,8 +44,6 @@ from .options import (
     Seed,
     app,
     check_outputs,
-    open_particles,
-    prepared,
     say,
     star_files,
 )

@@ -435,7 +435,7 @@ def tell_done(path: Path, stack: ParticleStack, optics: Table, table: Table) -> 
     group, parameters = stack.optics_group, stack.ctf_parameters
     if parameters is None:
         return
-    done = np.asarray(parameters.images)
+    done = getattr(stack.images, "as_kept", np.asarray)(parameters.images)
     if np.array_equal(done, _done(path, optics, table, group)):
         return
     for what, name in DONE.items():

@@ -226,6 +226,10 @@ class ImageStack:
         That some images have, and that are then undone.
     aberration : (n,) int array, optional
         Which of them each image has, -1: none.
+    premultiplied : Premultiplied, optional
+        The CTF by whose absolute value images are divided at last.
+    picture : (n,) int array, optional
+        Alike where images are the same picture; by default nobody has looked.
 
     Raises
     ------
@@ -248,6 +252,8 @@ class ImageStack:
         flat: bool = False,
         aberrations: Sequence[Aberration] = (),
         aberration: ArrayLike | None = None,
+        premultiplied: imaging.Premultiplied | None = None,
+        picture: np.ndarray | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
         self.file, self.section = np.asarray(file, np.int32), np.asarray(section, np.int32)
@@ -259,8 +265,7 @@ class ImageStack:
         self.aberration = np.full(len(self.file), -1, np.int32)
         if aberration is not None:
             self.aberration[:] = aberration
-        #: Alike where images are the same picture, (n,) int array; None: nobody has looked.
-        self.picture: np.ndarray | None = None
+        self.premultiplied, self.picture = premultiplied, picture
         #: (n, size, size)
         self.shape = (len(self.file), *self.layouts[0].shape[1:])
 
@@ -283,6 +288,7 @@ class ImageStack:
         some.file, some.section, some.row = self.file[rows], self.section[rows], self.row[rows]
         some.sign = None if self.sign is None else self.sign[rows]
         some.aberration = self.aberration[rows]
+        some.premultiplied = self.premultiplied and self.premultiplied.select(rows)
         some.picture = None if self.picture is None else self.picture[rows]
         some.shape = (len(some.file), *self.shape[1:])
         return some
@@ -314,6 +320,22 @@ class ImageStack:
         other.flat = True
         return other
 
+    def divided(self, premultiplied: imaging.Premultiplied) -> ImageStack:
+        """The same images, divided by the CTF that they were multiplied by, as they are read."""
+        other = copy.copy(self)
+        other.premultiplied = premultiplied
+        return other
+
+    def as_kept(self, done: np.ndarray) -> np.ndarray:
+        """What was done to the images as files keep them, of what was done to those that one reads.
+
+        See :class:`cryoem.imaging.CtfParameters`.
+        """
+        if self.premultiplied is None or self.is_array:
+            return done
+        before = self.premultiplied.ctf.images
+        return np.where(before == "premultiplied", before, done)
+
     def inverted(self) -> ImageStack:
         """The same images, black turned to white as they are read."""
         return self.with_sign(-np.ones(len(self)) if self.sign is None else -self.sign)
@@ -328,7 +350,10 @@ class ImageStack:
         # Workers are sent the files of these images, not of all.
         used, file = np.unique(self.file, return_inverse=True)
         arguments = [self.layouts[i] for i in used] or self.layouts[:1], file, self.section
-        options = ("source", "row", "sign", "flat", "aberrations", "aberration")
+        options = (
+            "source", "row", "sign", "flat", "aberrations", "aberration", "premultiplied",
+            "picture",
+        )  # fmt: skip
         return _rebuilt, (arguments, {name: getattr(self, name) for name in options})
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
@@ -351,11 +376,16 @@ class ImageStack:
             rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
         )
         self._refuse(rows, low == high, "is constant")
-        images = imaging.flatten(images) if self.flat else images
+        # Premultiplied images have hardly a background before they are divided.
+        first = self.flat and self.premultiplied is None
+        images = imaging.flatten(images) if first else images
         for which in np.unique(self.aberration[rows]):
             if which >= 0:
                 here = self.aberration[rows] == which
                 images[here] = self.aberrations[which].undo(images[here])
+        if self.premultiplied is not None:
+            images = self.premultiplied.select(rows).divided(images)
+            images = imaging.flatten(images) if self.flat else images
         return images
 
     def _refuse(self, rows: np.ndarray, bad: np.ndarray, what: str) -> None:
@@ -399,6 +429,8 @@ def told_apart(images: Any) -> Iterator[np.ndarray]:
         yield images.aberration
         for aberration in images.aberrations:
             yield from (np.asarray(getattr(aberration, f.name)) for f in fields(aberration))
+    if images.premultiplied is not None:
+        yield np.asarray(images.premultiplied.ctf.images)
     whole = told_whole(images)
     order = np.argsort(file, kind="stable")
     parts = np.split(images.section[order], np.flatnonzero(np.diff(file[order])) + 1)

@@ -144,7 +144,7 @@ def orient(
     """
     if chunk < 1:
         raise InputError(f"chunk must be positive, got {chunk}")
-    if (n := len(stack)) < 2 * ENOUGH:
+    if (n := len(stack := stack.divided())) < 2 * ENOUGH:
         raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {n}")
     estimator = estimator.reading(stack.box_px, stack.pixel_size_angstrom)
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)

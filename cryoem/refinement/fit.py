@@ -22,6 +22,7 @@ from ..density import Density
 from ..errors import InputError
 from ..noise import Noise, from_powers
 from ..particles import PER_PARTICLE, ParticleStack
+from ..single_images import seen_share
 from .least_squares import LeastSquares, descend_each
 from .search import Plan, Search, Stage, distinct_first, plan
 
@@ -34,6 +35,8 @@ __all__ = ["RefinedStack", "noise_of", "refine"]
 LEAST_CONTRAST = 0.1
 #: From how many images, at most, the median contrast is taken.
 SAMPLE = 150
+#: How many images tell how much of them was masked.
+LOOKED_AT = 30
 #: How many images of an optics group tell the noise's spectrum, how many are too few to, and of how
 #: many groups so many are taken; of more groups fewer, if no more than this share of all.
 NOISE_SAMPLE, ENOUGH, GROUPS, SHARE = 60, 30, 20, 1 / 10
@@ -148,7 +151,7 @@ def refine(
     """
     from tqdm.auto import tqdm
 
-    _check(stack, density, noise_variance)
+    _check(stack := stack.divided(), density, noise_variance)
     n, box = len(stack), stack.box_px
     stages = plan(density, box, resolution_angstrom, search)
     if stack.noise is None:
@@ -169,7 +172,9 @@ def refine(
             q[rows], shifts[rows], grams[rows] = found
             bar.update(len(found[0]))
     fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None, least)
-    return _judged(stack, q, shifts, grams, fit, noise_variance, stages.resolution_angstrom)
+    few = stack.images[np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int)]
+    share = float(seen_share(few).mean()) if n else 1.0
+    return _judged(stack, q, shifts, grams, fit, share, noise_variance, stages.resolution_angstrom)
 
 
 def _check(stack: ParticleStack, density: Density, noise_variance: float | None) -> None:
@@ -243,9 +248,11 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: flo
 
     def left_of(part: ParticleStack) -> tuple[np.ndarray, np.ndarray, float]:
         q, shifts, grams, fit = _refined(plan, part, search, least)
-        power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
+        images = part.images[:]
+        power = np.abs(plan.slices.from_images(images)) ** 2 / box**2
         loud = float((power @ weights).sum())
         power[:, plan.order] = fit.residuals(q, shifts, fit.normal(grams)[1])
+        power /= seen_share(images)[:, None]  # what was masked has none of the noise
         left = np.zeros((groups, shells.max() + 1))
         for g in np.unique(part.optics_group):
             here = power[part.optics_group == g].sum(axis=0)
@@ -351,12 +358,13 @@ def _judged(
     shifts: np.ndarray,
     grams: np.ndarray,
     fit: LeastSquares,
+    share: float,
     noise_variance: float | None,
     resolution_angstrom: float,
 ) -> RefinedStack:
-    """How well each particle's parameters are known."""
+    """How well each particle's parameters are known, from a share of the images' pixels."""
     gain, contrast, matrix, _ = fit.normal(grams)
-    left = np.maximum(grams[:, 6, 6] - gain, 0) / (fit.samples - 6)  # six parameters
+    left = np.maximum(grams[:, 6, 6] - gain, 0) / (share * fit.samples - 6)  # six parameters
     spectrum = stack.noise
     assert spectrum is not None  # told, or estimated by now
     # Whitened, the noise of each optics group has its own variance.

@@ -166,7 +166,7 @@ def refine_halves(
     Scheres and Chen, Nat. Methods 9 (2012); Rosenthal and Henderson, J. Mol. Biol. 333 (2003).
     """
     _check(stack, rounds, work, seed)
-    given = stack.with_half_sets(seed).replace(contrast=None)
+    given = stack.divided().with_half_sets(seed).replace(contrast=None)
     told: dict[str, object] = {"rounds": rounds, "symmetry": symmetry, "seed": seed}
     told |= {"resolution_angstrom": resolution_angstrom, "joined_angstrom": joined_angstrom}
     maps_of = partial(

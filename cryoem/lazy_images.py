@@ -1,0 +1,74 @@
+"""Images that are read where they are indexed, and changed as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["Images", "Rows", "SomeImages", "changed", "selected_images"]
+
+#: Which particles: a range, or indices in any order.
+Rows = slice | np.ndarray
+#: Changes images, given their rows.
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Images(Protocol):
+    """Images that are read where they are indexed: an array, or an ``ImageStack`` of files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(n, size, size)``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: int | Rows, /) -> np.ndarray: ...
+
+
+class SomeImages:
+    """Some rows of images, which are read or copied, and changed, where they are indexed."""
+
+    def __init__(
+        self, base: Images, rows: np.ndarray, change: Change = lambda images, _: images
+    ) -> None:
+        self.base, self.rows, self.change = base, rows, change
+        self.shape = (len(rows), *base.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        rows = self.rows[index]
+        images = self.change(np.asarray(self.base[np.atleast_1d(rows)]), np.atleast_1d(rows))
+        return images if np.ndim(rows) else images[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        images = self[:]
+        return images if dtype is None else images.astype(dtype, copy=False)
+
+    def select(self, rows: Rows) -> SomeImages:
+        """Some of them."""
+        return SomeImages(self.base, self.rows[rows], self.change)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.array, (self[:],)  # other processes are sent these images, not all
+
+
+def selected_images(images: Any, rows: Rows) -> Images:
+    """Some of the images; nothing is read or copied but where they are in memory already."""
+    if hasattr(images, "select"):
+        return images.select(rows)
+    if isinstance(images, np.ndarray) and isinstance(rows, slice):
+        return images[rows]  # a view
+    return SomeImages(images, np.arange(len(images))[rows])
+
+
+def changed(images: Any, change: Change, later: str, *told: object) -> Images:
+    """Images changed at once where they are in memory, else by ``later()`` as they are read."""
+    if isinstance(images, np.ndarray) and not isinstance(images, np.memmap):
+        return change(images, np.arange(len(images)))
+    if hasattr(images, later):
+        return getattr(images, later)(*told)
+    return SomeImages(images, np.arange(len(images)), change)
