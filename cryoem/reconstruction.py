@@ -10,24 +10,23 @@ FFTs whatever the number of images.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import scipy.fft
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, cg
-from scipy.spatial.transform import Rotation
 
-from . import accelerator, fourier, projection, rotations, surveying, workers
+from . import accelerator, fourier, projection, rotations, surveying, threads, workers
 from .density import Density
 from .errors import InputError
 from .noise import Noise
 from .particles import ParticleStack
 from .projection import reconstruct_astra
-from .symmetry import Group, group
+from .symmetry import Group, exact_part, group, summed
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -43,6 +42,9 @@ SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
 #: quarter more, is transformed.
 POINTS_AT_ONCE = 8_000_000
+#: Bytes in which images may be laid down beside each other, one thread each; and the edge of a
+#: kernel whose grid is small.
+TOGETHER, SMALL = 2e9, 128
 #: How many times what is read at once a worker sums before it answers, at most; or what is laid
 #: down together, where that is more.
 SENT = 4
@@ -142,57 +144,6 @@ def _transformed(
         kernel = kernel * w[:, None, None] * w[:, None] * w
     moved = scipy.fft.ifftshift(kernel)
     return scipy.fft.rfftn(moved, workers=fourier.WORKERS, overwrite_x=True).real.copy()
-
-
-def _exact_part(orbit: Group) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Split a group into rotations that exchange axes of the grid, and what is left to do.
-
-    Returns
-    -------
-    matrices : list of (3, 3) arrays
-        The rotations that exchange axes, or turn them round: a subgroup, exact on a grid.
-    elements : list of quaternions
-        One of each coset: those, turned by each of the matrices, are the group.
-    """
-    matrices = Rotation.from_quat(orbit.elements).as_matrix()
-    rounded = np.rint(matrices)
-    exact = [m for m, near in zip(rounded, matrices, strict=True) if np.abs(m - near).max() < 1e-6]
-    left, others = list(range(orbit.order)), []
-    while left:
-        others.append(orbit.elements[left[0]])
-        done = np.stack([m @ matrices[left[0]] for m in exact])
-        left = [i for i in left if np.abs(done - matrices[i]).max(axis=(1, 2)).min() > 1e-6]
-    return exact, others
-
-
-def _exchanged(
-    values: Float[np.ndarray, "m m m"], matrix: Float[np.ndarray, "3 3"]
-) -> Float[np.ndarray, "m m m"]:
-    """A cube turned by a rotation that exchanges its axes, or turns them round, about ``m // 2``.
-
-    The first plane of an even cube has no counterpart, and goes to itself.
-    """
-    to = np.argmax(np.abs(matrix), axis=0)  # axis x, y, z of the source lies along this one
-    axes = [0, 0, 0]
-    for i, j in enumerate(to):
-        axes[2 - j] = 2 - i
-    turned = values.transpose(axes)
-    for i, j in enumerate(to):
-        if matrix[j, i] < 0:
-            turned = fourier.flipped(turned, 2 - j)
-    return turned
-
-
-def _summed(
-    values: Float[np.ndarray, "m m m"], matrices: list[np.ndarray]
-) -> Float[np.ndarray, "m m m"]:
-    """The sum of a cube's copies, turned by each of the matrices."""
-    if len(matrices) == 1:
-        return values
-    total = np.zeros_like(values)
-    for matrix in matrices:
-        total += _exchanged(values, matrix)
-    return total
 
 
 def _ball(size: int) -> Float[np.ndarray, "m m m"]:
@@ -333,11 +284,15 @@ class _Sums:
 
 @dataclass(frozen=True, eq=False)
 class _BackProjecting:
-    """What images are back-projected with: at every orientation of one of each coset."""
+    """What images are back-projected with: at every orientation of one of each coset.
+
+    ``alone``: on all threads; else others do the same beside it.
+    """
 
     size: int
     noise: Noise | None
     others: list[np.ndarray]
+    alone: bool = True
 
     @cached_property
     def slices(self) -> projection.Slices:
@@ -364,6 +319,17 @@ class _BackProjecting:
         """How many images are laid down together: they take no more memory than that grid."""
         return max(1, max(POINTS_AT_ONCE, 2 * self.size**3) // len(self.slices.weights))
 
+    def beside(self, n: int) -> bool:
+        """Whether each thread may lay down its share of so many images.
+
+        Where there is room for the grids, what comes off them and the points; and where transforms
+        of a grid more are next to nothing.
+        """
+        edge, points = kernel_edge(self.size), len(self.slices.weights)
+        room = 8 * (1.25 * edge) ** 3 + 12 * edge**3 + 24 * self.at_once * points
+        worth = edge <= SMALL or n * points > edge**3
+        return worth and room * threads.count() < TOGETHER and not accelerator.gpu()
+
     def place(self, start: int, stack: ParticleStack) -> tuple[int, _Sums]:
         """Sums over a chunk's images."""
         sums = self._sums(stack.select(slice(self.at_once)))
@@ -380,8 +346,8 @@ class _BackProjecting:
         edge = kernel_edge(size)
         for g in self.others:
             q = rotations.multiply(g, stack.oriented())
-            sums.right += slices.backproject(y, q, size)
-            sums.kernel += slices.backproject(squared, q, size, modes=edge)
+            sums.right += slices.backproject(y, q, size, alone=self.alone)
+            sums.kernel += slices.backproject(squared, q, size, modes=edge, alone=self.alone)
         return sums
 
     def _weighted(self, part: ParticleStack, sums: _Sums) -> tuple[np.ndarray, np.ndarray]:
@@ -430,20 +396,25 @@ def _back_projected(
 
     size, n = stack.box_px, len(stack)
     stack = surveying.with_noise(stack, images=SURVEYED)
-    exact, others = _exact_part(orbit)
+    exact, others = exact_part(orbit)
     job = _BackProjecting(size, stack.noise, others)
     sums = _Sums.of_nothing(size, len(job.slices.weights))
     at_once = job.at_once
+    here: Callable[..., Iterable[tuple[int, _Sums]]] = map
     if scheduler is not None:
         most = max(at_once, SENT * job.slices.at_once)
         at_once = workers.shared_out(n, most, scheduler)
+    elif job.beside(n):
+        # Each thread sums its images in their order: again and again to the last digit.
+        at_once = workers.shared_out(n, at_once, None)
+        job, here = replace(job, alone=False), partial(threads.each, ahead=1)
     parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
     with (
-        contextlib.closing(workers.worked(job, parts, scheduler)) as worked,
+        contextlib.closing(workers.worked(job, parts, scheduler, here=here)) as worked,
         tqdm(total=n, desc="back-projection", unit="particle", disable=not progress) as bar,
     ):
         for start, more in worked:
             sums.add(more)
             bar.update(min(at_once, n - start))
-    sums.right, sums.kernel = _summed(sums.right, exact), _summed(sums.kernel, exact)
+    sums.right, sums.kernel = summed(sums.right, exact), summed(sums.kernel, exact)
     return sums, job

@@ -35,10 +35,10 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
-from . import rotations
+from . import fourier, rotations
 from .errors import InputError
 
-__all__ = ["Group", "group"]
+__all__ = ["Group", "exact_part", "group", "summed"]
 
 #: What generates the groups of solids, folds and axes, as RELION lays them: T with a three-fold on
 #: z, O with a four-fold, I with two-folds on x, y and z. And the degree of their features.
@@ -285,3 +285,54 @@ def group(name: str) -> Group:
     Cn has its axis on z, Dn a two-fold on x besides; T, O and I lie as RELION has them (its I2).
     """
     return Group(name)
+
+
+def exact_part(orbit: Group) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Split a group into rotations that exchange axes of the grid, and what is left to do.
+
+    Returns
+    -------
+    matrices : list of (3, 3) arrays
+        The rotations that exchange axes, or turn them round: a subgroup, exact on a grid.
+    elements : list of quaternions
+        One of each coset: those, turned by each of the matrices, are the group.
+    """
+    matrices = Rotation.from_quat(orbit.elements).as_matrix()
+    rounded = np.rint(matrices)
+    exact = [m for m, near in zip(rounded, matrices, strict=True) if np.abs(m - near).max() < 1e-6]
+    left, others = list(range(orbit.order)), []
+    while left:
+        others.append(orbit.elements[left[0]])
+        done = np.stack([m @ matrices[left[0]] for m in exact])
+        left = [i for i in left if np.abs(done - matrices[i]).max(axis=(1, 2)).min() > 1e-6]
+    return exact, others
+
+
+def _exchanged(
+    values: Float[np.ndarray, "m m m"], matrix: Float[np.ndarray, "3 3"]
+) -> Float[np.ndarray, "m m m"]:
+    """A cube turned by a rotation that exchanges its axes, or turns them round, about ``m // 2``.
+
+    The first plane of an even cube has no counterpart, and goes to itself.
+    """
+    to = np.argmax(np.abs(matrix), axis=0)  # axis x, y, z of the source lies along this one
+    axes = [0, 0, 0]
+    for i, j in enumerate(to):
+        axes[2 - j] = 2 - i
+    turned = values.transpose(axes)
+    for i, j in enumerate(to):
+        if matrix[j, i] < 0:
+            turned = fourier.flipped(turned, 2 - j)
+    return turned
+
+
+def summed(
+    values: Float[np.ndarray, "m m m"], matrices: list[np.ndarray]
+) -> Float[np.ndarray, "m m m"]:
+    """The sum of a cube's copies, turned by each of the matrices."""
+    if len(matrices) == 1:
+        return values
+    total = np.zeros_like(values)
+    for matrix in matrices:
+        total += _exchanged(values, matrix)
+    return total

@@ -45,12 +45,14 @@ def count() -> int:
     return os.cpu_count() or 1
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def each(
+    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = AHEAD
+) -> Iterator[Result]:
     """What a function makes of every item, in their order, as many at a time as there are threads.
 
     Meant for functions that spend their time where Python's lock is not held. BLAS uses one thread
-    in each. Items are taken as they are needed; where one fails, or the caller stops, those that
-    have not begun are given up.
+    in each. Items are taken as they are needed, ``ahead`` for each thread, and what was made of
+    more is not kept; where one fails, or the caller stops, those that have not begun are given up.
     """
     import threadpoolctl
 
@@ -65,7 +67,7 @@ def each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > AHEAD * count():
+                if len(waiting) > ahead * count():
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

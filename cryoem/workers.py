@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+from . import threads
 from .errors import InputError, MissingToolError
 from .particles import ParticleStack
 
@@ -73,9 +74,9 @@ def reached(scheduler: str | Client | None) -> None:
 
 
 def shared_out(
-    items: int, most: int, scheduler: str | Client, *, each: int = 1, least: int = 1
+    items: int, most: int, scheduler: str | Client | None, *, each: int = 1, least: int = 1
 ) -> int:
-    """How many items to a part, so that all workers have as much to do.
+    """How many items to a part, so that all workers, or threads, have as much to do.
 
     Parameters
     ----------
@@ -83,14 +84,17 @@ def shared_out(
         How many there are.
     most, least : int
         To a part; ``least`` goes before.
-    scheduler : str or distributed.Client
+    scheduler : str or distributed.Client, optional
+        By default it is this process that works.
     each : int
         Parts of every thread, or a multiple: more where some may be slower than others.
     """
-    with _client(scheduler) as client:
-        threads = max(1, sum(client.nthreads().values()))
-    rounds = max(1, math.ceil(items / (most * each * threads)))
-    return max(least, math.ceil(items / (rounds * each * threads)))
+    working = threads.count()
+    if scheduler is not None:
+        with _client(scheduler) as client:
+            working = max(1, sum(client.nthreads().values()))
+    rounds = max(1, math.ceil(items / (most * each * working)))
+    return max(least, math.ceil(items / (rounds * each * working)))
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def test_imports_have_no_circle():
 def test_imports_are_found():
     """The reading of import statements above, on some that are known."""
     assert {"rotations", "symmetry", "errors", "io.files"} <= set(MODULES)
-    assert imported("symmetry")[0] == {"rotations", "errors"}
+    assert imported("symmetry")[0] == {"fourier", "rotations", "errors"}
     assert "io.files" in imported("io.particles")[0]
     assert "plots" in imported("report")[0]  # as it is used
 
