@@ -1,5 +1,7 @@
 """The errors that this package raises on purpose."""
 
+import numpy as np
+
 
 class CryoemError(Exception):
     """Base of every error that the package raises on purpose."""
@@ -7,6 +9,14 @@ class CryoemError(Exception):
 
 class InputError(CryoemError, ValueError):
     """An argument or a file is not what was wanted; the message says what was and what came."""
+
+
+class UnusableImages(InputError):
+    """Images show nothing: ``found`` says which of those that were read, by what is wrong."""
+
+    def __init__(self, message: str, found: dict[str, np.ndarray] | None = None) -> None:
+        super().__init__(message)
+        self.found = found or {}
 
 
 class MissingToolError(CryoemError, RuntimeError):

@@ -116,6 +116,10 @@ class ImageStatistics:
         found, number = np.unique(self.picture, return_inverse=True)
         return None if len(found) == len(number) else number
 
+    def select(self, rows: Rows) -> ImageStatistics:
+        """Those of some images."""
+        return ImageStatistics(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     @classmethod
     def joined(cls, parts: Sequence[ImageStatistics]) -> ImageStatistics:
         """Those of parts of the images, as one."""

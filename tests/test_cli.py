@@ -667,6 +667,49 @@ def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
     assert "rows 4, 6 (file" in run("info", tmp_path / "a.star").stderr
 
 
+def test_all_bad_images_are_named_and_the_others_are_written_where_one_asks(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(opening, "AT_ONCE", 32**2 * 50)  # some chunks hold none
+    true = read_particles(folder / "particles.star")
+    images = true.images[:].copy()
+    images[60] *= 100
+    path, good = tmp_path / "a.star", tmp_path / "good.star"
+    write_particles(path, true.with_images(images).with_half_sets(0))
+    with mrcfile.open(path.with_suffix(".mrcs"), "r+") as mrc:
+        mrc.data[[3, 250]], mrc.data[7, 2, 2], mrc.data[100:150] = 0, np.nan, 5
+    for command in (("reconstruct", path, "-o", tmp_path / "m.mrc"),
+                    ("refine", path, "-o", tmp_path / "r.star"),
+                    ("abinitio", path, "-o", tmp_path / "i.star"),
+                    ("solve", path, "-o", tmp_path / "s")):  # fmt: skip
+        said = run(*command, "-q", code=1).stderr
+        assert "a.star: 54 of 300 images cannot be used: " in said
+        assert "constant: rows 4, 101, 102, " in said and "and 32 more (file a.mrcs)" in said
+        assert "not finite: row 8 (file" in said and "louder" in said and ": row 61 (file" in said
+        assert "cryoem info --good" in said
+    assert not [*tmp_path.glob("[mris].*")]
+    before = path.read_bytes()
+    assert "--good: " in run("info", path, "--good", path, code=1).stderr
+    assert "--good" in run("info", path, "--good", tmp_path / "a.mrc", code=1).stderr
+    assert "--good" in run("info", folder / "map.mrc", "--good", good, code=1).stderr
+    assert path.read_bytes() == before and not good.exists()
+    done = run("info", path, "--good", good, "--json")
+    assert json.loads(done.stdout)["particles"] == 300 and "54 of 300 images" in done.stderr
+    assert "good.star: 246 of 300 particles" in done.stderr
+    left = np.setdiff1d(np.arange(300), [3, 7, 60, *range(100, 150), 250])
+    kept = read_particles(good)
+    np.testing.assert_array_equal(kept.images[:], images[left])
+    np.testing.assert_array_equal(kept.half_set, read_particles(path).half_set[left])
+    assert "cannot be used" not in run("info", good).stderr
+    run("reconstruct", good, "-o", tmp_path / "m.mrc")
+    with mrcfile.open(path.with_suffix(".mrcs"), "r+") as mrc:
+        mrc.data[:] = 0
+    said = run("info", path, code=1).stderr
+    assert "300 of 300 images cannot be used" in said
+    assert "none is left" in run("info", path, "--good", tmp_path / "d.star", code=1).stderr
+    assert not (tmp_path / "d.star").exists()
+
+
 @pytest.mark.parametrize("level", [0.3, 0.99, 3.0])
 def test_a_level_of_all_or_some_images_is_taken_off_and_flat_ones_are_untouched(
     folder, tmp_path, level

@@ -45,7 +45,7 @@ from cryoem import (
     write_density,
     write_particles,
 )
-from cryoem.errors import InputError, StorageError
+from cryoem.errors import InputError, StorageError, UnusableImages
 from cryoem.half_sets import particles_of
 from cryoem.io import files, star
 from cryoem.io.stacks import ImageStack
@@ -1953,6 +1953,11 @@ def test_an_image_that_is_none_is_named_when_it_is_read(written, value, what):
     np.testing.assert_array_equal(back.images[:3], IMAGES[:3])
     with pytest.raises(InputError, match=rf"row 4: image 4 of .*particles\.mrcs.*{what}"):
         back.images[2:]
+    with mrcfile.open(written.with_suffix(".mrcs"), "r+") as mrc:
+        mrc.data[5] = 1
+    with pytest.raises(UnusableImages, match="row 4: .* and 1 more that were read with it") as said:
+        back.images[2:]
+    assert sorted(row for rows in said.value.found.values() for row in rows) == [1, 3]
 
 
 def test_a_stack_that_shrank_is_named(written):

@@ -17,9 +17,9 @@ from .. import rotations
 from ..errors import InputError
 from ..half_sets import image_of
 from .opening import (
+    bad_told,
     by_file,
     contrasts_told,
-    far_told,
     looked_at,
     open_map,
     open_oriented,
@@ -34,8 +34,12 @@ from .options import (
     Seed,
     Symmetry,
     app,
+    check_outputs,
+    ending_in,
     print_figures,
     refuse_alone,
+    say,
+    star_files,
 )
 
 if TYPE_CHECKING:
@@ -224,6 +228,14 @@ def describe(
         Path, typer.Argument(metavar="FILE", help="Particles, map, stack, model or estimator.")
     ],
     pixel_size: PixelSize = None,
+    good: Annotated[
+        Path | None,
+        typer.Option(
+            help="STAR file to write: the particles without images that no command takes (constant "
+            "ones, some that are no numbers, or far louder or fainter than others). All are read.",
+            callback=ending_in(".star", option="--good"),
+        ),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -233,9 +245,14 @@ def describe(
     path = files.existing(file)
     name = path.name.lower().removesuffix(".gz")
     if name.endswith((".star", ".cs", ".mrcs", ".npy")):
+        if good is not None:
+            _write_good(path, good, pixel_size)
         print_figures(_of_particles(path, seed, pixel_size), as_json)
         return
-    refuse_alone({"--pixel-size": pixel_size}, f"is told of particles, which {path} does not hold")
+    refuse_alone(
+        {"--pixel-size": pixel_size, "--good": good},
+        f"is told of particles, which {path} does not hold",
+    )
     if name.endswith((".mrc", ".map")):
         found = _of_map(path)
     elif name.endswith(".npz"):
@@ -248,6 +265,23 @@ def describe(
             "(.mrcs, .npy), a map (.mrc, .map), an estimator (.npz) or a model (.pdb, .cif)"
         )
     print_figures(found, as_json)
+
+
+def _write_good(path: Path, good: Path, pixel_size: float | None) -> None:
+    """Write the particles whose images can be used, and say which are left out."""
+    from ..io.particles import write_particles
+
+    stack = open_particles(path, True, pixel_size)
+    check_outputs({"--good": star_files(good, stack)}, [path], stack)
+    seen, bad = looked_at(stack.divided(), False)
+    if seen is None:
+        raise InputError(f"{path}: {bad_told(stack, bad)}: none is left to be written")
+    left = np.arange(len(stack))
+    if bad:
+        left = np.setdiff1d(left, np.concatenate([*bad.values()]))
+        warnings.warn(f"{path}: {bad_told(stack, bad)}; they are left out", stacklevel=2)
+    write_particles(good, stack.select(left))
+    say(False, f"{good}: {len(left):,} of {len(stack):,} particles")
 
 
 def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, object]:
@@ -297,11 +331,14 @@ def _surveyed(stack: ParticleStack, path: Path, seed: int) -> dict[str, object]:
 
     drawn = rotations.generator(seed, "info").permutation(len(stack))[:LOOKED_AT]
     some = stack.select(np.sort(drawn)).divided()
-    seen = looked_at(some, True)
-    if len(far := seen.far):
-        warnings.warn(f"{path}: {far_told(some, far)}", stacklevel=2)
-        kept = np.delete(np.arange(len(some)), far)
-        some, seen = some.select(kept), looked_at(some.select(kept), True)
+    seen, bad = looked_at(some, True)
+    if bad:
+        told = bad_told(some, bad)
+        if seen is None:
+            raise InputError(f"{path}: {told}")
+        warnings.warn(f"{path}: of those that were looked at {told}", stacklevel=2)
+        some = some.select(np.setdiff1d(np.arange(len(some)), np.concatenate([*bad.values()])))
+    assert seen is not None
     _, odd, mixed = seen.contrasts(by_file(some))
     if len(odd):
         warnings.warn(f"{path}: {contrasts_told(some, odd)}", stacklevel=2)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from .. import threads
-from ..errors import InputError
+from ..errors import InputError, UnusableImages
 from .options import say
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from ..surveying import Survey
 
 __all__ = [
+    "bad_told",
     "by_file",
     "contrasts_told",
-    "far_told",
     "looked_at",
     "open_map",
     "open_oriented",
@@ -34,7 +34,7 @@ __all__ = [
 #: Pixels of images that are looked at together.
 AT_ONCE = 1 << 22
 #: How many rows, or files, a message lists.
-LISTED = 5
+LISTED = 20
 #: Solvent that is farther off zero than this share of a map's peak is said to be.
 LEVEL = 5e-3
 
@@ -105,11 +105,15 @@ def prepared(
     from .. import surveying
     from ..io.stacks import ImageStack
 
-    seen = looked_at(stack := stack.divided(), quiet)
+    seen, bad = looked_at(stack := stack.divided(), quiet)
+    if bad:
+        raise InputError(
+            f"{path}: {bad_told(stack, bad)}; wanted the others alone, which cryoem info --good "
+            "writes, or images that were mended and normalised"
+        )
+    assert seen is not None  # none was bad
     if seen.same is not None and isinstance(stack.images, ImageStack):
         stack = stack.replace(images=stack.images.with_pictures(seen.same))
-    if len(seen.far):
-        raise InputError(f"{path}: {far_told(stack, seen.far)}, or their rows taken out")
     if invert is None:
         stack = _turned(stack, path, seen)
     elif invert:
@@ -133,33 +137,63 @@ def prepared(
     return stack, found
 
 
-def looked_at(stack: ParticleStack, quiet: bool) -> ImageStatistics:
-    """What each image shows by itself; some are in memory at a time."""
+def looked_at(
+    stack: ParticleStack, quiet: bool
+) -> tuple[ImageStatistics | None, dict[str, np.ndarray]]:
+    """What each image shows by itself; some are in memory at a time.
+
+    Returns
+    -------
+    statistics : ImageStatistics or None
+        Of the images that are good, in order; None: none is.
+    bad : dict of str to (r,) int array
+        Rows of the others, by what is wrong with them.
+    """
     from tqdm.auto import tqdm
 
     from ..imaging import check_images
-    from ..single_images import ImageStatistics
+    from ..single_images import FAR, HOT, MOST, ImageStatistics
 
-    def look(part: ParticleStack) -> ImageStatistics:
-        return ImageStatistics.of(check_images(part.images[:]), part.optics_group)
+    bad: dict[str, list[np.ndarray]] = {}
 
-    parts = []
+    def look(start: int) -> tuple[np.ndarray, list[ImageStatistics], dict[str, np.ndarray]]:
+        part, none = stack.select(slice(start, start + step)), {}
+        rows = np.arange(len(part))
+        try:
+            images = part.images[:]
+        except UnusableImages as error:
+            none = error.found
+            rows = np.setdiff1d(rows, np.concatenate([*none.values()]))
+            images = part.images[rows]
+        seen = [ImageStatistics.of(check_images(images), part.optics_group[rows])] * (len(rows) > 0)
+        return start + rows, seen, {what: start + at for what, at in none.items()}
+
+    step = max(1, AT_ONCE // stack.box_px**2)
+    good, parts = [], []
     with tqdm(total=len(stack), desc="images", unit="image", disable=quiet) as bar:
-        for part in threads.each(look, stack.chunks(max(1, AT_ONCE // stack.box_px**2))):
-            parts.append(part)
-            bar.update(len(part.group))
-    return ImageStatistics.joined(parts)
+        for rows, found, none in threads.each(look, range(0, len(stack), step)):
+            good.append(rows)
+            parts += found
+            for what, which in none.items():
+                bad.setdefault(what, []).append(which)
+            bar.update(len(rows))
+    told = {what: np.concatenate(rows) for what, rows in bad.items()}
+    if not parts:
+        return None, told
+    seen, rows = ImageStatistics.joined(parts), np.concatenate(good)
+    if len(seen.far):
+        told[
+            f"is over {FAR:g} times louder or fainter than the others, or has a pixel over {HOT:g} "
+            f"times as far from the background, or one that holds {MOST:.0%} of its power"
+        ] = rows[seen.far]
+        seen = seen.select(np.delete(np.arange(len(rows)), seen.far))
+    return seen, told
 
 
-def far_told(stack: ParticleStack, rows: np.ndarray) -> str:
-    """What is wrong with the images of these rows, of another scale than the others."""
-    from ..single_images import FAR, HOT, MOST
-
-    return (
-        f"{len(rows):,} of {len(stack):,} images are over {FAR:g} times louder or fainter than the "
-        f"others, or have a pixel over {HOT:g} times as far from the background, or one that holds "
-        f"{MOST:.0%} of their power: {_listed(stack, rows)}; wanted images that were normalised"
-    )
+def bad_told(stack: ParticleStack, bad: Mapping[str, np.ndarray]) -> str:
+    """Which images are good for nothing, by what is wrong with them."""
+    each = "; ".join(f"each {what}: {_listed(stack, rows)}" for what, rows in bad.items())
+    return f"{sum(map(len, bad.values())):,} of {len(stack):,} images cannot be used: {each}"
 
 
 def contrasts_told(stack: ParticleStack, odd: np.ndarray) -> str:

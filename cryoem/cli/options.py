@@ -73,13 +73,13 @@ app = typer.Typer(
 )
 
 
-def _ending_in(*suffixes: str) -> Callable[[Path], Path]:
+def ending_in(*suffixes: str, option: str = "--output") -> Callable[[Path | None], Path | None]:
     """A check of a file to write: by its name's end it is what is written."""
 
-    def checked(output: Path) -> Path:
-        if output.suffix not in suffixes:
+    def checked(output: Path | None) -> Path | None:
+        if output is not None and output.suffix not in suffixes:
             raise InputError(
-                f"--output {output}: wanted a name that ends in {' or '.join(suffixes)}"
+                f"{option} {output}: wanted a name that ends in {' or '.join(suffixes)}"
             )
         return output
 
@@ -121,15 +121,15 @@ Particles = Annotated[
 ]
 MapFile = Annotated[Path, typer.Argument(metavar="MAP", help="Density: an MRC map.")]
 StarOut = Annotated[
-    Path, typer.Option("--output", "-o", help="STAR file to write.", callback=_ending_in(".star"))
+    Path, typer.Option("--output", "-o", help="STAR file to write.", callback=ending_in(".star"))
 ]
 MapOut = Annotated[
     Path,
-    typer.Option("--output", "-o", help="MRC map to write.", callback=_ending_in(".mrc", ".map")),
+    typer.Option("--output", "-o", help="MRC map to write.", callback=ending_in(".mrc", ".map")),
 ]
 EstimatorOut = Annotated[
     Path,
-    typer.Option("--output", "-o", help="Estimator to write (.npz).", callback=_ending_in(".npz")),
+    typer.Option("--output", "-o", help="Estimator to write (.npz).", callback=ending_in(".npz")),
 ]
 Rounds = Annotated[
     int | None,

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import imaging
 from ..aberrations import Aberration
-from ..errors import InputError
+from ..errors import InputError, UnusableImages
 from . import files
 from .files import PathLike
 
@@ -372,10 +372,10 @@ class ImageStack:
         if self.sign is not None:
             images *= self.sign[rows, None, None]
         low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))  # NaN where one pixel is
-        self._refuse(
-            rows, ~(np.isfinite(low) & np.isfinite(high)), "holds values that are not finite"
-        )
-        self._refuse(rows, low == high, "is constant")
+        finite = np.isfinite(low) & np.isfinite(high)
+        flat = finite & (low == high)
+        found = {"holds values that are not finite": ~finite, "is constant": flat}
+        self._refuse(rows, {what: np.flatnonzero(bad) for what, bad in found.items() if bad.any()})
         # Premultiplied images have hardly a background before they are divided.
         first = self.flat and self.premultiplied is None
         images = imaging.flatten(images) if first else images
@@ -388,14 +388,21 @@ class ImageStack:
             images = imaging.flatten(images) if self.flat else images
         return images
 
-    def _refuse(self, rows: np.ndarray, bad: np.ndarray, what: str) -> None:
-        if bad.any():
-            row = rows[np.argmax(bad)]
-            where = "" if self.source is None else f"{self.source}: row {self.row[row] + 1}: "
-            raise InputError(
-                f"{where}image {self.section[row] + 1} of {self.layouts[self.file[row]].path} "
-                f"{what}; mend it or take its row out"
-            )
+    def _refuse(self, rows: np.ndarray, found: dict[str, np.ndarray]) -> None:
+        """Refuse some of the images that were read, by what is wrong with them."""
+        if not found:
+            return
+        what, bad = next(iter(found.items()))
+        row, others = rows[bad[0]], sum(map(len, found.values())) - 1
+        where = "" if self.source is None else f"{self.source}: row {self.row[row] + 1}: "
+        end = "mend it or take its row out"
+        if others:
+            end = f"and {others:,} more that were read with it are none; take their rows out"
+        raise UnusableImages(
+            f"{where}image {self.section[row] + 1} of {self.layouts[self.file[row]].path} "
+            f"{what}; {end}",
+            found,
+        )
 
 
 def _rebuilt(arguments: tuple[Any, ...], options: dict[str, Any]) -> ImageStack:
