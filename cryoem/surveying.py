@@ -12,6 +12,8 @@ import numpy as np
 
 from . import imaging, rotations
 from .errors import InputError
+from .io.files import PathLike
+from .io.star import write_star
 from .noise import Noise, background_noise
 from .particles import ParticleStack
 from .rotations import Seed
@@ -24,6 +26,7 @@ __all__ = [
     "survey",
     "told",
     "with_noise",
+    "write_noise",
 ]
 
 #: What a sign of the contrast means.
@@ -205,6 +208,35 @@ def with_noise(stack: ParticleStack, *, images: int = 1000) -> ParticleStack:
     if stack.noise is not None or len(stack) == 0:
         return stack
     return stack.replace(noise=survey(stack, images=images).noise)
+
+
+def write_noise(path: PathLike, stack: ParticleStack) -> None:
+    """Write the noise of each optics group as RELION's model files do, atomically.
+
+    ``rlnSigma2Noise`` is the variance of either part of a coefficient, in an image of ``N`` px
+    transformed with the factor ``1 / N^2``: the variance per pixel over ``2 N^2``.
+
+    Raises
+    ------
+    InputError
+        The stack's noise is unknown.
+    """
+    if stack.noise is None:
+        raise InputError(f"{path}: the noise of the particles is not known; see with_noise")
+    box = stack.box_px
+    index = np.arange(box // 2 + 1)
+    power = stack.noise.for_groups(stack.optics_groups).at(index / box)
+    write_star(
+        path,
+        {
+            f"model_optics_group_{group + 1}": {
+                "rlnSpectralIndex": index,
+                "rlnResolution": index / (box * stack.pixel_size_angstrom),
+                "rlnSigma2Noise": of_group / (2 * box**2),
+            }
+            for group, of_group in enumerate(power)
+        },
+    )
 
 
 class _Rings:

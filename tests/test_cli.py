@@ -15,6 +15,7 @@ import distributed
 import mrcfile
 import numpy as np
 import pytest
+import starfile
 from measures import QUICK
 from typer.testing import CliRunner
 
@@ -479,6 +480,9 @@ def test_refinement_brings_orientations_nearer(folder, tmp_path):
     assert np.abs(refined.shifts_px - true.shifts_px).mean() < 0.2
     assert sorted(set(refined.half_set)) == [1, 2]
     assert (tmp_path / "refined.html").exists() and (tmp_path / "refined.mrc").exists()
+    noise = starfile.read(tmp_path / "refined_noise.star")["rlnSigma2Noise"]
+    told = json.loads(run("info", folder / "particles.star", "--json").stdout)["noise_variance"]
+    assert 2 * 32**2 * noise[5:].mean() == pytest.approx(told, rel=0.1)
 
 
 def test_refinement_goes_without_a_reference(folder, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.fft
+import starfile
 from measures import relative_error
 
 from cryoem import evaluation, fourier, imaging, projection, reconstruction, rotations, simulate
@@ -16,7 +17,7 @@ from cryoem.recovery.chunks import Job
 from cryoem.refinement import Search, refine
 from cryoem.refinement.halves import refine_each_half
 from cryoem.simulation import TrainingImages
-from cryoem.surveying import survey, with_noise
+from cryoem.surveying import survey, with_noise, write_noise
 
 BOX, VOXEL, N = 40, 5.0, 200
 SHARP = Phantom.random(0, sigma_angstrom=6.0)
@@ -254,6 +255,22 @@ def test_images_without_noise_have_no_spectrum():
     assert made.noise.variance == pytest.approx(simulate(DENSITY, 10, 0, snr=1).noise.variance)
     with pytest.raises(InputError, match="noise_excess must not be negative"):
         simulate(DENSITY, 10, 0, snr=1, noise_excess=-1)
+
+
+def test_noise_is_written_as_relion_keeps_it(tmp_path):
+    """Of white noise of variance 1 ``relion_refine`` finds 1 / (2 N^2) in images of N px."""
+    stack = ParticleStack(CLEAN, VOXEL, optics_group=np.arange(N) % 2)
+    with pytest.raises(InputError, match=r"a\.star: the noise of the particles is not known"):
+        write_noise(tmp_path / "a.star", stack)
+    one, two = Noise.white(3.0), coloured(1.0, 10.0, LENGTH)
+    power = np.stack([one.at(two.frequencies)[0], two.power[0]])
+    write_noise(tmp_path / "a.star", stack.replace(noise=Noise(power)))
+    found = starfile.read(tmp_path / "a.star")
+    assert list(found) == ["model_optics_group_1", "model_optics_group_2"]
+    white, louder = found.values()
+    np.testing.assert_allclose(white["rlnSigma2Noise"], 3 / (2 * BOX**2))
+    np.testing.assert_allclose(white["rlnResolution"], np.arange(BOX // 2 + 1) / (BOX * VOXEL))
+    assert louder["rlnSigma2Noise"][1] > 3 * louder["rlnSigma2Noise"][BOX // 2]
 
 
 def test_masked_images_cannot_be_trained_for():

@@ -106,14 +106,19 @@ def reconstruct_map(
 
 
 def map_files(output: Path, stack: ParticleStack) -> list[Path]:
-    """What is written of particles and their map: a STAR file, maps, their FSC and a report."""
+    """What is written of particles: a STAR file, maps, their FSC, the noise, and a report."""
     return [*star_files(output, stack), *beside(output)]
 
 
 def beside(output: Path) -> list[Path]:
     """What of that stands beside the STAR file."""
     map_path = output.with_suffix(".mrc")
-    return [map_path, *_half_files(map_path), output.with_suffix(".html")]
+    return [map_path, *_half_files(map_path), _noise_file(output), output.with_suffix(".html")]
+
+
+def _noise_file(output: Path) -> Path:
+    """The noise of the particles."""
+    return output.with_name(f"{output.stem}_noise.star")
 
 
 def _half_files(output: Path) -> tuple[Path, Path, Path]:
@@ -187,15 +192,14 @@ def refine_particles(
     Particles that lie wrongly are sought on the whole sphere, and in their frames.
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
-    (.mrc), their FSC (_fsc.star) and a report (.html). A reference is used to --resolution only;
-    where the images do not agree beyond it, there is a warning and no map.
+    (.mrc), their FSC (_fsc.star), the noise (_noise.star) and a report (.html). A reference is used
+    to --resolution only; where the images do not agree beyond it, there is a warning and no map.
 
     Without one there is no map where the halves do not show one particle. Interrupted and called
     again, it then goes on after the rounds that are done, which are kept in OUTPUT
     with .work until the end.
     """
     from .. import report
-    from ..io.particles import write_particles
     from ..refinement import check_reference, check_symmetry, kept, refine_halves
 
     if map_file is None:
@@ -225,8 +229,8 @@ def refine_particles(
     else:
         found = _against(reference, stack, resolution or COARSE, symmetry, seed, scheduler, quiet)
         test, notes = found.test, [_moved(found)]
-    write_particles(output, refined := found.particles)
-    _write_map(map_path, found, seed)
+    _write(output, found, seed)
+    refined = found.particles
     pair = replace(found.half_maps, shared=len(shared_particles(stack)))
     summary = report.write_map(
         page, f"{len(stack):,} particles of {particles_file.name}", pair, found.fsc, found.mask,
@@ -267,16 +271,21 @@ def _moved(found: ReferenceRefinement) -> str:
     )
 
 
-def _write_map(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: int) -> None:
-    """Write a map and its halves where there is one; no other stays in their place."""
+def _write(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: int) -> None:
+    """Write particles and noise; and the map, where there is one, else none stays in its place."""
     from ..density import write_density
+    from ..io.particles import write_particles
+    from ..surveying import write_noise
 
+    map_path = output.with_suffix(".mrc")
+    write_particles(output, found.particles)
+    write_noise(_noise_file(output), found.particles)
     if not found.believable:
-        put_aside([output, *_half_files(output)])
+        put_aside([map_path, *_half_files(map_path)])
         return
-    write_halves(output, found.half_maps, seed)
+    write_halves(map_path, found.half_maps, seed)
     assert found.density is not None
-    write_density(output, found.density)
+    write_density(map_path, found.density)
 
 
 def _over(work: Path) -> None:
