@@ -5,7 +5,7 @@ Each is a function of arrays and a generator. Images are (n, size, size), ``[y, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from .rotations import Seed
 
 __all__ = [
     "CtfParameters",
-    "Premultiplied",
     "add_noise",
     "apply_ctf",
     "background_planes",
@@ -27,6 +26,7 @@ __all__ = [
     "check_stack",
     "crop",
     "ctf",
+    "divisor",
     "downsample",
     "flatten",
     "flip_contrast",
@@ -298,7 +298,7 @@ def ctf(
 
 
 #: What may have been done to images already: see :class:`CtfParameters`.
-DONE = ("as seen", "phase flipped", "premultiplied")
+DONE = ("as seen", "phase flipped", "premultiplied", "divided")
 #: By less than this no image is divided: a CTF is below it at one frequency in sixteen.
 NEXT_TO_NOTHING = 0.1
 
@@ -325,10 +325,11 @@ class CtfParameters:
     even_zernike : (n, c) array, radians
         Coefficients of symmetric aberrations beyond these, by default none; see
         :func:`cryoem.aberrations.zernike`.
-    images : (n,) array of {'as seen', 'phase flipped', 'premultiplied'}
+    images : (n,) array of {'as seen', 'phase flipped', 'premultiplied', 'divided'}
         What was done to the images already. What they show of the density is then the CTF, its
         absolute value, or its square. The noise of premultiplied images is coloured by the absolute
-        value of the CTF; see :meth:`cryoem.particles.ParticleStack.divided`.
+        value of the CTF; divided (:meth:`cryoem.particles.ParticleStack.divided`) they are as if
+        phase flipped, but next to nothing about the zeros.
     """
 
     defocus_u_angstrom: Float[np.ndarray, " n"]
@@ -390,44 +391,19 @@ class CtfParameters:
         found = ctf(box_px, pixel_size_angstrom, at=at, **parameters)
         if (scale != 1).any():
             found *= scale.reshape(-1, *[1] * (found.ndim - 1)).astype(np.float32)
-        for done, shown in (("phase flipped", np.abs), ("premultiplied", np.square)):
+        for done, shown in (
+            ("phase flipped", np.abs),
+            ("premultiplied", np.square),
+            ("divided", lambda seen: seen**2 / divisor(seen)),
+        ):
             if (rows := images == done).any():
                 found[rows] = shown(found[rows])
         return found
 
 
-@dataclass(frozen=True, eq=False)
-class Premultiplied:
-    """What images were multiplied by when they were extracted, to be divided by its absolute value.
-
-    Their noise, which the CTF has coloured, is then as it was seen. About the zeros of the CTF they
-    stay next to nothing: what rounding or another box has left there is not blown up.
-
-    Attributes
-    ----------
-    ctf : CtfParameters
-        Of all images; those that are 'premultiplied' are divided.
-    pixel_size_angstrom : float
-    """
-
-    ctf: CtfParameters
-    pixel_size_angstrom: float
-
-    def select(self, rows: slice | np.ndarray) -> Premultiplied:
-        """That of some images."""
-        return Premultiplied(self.ctf.select(rows), self.pixel_size_angstrom)
-
-    def divided(self, images: ArrayLike) -> Float[np.ndarray, "n y x"]:
-        """These images, as many as it is of, divided."""
-        images = np.array(images, np.float32)
-        rows = np.flatnonzero(self.ctf.images == "premultiplied")
-        step = max(1, (1 << 24) // max(1, images[0].size)) if len(images) else 1
-        for start in range(0, len(rows), step):
-            here = rows[start : start + step]
-            once = replace(self.ctf.select(here), images="as seen")
-            ctf_values = np.abs(once.values(images.shape[1], self.pixel_size_angstrom))
-            images[here] = apply_ctf(images[here], 1 / np.maximum(ctf_values, NEXT_TO_NOTHING))
-        return images
+def divisor(ctf_values: np.ndarray) -> np.ndarray:
+    """What images are divided by that were multiplied by these."""
+    return np.maximum(np.abs(ctf_values), NEXT_TO_NOTHING)
 
 
 def apply_ctf(images: ArrayLike, ctf_values: ArrayLike) -> Float[np.ndarray, "n y x"]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
-__all__ = ["Images", "Rows", "SomeImages", "changed", "selected_images"]
+from .imaging import CtfParameters, apply_ctf, divisor
+
+__all__ = ["Images", "Premultiplied", "Rows", "SomeImages", "changed", "selected_images"]
 
 #: Which particles: a range, or indices in any order.
 Rows = slice | np.ndarray
@@ -72,3 +77,37 @@ def changed(images: Any, change: Change, later: str, *told: object) -> Images:
     if hasattr(images, later):
         return getattr(images, later)(*told)
     return SomeImages(images, np.arange(len(images)), change)
+
+
+@dataclass(frozen=True, eq=False)
+class Premultiplied:
+    """What images were multiplied by when they were extracted, to be divided by its absolute value.
+
+    Their noise, which the CTF has coloured, is then as it was seen. About the zeros of the CTF they
+    stay next to nothing: what rounding or another box has left there is not blown up.
+
+    Attributes
+    ----------
+    ctf : CtfParameters
+        Of all images; those that are 'premultiplied' are divided.
+    pixel_size_angstrom : float
+    """
+
+    ctf: CtfParameters
+    pixel_size_angstrom: float
+
+    def select(self, rows: slice | np.ndarray) -> Premultiplied:
+        """That of some images."""
+        return Premultiplied(self.ctf.select(rows), self.pixel_size_angstrom)
+
+    def divided(self, images: ArrayLike) -> Float[np.ndarray, "n y x"]:
+        """These images, as many as it is of, divided."""
+        images = np.array(images, np.float32)
+        rows = np.flatnonzero(self.ctf.images == "premultiplied")
+        step = max(1, (1 << 24) // max(1, images[0].size)) if len(images) else 1
+        for start in range(0, len(rows), step):
+            here = rows[start : start + step]
+            once = replace(self.ctf.select(here), images="as seen")
+            ctf_values = once.values(images.shape[1], self.pixel_size_angstrom)
+            images[here] = apply_ctf(images[here], 1 / divisor(ctf_values))
+        return images

@@ -23,8 +23,8 @@ from scipy.spatial.transform import Rotation
 from . import imaging, rotations
 from .errors import InputError
 from .half_sets import particles_in, random_half_sets, split_particles
-from .imaging import CtfParameters, Premultiplied
-from .lazy_images import Images, Rows, changed, selected_images
+from .imaging import CtfParameters
+from .lazy_images import Images, Premultiplied, Rows, changed, selected_images
 from .noise import Noise
 from .rotations import Seed
 
@@ -299,15 +299,15 @@ class ParticleStack:
     def divided(self) -> Self:
         """The same particles, premultiplied images divided by their CTF, in files as they are read.
 
-        By its absolute value: they are then phase flipped, and their noise is as it was seen. What
-        needs to know the noise does it by itself.
+        By its absolute value: they are then as if phase flipped, and their noise is as it was seen.
+        What needs to know the noise does it by itself.
         """
         ctf = self.ctf_parameters
         if ctf is None or "premultiplied" not in (before := np.asarray(ctf.images)):
             return self
         by = Premultiplied(ctf, self.pixel_size_angstrom)
         images = changed(self.images, lambda some, i: by.select(i).divided(some), "divided", by)
-        done = np.where(before == "premultiplied", "phase flipped", before)
+        done = np.where(before == "premultiplied", "divided", before)
         return self.replace(images=images, ctf_parameters=replace(ctf, images=done))
 
     def with_half_sets(self, seed: Seed) -> Self:

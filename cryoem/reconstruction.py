@@ -35,8 +35,8 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 
 #: The prior is at least so strong, over what all images see of a shell.
 LEAST = 1e-4
-#: Steps that are enough where there is noise, and where there is none.
-NOISY, CLEAN = 12, 50
+#: Steps that are enough where there is noise, and where there is hardly any, above this SNR.
+NOISY, CLEAN, LOUD = 12, 50, 30.0
 #: Images in which noise is measured.
 SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
@@ -76,7 +76,7 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 12; 50 of images without noise.
+        Of conjugate gradients, at most; by default 12, and 50 of images of an SNR above 30.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.
@@ -118,7 +118,7 @@ def reconstruct(
     spectrum = _transformed(sums.kernel)
     sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
     if iterations is None:
-        iterations = NOISY if job.loud.any() else CLEAN
+        iterations = NOISY if _snr(sums, job, len(stack)) < LOUD else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
             sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
@@ -372,6 +372,12 @@ class _BackProjecting:
         return y * gain * a, squared
 
 
+def _snr(sums: _Sums, job: _BackProjecting, images: int) -> float:
+    """Power of the particle over that of the noise, in the frames."""
+    noise = images * job.size**2 * float(np.sum(job.weights * job.loud, axis=1).mean())
+    return float(sums.power.sum()) / noise if noise > 0 else np.inf
+
+
 def _noise_over_signal(sums: _Sums, job: _BackProjecting) -> Float[np.ndarray, " shells"]:
     """Wiener's prior, shell by shell to Nyquist; infinite where no signal is seen."""
     slices, nyquist = job.slices, job.size // 2
@@ -395,7 +401,7 @@ def _back_projected(
     from tqdm.auto import tqdm
 
     size, n = stack.box_px, len(stack)
-    stack = surveying.with_noise(stack, images=SURVEYED)
+    stack = surveying.with_noise(stack, images=SURVEYED, loudest=np.inf)
     exact, others = exact_part(orbit)
     job = _BackProjecting(size, stack.noise, others)
     sums = _Sums.of_nothing(size, len(job.slices.weights))

@@ -61,9 +61,11 @@ class ImageStatistics:
 
     Attributes
     ----------
-    group, scale, peak, alone : (n,) arrays
-        Optics group, standard deviation, distance of the farthest pixel from the background, and
-        the share of the image's power that this pixel holds.
+    group, told : (n,) arrays
+        Optics group, and the scale of its CTF.
+    scale, peak, alone : (n,) arrays
+        Standard deviation, distance of the farthest pixel from the background, and the share of
+        the image's power that this pixel holds.
     middle : (n,) array
         What the central disc is brighter by than the corners.
     plane, saddle, grain : (n, 3), (n,) and (n,) arrays
@@ -74,6 +76,7 @@ class ImageStatistics:
     """
 
     group: np.ndarray
+    told: np.ndarray
     scale: np.ndarray
     peak: np.ndarray
     alone: np.ndarray
@@ -84,8 +87,10 @@ class ImageStatistics:
     picture: np.ndarray
 
     @classmethod
-    def of(cls, images: np.ndarray, group: np.ndarray) -> ImageStatistics:
-        """Look at images of some optics groups."""
+    def of(
+        cls, images: np.ndarray, group: np.ndarray, told: np.ndarray | float = 1.0
+    ) -> ImageStatistics:
+        """Look at images of some optics groups, whose CTFs are scaled as told."""
         size = images.shape[1]
         radius = imaging.from_middle(size)
         inner, outer = radius < size / 6, beyond_circle(radius)
@@ -100,6 +105,7 @@ class ImageStatistics:
         peak = np.maximum(high - found[:, 0], found[:, 0] - low)
         return cls(
             group=np.asarray(group),
+            told=np.broadcast_to(np.maximum(np.abs(told), 1e-30), len(images)),
             scale=scale,
             peak=peak,
             alone=(peak / scale / size) ** 2,
@@ -176,9 +182,14 @@ class ImageStatistics:
         By a few images beside other groups it is not to be told, and without noise a pixel is hot
         where a particle is seen from its end.
         """
-        loud, peak = (values / self._usual(values) for values in (self.scale, self.peak))
+        loud, seen, peak = (
+            values / self._usual(values)
+            for values in (self.scale, self.scale / self.told, self.peak)
+        )
+        # What is fainter may be told so: all of the image, or the particle alone.
+        off = ((loud > FAR) & (seen > FAR)) | ((loud < 1 / FAR) & (seen < 1 / FAR))
         hot = (peak > HOT) | (self.alone > MOST)
-        far = (loud > FAR) | (loud < 1 / FAR) | (hot & (self.error > FLAT))
+        far = off | (hot & (self.error > FLAT))
         for rows in self.groups if len(self.groups) > 1 else ():
             far[rows] &= len(rows) >= FEW
         return np.flatnonzero(far)

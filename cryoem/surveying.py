@@ -35,11 +35,11 @@ CONTRASTS = {1: "white on black", -1: "black on white", 0: "not to be told"}
 LITTLE = 2e-3
 #: Share of what a particle adds at its loudest ring that is next to nothing.
 FAINT = 0.02
-#: Pixels of background from which a spectrum can be measured.
+#: Pixels of background from which a spectrum can be measured; by fewer it is thought to be white.
 ENOUGH = 20_000
 #: SNR below which no image shows a particle to anybody.
 FAINTEST = 1e-6
-#: SNR from which noise is no matter, and its spectrum is not looked for.
+#: SNR from which orientations do not hang on the noise, and its spectrum is not looked for.
 LOUD = 10.0
 
 
@@ -138,7 +138,9 @@ class Survey:
         return found
 
 
-def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Survey:
+def survey(
+    stack: ParticleStack, *, images: int = 1000, seed: Seed = 0, loudest: float = LOUD
+) -> Survey:
     """Look at some images, drawn at random, and at what is known of all particles.
 
     A particle adds to the variance of the pixels that it covers. So the noise is what varies in the
@@ -151,6 +153,9 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
     images : int
         How many to look at, at most all.
     seed : int or numpy.random.Generator
+    loudest : float
+        SNR above which the noise's spectrum is not looked for: what lies about such a particle may
+        be its own.
 
     Returns
     -------
@@ -168,10 +173,11 @@ def survey(stack: ParticleStack, *, images: int = 1000, seed: Seed = 0) -> Surve
         seen = imaging.flatten(seen)
     quiet = _Rings(seen)
     noise = None
-    enough = len(rows) * quiet.background.sum() >= ENOUGH
-    if enough and quiet.noise > 0 and quiet.signal.mean() < LOUD * quiet.noise:
-        noise = background_noise(seen, quiet.background, group=stack.optics_group[rows])
-        noise = noise.for_groups(stack.optics_groups)
+    if quiet.noise > 0 and quiet.signal.mean() < loudest * quiet.noise:
+        noise = Noise.white(quiet.noise)
+        if len(rows) * quiet.background.sum() >= ENOUGH:
+            noise = background_noise(seen, quiet.background, group=stack.optics_group[rows])
+            noise = noise.for_groups(stack.optics_groups)
     ratio = quiet.signal / quiet.noise if quiet.noise > 0 else np.full(len(rows), np.inf)
     return Survey(
         images=len(rows),
@@ -199,7 +205,7 @@ def told(stack: ParticleStack) -> Told:
     }
 
 
-def with_noise(stack: ParticleStack, *, images: int = 1000) -> ParticleStack:
+def with_noise(stack: ParticleStack, *, images: int = 1000, loudest: float = LOUD) -> ParticleStack:
     """The stack with a noise: its own, or what some images show where no particle reaches.
 
     Of premultiplied images, which are divided, it is that which was seen.
@@ -207,7 +213,7 @@ def with_noise(stack: ParticleStack, *, images: int = 1000) -> ParticleStack:
     stack = stack.divided()
     if stack.noise is not None or len(stack) == 0:
         return stack
-    return stack.replace(noise=survey(stack, images=images).noise)
+    return stack.replace(noise=survey(stack, images=images, loudest=loudest).noise)
 
 
 def write_noise(path: PathLike, stack: ParticleStack) -> None:

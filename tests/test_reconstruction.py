@@ -84,6 +84,17 @@ def test_what_was_done_to_images_before_is_taken_into_account(phantom, defocused
     assert maps.fsc(ignored, expected).mean < 0.9
 
 
+@pytest.mark.parametrize("n", [8, 50])
+def test_the_less_noise_the_better_the_map(phantom, n):
+    """Where noise is no matter for orientations, and of few images, it is one for the map."""
+    expected, found = phantom.density(BOX, VOXEL), []
+    for snr in (1 / 4, 1, 4, 9, 12, 30, 100, 1e4, np.inf):
+        stack = simulate(expected, n, 3, snr=snr).replace(noise=None)
+        found.append(correlation(reconstruct(stack).values, expected.values))
+    assert (np.diff(found) > -0.005).all(), found
+    assert found[1] > {8: 0.35, 50: 0.65}[n], found
+
+
 def test_images_that_passed_their_ctf_twice_are_undone_in_noise_too(phantom, defocused):
     """In as many steps as it takes: twelve, which are enough of others, leave it too smooth."""
     expected, images = phantom.density(BOX, VOXEL), np.asarray(defocused.images)

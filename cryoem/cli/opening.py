@@ -165,8 +165,13 @@ def looked_at(
             none = error.found
             rows = np.setdiff1d(rows, np.concatenate([*none.values()]))
             images = part.images[rows]
-        seen = [ImageStatistics.of(check_images(images), part.optics_group[rows])] * (len(rows) > 0)
-        return start + rows, seen, {what: start + at for what, at in none.items()}
+        told = 1.0 if part.ctf_parameters is None else part.ctf_parameters.select(rows).scale
+        seen = ImageStatistics.of(check_images(images), part.optics_group[rows], told)
+        return (
+            start + rows,
+            [seen] * (len(rows) > 0),
+            {what: start + at for what, at in none.items()},
+        )
 
     step = max(1, AT_ONCE // stack.box_px**2)
     good, parts = [], []

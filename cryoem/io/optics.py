@@ -54,7 +54,7 @@ MICROSCOPE = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast")
 
 #: What was done to the images, and the column of an optics group or of a particle that says it.
 DONE = {
-    "phase flipped": "rlnCtfDataArePhaseFlipped",
+    "phase flipped": "rlnCtfDataArePhaseFlipped",  # divided ones too, but about the zeros
     "premultiplied": "rlnCtfDataAreCtfPremultiplied",
 }
 
@@ -439,7 +439,7 @@ def tell_done(path: Path, stack: ParticleStack, optics: Table, table: Table) -> 
     if np.array_equal(done, _done(path, optics, table, group)):
         return
     for what, name in DONE.items():
-        flags = (done == what).astype(int)
+        flags = (np.where(done == "divided", "phase flipped", done) == what).astype(int)
         of_groups = np.zeros(length(optics), int)
         of_groups[group] = flags
         optics.pop(name, None)

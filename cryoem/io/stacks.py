@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from .. import imaging
 from ..aberrations import Aberration
 from ..errors import InputError, UnusableImages
+from ..lazy_images import Premultiplied
 from . import files
 from .files import PathLike
 
@@ -252,7 +253,7 @@ class ImageStack:
         flat: bool = False,
         aberrations: Sequence[Aberration] = (),
         aberration: ArrayLike | None = None,
-        premultiplied: imaging.Premultiplied | None = None,
+        premultiplied: Premultiplied | None = None,
         picture: np.ndarray | None = None,
     ) -> None:
         self.layouts = tuple(layouts)
@@ -320,7 +321,7 @@ class ImageStack:
         other.flat = True
         return other
 
-    def divided(self, premultiplied: imaging.Premultiplied) -> ImageStack:
+    def divided(self, premultiplied: Premultiplied) -> ImageStack:
         """The same images, divided by the CTF that they were multiplied by, as they are read."""
         other = copy.copy(self)
         other.premultiplied = premultiplied
