@@ -110,7 +110,10 @@ def averages(folder: Path, seed: int) -> dict:
 def like_the_model(density, folder: Path) -> dict:
     """How like the protein's atomic model a map is, which is laid onto it."""
     box, voxel = density.box_px, density.voxel_size_angstrom
-    model = load_density(str(folder.parent / MODEL), box_px=box, voxel_size_angstrom=voxel)
+    model = load_density(
+        str(folder.parent / MODEL), box_px=box, voxel_size_angstrom=voxel,
+        resolution_angstrom=max(8.0, 2 * voxel),
+    )  # fmt: skip
     laid = maps.register(model, density, resolution_angstrom=max(8.0, 2.5 * voxel)).density
     coarse = [d.low_passed(20.0).values.ravel() for d in (laid, density)]
     mask = maps.soft_mask(laid)

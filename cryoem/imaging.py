@@ -389,12 +389,14 @@ class CtfParameters:
         parameters = {f.name: getattr(self, f.name) for f in fields(self)}
         scale, images = parameters.pop("scale"), parameters.pop("images")
         found = ctf(box_px, pixel_size_angstrom, at=at, **parameters)
+        if (rows := images == "divided").any():  # about the zeros less of it is left
+            found[rows] = np.square(found[rows]) / divisor(found[rows])
         if (scale != 1).any():
             found *= scale.reshape(-1, *[1] * (found.ndim - 1)).astype(np.float32)
         for done, shown in (
             ("phase flipped", np.abs),
+            ("divided", np.abs),
             ("premultiplied", np.square),
-            ("divided", lambda seen: seen**2 / divisor(seen)),
         ):
             if (rows := images == done).any():
                 found[rows] = shown(found[rows])

@@ -107,7 +107,9 @@ class Premultiplied:
         step = max(1, (1 << 24) // max(1, images[0].size)) if len(images) else 1
         for start in range(0, len(rows), step):
             here = rows[start : start + step]
-            once = replace(self.ctf.select(here), images="as seen")
-            ctf_values = once.values(images.shape[1], self.pixel_size_angstrom)
-            images[here] = apply_ctf(images[here], 1 / divisor(ctf_values))
+            part = self.ctf.select(here)
+            once = replace(part, images="as seen", scale=1.0)
+            by = divisor(once.values(images.shape[1], self.pixel_size_angstrom))
+            by *= np.maximum(np.abs(part.scale), 1e-6).astype(np.float32)[:, None, None]
+            images[here] = apply_ctf(images[here], 1 / by)
         return images

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,8 @@ FAR = 5.0
 #: A pixel this many times as far from the background as the farthest of other images is hot, and
 #: one that holds this share of its image's power, whatever others hold.
 HOT, MOST = 10.0, 0.2
-#: Images by which an optics group, or a stack, is judged by itself.
-FEW = 20
+#: Images by which the contrast of an optics group, or a stack, is judged by itself; and its scale.
+FEW, SOME = 20, 5
 #: Share of images of the other contrast from which images are mixed, not a few of them bad.
 MIXED = 0.02
 #: Share of what stacks show on average that all show, and of what those of one sign show that those
@@ -48,8 +49,12 @@ def beyond_circle(radius: np.ndarray) -> np.ndarray:
     return beyond if beyond.any() else radius == radius.max()
 
 
-def seen_share(images: np.ndarray) -> np.ndarray:
-    """Share of each image's pixels that were not masked, or padded, with a constant: (n,) array."""
+def seen_share(images: Any) -> np.ndarray:
+    """Share of each image's pixels that were not masked, or padded, with a constant: (n,) array.
+
+    Of images in files as these keep them: what is undone as they are read reaches into the mask.
+    """
+    images = (images.as_they_lie() if hasattr(images, "as_they_lie") else images)[:]
     corners = images[:, beyond_circle(imaging.from_middle(images.shape[1]))]
     share = np.mean(images != corners[:, :1, None], axis=(1, 2))
     return np.where((np.ptp(corners, axis=1) == 0) & (share > 0), share, 1.0)
@@ -138,11 +143,17 @@ class ImageStatistics:
         """The rows of each optics group."""
         return _parts(np.arange(len(self.group)), self.group)
 
-    def _usual(self, values: np.ndarray) -> np.ndarray:
-        """For each image the median of its optics group, or of all where that is small."""
+    def pooled(self, few: int) -> list[np.ndarray]:
+        """The rows of each optics group of so many images, and of all that are smaller together."""
+        small = [rows for rows in self.groups if len(rows) < few]
+        large = [rows for rows in self.groups if len(rows) >= few]
+        return [*large, np.sort(np.concatenate(small))] if small else large
+
+    def _usual(self, values: np.ndarray, few: int = FEW) -> np.ndarray:
+        """For each image the median of its optics group, of small ones, or of all."""
         found = np.full(len(values), np.quantile(values, 0.5, method="lower"))
-        for rows in self.groups:
-            if len(rows) >= FEW:
+        for rows in self.pooled(few):
+            if len(rows) >= few:
                 found[rows] = np.quantile(values[rows], 0.5, method="lower")
         return np.maximum(found, 1e-30)
 
@@ -183,16 +194,21 @@ class ImageStatistics:
         where a particle is seen from its end.
         """
         loud, seen, peak = (
-            values / self._usual(values)
+            values / self._usual(values, SOME)
             for values in (self.scale, self.scale / self.told, self.peak)
         )
         # What is fainter may be told so: all of the image, or the particle alone.
         off = ((loud > FAR) & (seen > FAR)) | ((loud < 1 / FAR) & (seen < 1 / FAR))
-        hot = (peak > HOT) | (self.alone > MOST)
-        far = off | (hot & (self.error > FLAT))
-        for rows in self.groups if len(self.groups) > 1 else ():
-            far[rows] &= len(rows) >= FEW
-        return np.flatnonzero(far)
+        far = off | ((peak > HOT) & (self.error > FLAT))
+        for rows in self.pooled(SOME) if len(self.groups) > 1 else ():
+            far[rows] &= len(rows) >= SOME
+        return np.flatnonzero(far | ((self.alone > MOST) & (self.error > FLAT)))
+
+    @property
+    def apart(self) -> float:
+        """How many times louder the images of one optics group are than those of another."""
+        usual = self._usual(self.scale / self.told, SOME)
+        return float(usual.max() / usual.min())
 
     def contrasts(self, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Tell white from black by optics groups, and by stacks where those of one group differ.
@@ -204,7 +220,7 @@ class ImageStatistics:
         chance, make.
         """
         sign, odd, mixed = np.zeros(len(stack), int), [np.zeros(0, int)], False
-        for rows in self.groups:
+        for rows in self.pooled(SOME):
             sign[rows] = self.contrast(rows)[0]
             parts = [part for part in _parts(rows, stack[rows]) if len(part) >= FEW]
             told = np.array([self.contrast(part)[0] for part in parts])
@@ -218,6 +234,8 @@ class ImageStatistics:
                 other = told == -(sign[rows[0]] or 1)
                 odd += [part for part, is_other in zip(parts, other, strict=True) if is_other]
                 mixed = True
+        for rows in self.pooled(FEW):
+            sign[rows] = np.where(sign[rows] == 0, self.contrast(rows)[0], sign[rows])
         sign[sign == 0] = np.sign(sign.sum())  # too few of them, and nothing says otherwise
         more, peak = self._odd(np.where(sign == 0, 1, sign))
         return sign, np.unique(np.concatenate([*odd, more])), mixed or peak
@@ -233,7 +251,7 @@ class ImageStatistics:
     def _odd(self, sign: np.ndarray) -> tuple[np.ndarray, bool]:
         """Rows about the opposite of where images lie; whether a valley parts them from those."""
         odd, mixed = [np.zeros(0, int)], False
-        for rows in self.groups:
+        for rows in self.pooled(FEW):
             if len(rows) < FEW:
                 continue
             middle = self.middle[rows] * sign[rows]

@@ -17,7 +17,7 @@ from .io.star import write_star
 from .noise import Noise, background_noise
 from .particles import ParticleStack
 from .rotations import Seed
-from .single_images import ImageStatistics, beyond_circle
+from .single_images import ImageStatistics, beyond_circle, seen_share
 
 __all__ = [
     "Survey",
@@ -69,6 +69,9 @@ class Survey:
     ----------
     images : int
         How many were looked at.
+    masked_fraction : float
+        Share of these that were masked, or padded, with a constant: of more than half of them no
+        noise is to be seen, else it is that of the others.
     contrast : {'white on black', 'black on white', 'mixed', 'not to be told'}
     noise_variance : float
         Per pixel, where it is quietest.
@@ -91,6 +94,7 @@ class Survey:
     """
 
     images: int
+    masked_fraction: float
     contrast: str
     noise_variance: float
     noise: Noise | None
@@ -161,7 +165,7 @@ def survey(
     -------
     Survey
     """
-    n = len(stack)
+    stack, n = stack.divided(), len(stack)
     rows = np.sort(rotations.generator(seed, "survey").choice(n, min(images, n), replace=False))
     seen = np.asarray(stack.images[rows])
     single = ImageStatistics.of(seen, stack.optics_group[rows])
@@ -171,7 +175,10 @@ def survey(
     mixed |= {-1, 1} <= set(signs.tolist())
     if single.uneven:
         seen = imaging.flatten(seen)
-    quiet = _Rings(seen)
+    masked = seen_share(stack.select(rows).images) < 1
+    if 0 < masked.mean() <= 0.5:  # the others tell
+        rows, seen = rows[~masked], seen[~masked]
+    quiet = _Rings(seen, masked=bool(masked.mean() > 0.5))
     noise = None
     if quiet.noise > 0 and quiet.signal.mean() < loudest * quiet.noise:
         noise = Noise.white(quiet.noise)
@@ -180,7 +187,8 @@ def survey(
             noise = noise.for_groups(stack.optics_groups)
     ratio = quiet.signal / quiet.noise if quiet.noise > 0 else np.full(len(rows), np.inf)
     return Survey(
-        images=len(rows),
+        images=len(masked),
+        masked_fraction=float(masked.mean()),
         contrast="mixed" if mixed else CONTRASTS[sign],
         noise_variance=quiet.noise,
         noise=noise,
@@ -260,7 +268,7 @@ class _Rings:
         What is louder than that within, over the whole frame.
     """
 
-    def __init__(self, images: np.ndarray) -> None:
+    def __init__(self, images: np.ndarray, *, masked: bool) -> None:
         n, size = images.shape[:2]
         radius = imaging.from_middle(size)
         # Rings of equal width out to where a circle still fits; the corners are the last one.
@@ -288,7 +296,7 @@ class _Rings:
             last += 1
         ring = slice(first, last + 1)
         self.noise = float(squares[:, ring].sum() / n / count[ring].sum())
-        if np.mean(np.ptp(corners, axis=1) == 0) > 0.5:  # they have been masked
+        if masked:
             self.noise = 0.0
         # The particle ends where hardly any of what it adds in the middle is left.
         faint = np.maximum(FAINT * (loud[:first].max(initial=0) - self.noise), 2 * error)

@@ -657,6 +657,77 @@ def test_a_contrast_that_is_not_told_is_said(tmp_path):
     assert run(*given, "--invert").stderr == run(*given, "--no-invert").stderr == ""
 
 
+@pytest.mark.parametrize("command", ["reconstruct", "refine"])
+def test_orientations_that_are_none_are_refused(folder, tmp_path, command):
+    """Those of 2D classification, and angles in radians."""
+    text = (folder / "particles.star").read_text()
+    columns = [line.split()[0][1:] for line in text.splitlines() if line.startswith("_rln")]
+    columns = columns[columns.index("rlnImageName") :]
+    at = [columns.index(f"rlnAngle{name}") for name in ("Rot", "Tilt", "Psi")]
+    shutil.copy(folder / "particles.mrcs", tmp_path)
+    rows = {"flat.star": lambda rot, tilt, psi: (0.0, 0.0, psi),
+            "radians.star": lambda *angles: np.radians(angles)}  # fmt: skip
+    for name, change in rows.items():
+        lines = []
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) == len(columns):
+                new = change(*(float(words[i]) for i in at))
+                for i, value in zip(at, new, strict=True):
+                    words[i] = repr(float(value))
+            lines.append(" ".join(words) if words else line)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    out = tmp_path / ("x.mrc" if command == "reconstruct" else "x.star")
+    said = run(command, tmp_path / "flat.star", "-o", out, "-q", code=1).stderr
+    assert "flat.star: all 300 particles are seen from one direction" in said
+    said = run(command, tmp_path / "radians.star", "-o", out, "-q", code=1).stderr
+    assert "radians.star: no angle of 300 particles is beyond 6.28" in said
+    assert not out.exists()
+
+
+def test_masks_are_noticed_beneath_what_is_undone(folder, tmp_path):
+    """A mask's constant corners are none after a division by the CTF, or a beam's tilt."""
+    run("simulate", folder / "map.mrc", "-n", 60, "--snr", 0.5, "--defocus", 1e4, 2e4, "--seed", 3,
+        "-o", tmp_path / "a.star")  # fmt: skip
+    stack = read_particles(tmp_path / "a.star")
+    disc = np.hypot(*np.mgrid[:32, :32] - 16) < 14
+    parameters = dataclasses.replace(stack.ctf_parameters, images="premultiplied")
+    twice = imaging.apply_ctf(stack.images[:], stack.ctf()) * disc
+    write_particles(tmp_path / "b.star",
+                    stack.replace(images=twice, ctf_parameters=parameters))  # fmt: skip
+    write_particles(tmp_path / "c.star", stack.replace(images=stack.images[:] * disc))
+    tilted = starfile.read(tmp_path / "c.star")
+    tilted["optics"]["rlnBeamTiltX"], tilted["optics"]["rlnBeamTiltY"] = 0.3, -0.2
+    starfile.write(tilted, tmp_path / "c.star", overwrite=True)
+    some = np.arange(60) < 20
+    write_particles(
+        tmp_path / "d.star",
+        stack.replace(
+            images=np.where(some[:, None, None], stack.images[:] * disc, stack.images[:])
+        ),
+    )
+    whole = json.loads(run("info", tmp_path / "a.star", "--json").stdout)
+    for name in "bc":
+        found = json.loads(run("info", tmp_path / f"{name}.star", "--json").stdout)
+        assert found["snr"] is None and found["masked_fraction"] == 1
+        done = run("reconstruct", tmp_path / f"{name}.star", "-o", tmp_path / "x.mrc", "-q")
+        assert f"{name}.star: the corners of the images are constant" in done.stderr
+    found = json.loads(run("info", tmp_path / "d.star", "--json").stdout)
+    assert found["snr"] == pytest.approx(whole["snr"], rel=0.15)
+    assert found["masked_fraction"] == pytest.approx(1 / 3)
+    done = run("reconstruct", tmp_path / "d.star", "-o", tmp_path / "x.mrc", "-q")
+    assert "d.star: the corners of 33% of the images are constant" in done.stderr
+
+
+def test_names_as_long_as_they_may_be_are_written(folder, tmp_path):
+    longest = tmp_path / f"{'a' * 251}.mrc"
+    run("reconstruct", folder / "particles.star", "-o", longest, "-q")
+    assert longest.exists()
+    longer = tmp_path / f"{'a' * 248}.star"  # its half-maps would be
+    said = run("refine", folder / "particles.star", "-o", longer, "-q", code=1).stderr
+    assert "File name too long" in said and "iB" not in said
+
+
 def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
     true = read_particles(folder / "particles.star")
     images = true.images[:].copy()

@@ -1256,6 +1256,18 @@ def premultiplied(folder, rows=slice(None)):
 MULTIPLIED = "rlnCtfDataAreCtfPremultiplied"
 
 
+def test_the_scale_of_a_premultiplied_image_is_no_zero_of_its_ctf(tmp_path):
+    """However faint it is said to be: all but what lies about the zeros is divided."""
+    path, once, ctf, _ = premultiplied(tmp_path)
+    rewritten(path, lambda b: b["particles"].insert(0, "rlnCtfScalefactor", 0.01))
+    stack = read_particles(path).divided()
+    np.testing.assert_allclose(
+        stack.images[:], imaging.apply_ctf(once, 100 / np.maximum(abs(ctf), 0.1)), atol=0.01
+    )
+    wanted = 0.01 * ctf**2 / np.maximum(abs(ctf), 0.1)
+    np.testing.assert_allclose(stack.ctf(), wanted, rtol=1e-5)
+
+
 def away_from_zeros(images, ctf):
     kept = np.abs(ctf) > 0.11
     kept[:, :, -1] = kept[:, kept.shape[1] // 2] = False  # where astigmatism cannot be undone
@@ -1288,8 +1300,10 @@ def test_premultiplied_images_are_divided_as_they_are_read(tmp_path, rows):
     # What they show of a density is what the division leaves of it, about the zeros too.
     shown = np.where(flags[:, None, None] == 1, ctf**2 / np.maximum(abs(ctf), 0.1), ctf)
     np.testing.assert_allclose(stack.ctf(), shown, rtol=1e-5)
+    # A ramp is one before images are divided; afterwards their means have grown.
+    flat = given.replace(images=imaging.flatten(once)).divided().images
     black = stack.inverted().flattened()
-    np.testing.assert_allclose(black.images[:], -imaging.flatten(stack.images[:]), atol=1e-5)
+    np.testing.assert_allclose(black.images[:], -imaging.flatten(flat), atol=1e-4)
     # As it was found there is written of images that stay; not of those that are written anew.
     write_particles(tmp_path / "b.star", stack)
     assert list(starfile.read(tmp_path / "b.star")["particles"][MULTIPLIED]) == list(flags)
@@ -1356,6 +1370,12 @@ def test_a_ctf_that_is_told_in_part_or_twice_is_said(written, tmp_path, change, 
         assert stack.ctf_parameters is None
     else:
         assert not stack.ctf_parameters.defocus_angle_degrees.any()
+
+
+def test_over_focus_is_said(written):
+    rewritten(written, put("particles", "rlnDefocusU", -1e4))
+    with pytest.warns(UserWarning, match=r"particles\.star: column rlnDefocusU: most are negative"):
+        read_particles(written)
 
 
 def test_a_small_astigmatism_needs_no_angle(written):

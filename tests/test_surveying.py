@@ -168,6 +168,28 @@ def test_pixels_that_hold_most_of_an_image_are_hot_whatever_others_hold(clean):
     np.testing.assert_array_equal(statistics(images).far, hot)
 
 
+@pytest.mark.parametrize("each", [1, 2, 7, 10])
+def test_small_optics_groups_are_looked_at_too(clean, each):
+    """Of a micrograph each, say: those of a few images by themselves, smaller ones together."""
+    images, group = noisy(clean, 1 / 4), np.arange(300) // each
+    assert len(statistics(images, group).far) == 0
+    images[37, 10, 12] = 1000 * images.std()
+    images[99] *= 100
+    np.testing.assert_array_equal(statistics(images, group).far, [37, 99])
+    images = noisy(clean, 4)
+    images[::3] *= -1
+    _, odd, mixed = statistics(images, group).contrasts(np.zeros(300, int))
+    assert mixed and len(np.intersect1d(odd, np.arange(0, 300, 3))) > 80
+
+
+def test_groups_of_other_scales_are_told(clean):
+    images, group = noisy(clean, 1 / 4), np.arange(300) % 2
+    assert statistics(images, group).apart < 1.1
+    images[1::2] *= 30
+    assert statistics(images, group).apart == pytest.approx(30, rel=0.1)
+    assert len(statistics(images, group).far) == 0
+
+
 def test_noise_has_no_sign():
     noise = np.random.default_rng(3).standard_normal((300, BOX, BOX)).astype(np.float32)
     sign, z = surveying.contrast(noise)

@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from ..half_sets import shared_particles
-from .opening import open_map, open_oriented, prepared
+from .opening import check_views, open_map, open_oriented, prepared
 from .options import (
     OF_MAP,
     Invert,
@@ -75,12 +75,13 @@ def reconstruct_map(
     stack = open_oriented(particles_file, quiet, pixel_size)
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
+    check_views(particles_file, stack)
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     check_symmetry(stack, symmetry, seed=seed)
     if not half_maps:
         found = reconstruct(stack, symmetry=symmetry, scheduler=scheduler, progress=not quiet)
         write_density(output, found)
-        if there := [path.name for path in _half_files(output) if path.exists()]:
+        if there := [path.name for path in _half_files(output) if os.path.exists(path)]:
             warnings.warn(
                 f"{', '.join(there)} beside {output}: of an earlier run, not of this map",
                 stacklevel=1,
@@ -212,6 +213,7 @@ def refine_particles(
     rounds_kept = [work / name for name in kept.FILES] if map_file is None else []
     written = {"--output": [*map_files(output, stack), *rounds_kept]}
     check_outputs(written, [particles_file, map_file], stack)
+    check_views(particles_file, stack)
     reference = None
     if map_file is not None:
         reference = open_map(map_file, voxel_size, stack)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "bad_told",
     "by_file",
+    "check_views",
     "contrasts_told",
     "looked_at",
     "open_map",
@@ -33,6 +34,10 @@ __all__ = [
 
 #: Pixels of images that are looked at together.
 AT_ONCE = 1 << 22
+#: How many times louder than others images of an optics group are said to be.
+UNLIKE = 3.0
+#: Particles of which not all are seen from one direction.
+SEVERAL = 20
 #: How many rows, or files, a message lists.
 LISTED = 20
 #: Solvent that is farther off zero than this share of a map's peak is said to be.
@@ -57,6 +62,26 @@ def open_oriented(path: Path, quiet: bool, pixel_size: float | None = None) -> P
     if stack.quaternions is None:
         raise InputError(f"{path}: no columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi; see orient")
     return stack
+
+
+def check_views(path: Path, stack: ParticleStack) -> None:
+    """Refuse orientations that are none: all of one direction, or angles that are radians."""
+    from ..rotations import RELION_ANGLES, view_directions
+
+    if len(stack) < SEVERAL:
+        return
+    directions = view_directions(stack.oriented())
+    if np.linalg.eigvalsh(directions.T @ directions / len(stack))[-1] > 1 - 1e-6:
+        raise InputError(
+            f"{path}: all {len(stack):,} particles are seen from one direction by their angles, as "
+            "after 2D classification; wanted orientations (abinitio and solve need none)"
+        )
+    told = [stack.columns[name] for name in RELION_ANGLES if name in stack.columns]
+    if len(told) == 3 and np.abs(np.array(told, float)).max() <= 2 * np.pi:
+        raise InputError(
+            f"{path}: no angle of {len(stack):,} particles is beyond 6.28: they look like radians; "
+            f"wanted {', '.join(RELION_ANGLES)} in degrees"
+        )
 
 
 def open_map(
@@ -114,6 +139,12 @@ def prepared(
     assert seen is not None  # none was bad
     if seen.same is not None and isinstance(stack.images, ImageStack):
         stack = stack.replace(images=stack.images.with_pictures(seen.same))
+    if seen.apart > UNLIKE:
+        warnings.warn(
+            f"{path}: the images of one optics group are {seen.apart:.2g} times louder than those "
+            "of another; wanted images that were normalised alike",
+            stacklevel=2,
+        )
     if invert is None:
         stack = _turned(stack, path, seen)
     elif invert:
@@ -128,10 +159,15 @@ def prepared(
         )
         stack = stack.flattened()
     found = surveying.survey(stack, images=300, seed=seed)
-    if not found.noise_variance > 0:
+    if found.masked_fraction > 0:
+        what = "their noise is not measured, and a reconstruction takes them for images without any"
+        which = "the images"
+        if found.masked_fraction <= 0.5:
+            which = f"{found.masked_fraction:.0%} of the images"
+            what = "the noise is that of the others, and is told of all"
         warnings.warn(
-            f"{path}: the corners of the images are constant, as where they are masked or padded: "
-            "their noise is not measured, and a reconstruction takes them for images without any",
+            f"{path}: the corners of {which} are constant, as where they are masked or padded: "
+            f"{what}",
             stacklevel=2,
         )
     return stack, found

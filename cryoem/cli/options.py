@@ -47,6 +47,7 @@ class _Commands(typer.core.TyperGroup):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("always", category=UserWarning, module="cryoem")
+                warnings.filterwarnings("ignore", message="constrained_layout")  # matplotlib's
                 warnings.showwarning = show
                 return super().invoke(ctx)
         except CryoemError as error:

@@ -44,7 +44,7 @@ def atomic(path: PathLike) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix stays at the end: writers choose the format by it.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix="-" + path.name)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".cryoem-", suffix=path.suffix)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
     os.close(handle)
@@ -82,6 +82,7 @@ def check_writable(path: PathLike) -> None:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
+        path.exists()  # not where its name is longer than names may be
     except OSError as error:
         if isinstance(error, StorageError):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ __all__ = [
     "find_stack",
     "folders_of",
     "names_from",
+    "note_header_pixels",
     "open_images",
     "without_format",
 ]
@@ -111,3 +113,16 @@ def names_from(path: Path, images: ImageStack, names: np.ndarray | None) -> np.n
         end = ":mrcs" if of_many else ""
         found.append(f"{digits}{'@' if digits else ''}{renamed[file, stack]}{end}")
     return np.array(found, object)
+
+
+def note_header_pixels(path: Path, images: ImageStack, pixel_size: float) -> None:
+    """Say where the stacks themselves tell another pixel size than the particle file."""
+    said = np.array([layout.pixel_size_angstrom for layout in images.layouts])
+    other = ~np.isin(said, (0.0, 1.0)) & ~np.isclose(said, pixel_size, rtol=5e-3)
+    if other.any():
+        warnings.warn(
+            f"{path}: pixels of {pixel_size:g} A; the headers of {other.sum()} of {len(said)} "
+            f"stacks say otherwise, such as {said[other][0]:g} A in "
+            f"{images.layouts[np.argmax(other)].path}, and are not used",
+            stacklevel=3,
+        )

@@ -15,7 +15,6 @@ from ..imaging import CtfParameters
 from ..particles import ParticleStack
 from ..rotations import RELION_ANGLES
 from .aberrations import EVEN, UNDONE, even_zernike
-from .stacks import ImageStack
 from .star import OPTICS, ORIGINS, Table, length, numbers, numbers_of
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "ctf_columns",
     "ctf_parameters",
     "note_contradictions",
-    "note_header_pixels",
     "note_outside",
     "note_unused",
     "optics_rows",
@@ -196,19 +194,6 @@ def _magnified(path: Path, optics: Table, table: Table, group: np.ndarray) -> np
     return np.round(1e4 * parts[0] / parts[1], 9)
 
 
-def note_header_pixels(path: Path, images: ImageStack, pixel_size: float) -> None:
-    """Say where the stacks themselves tell another pixel size than the particle file."""
-    said = np.array([layout.pixel_size_angstrom for layout in images.layouts])
-    other = ~np.isin(said, (0.0, 1.0)) & ~np.isclose(said, pixel_size, rtol=5e-3)
-    if other.any():
-        warnings.warn(
-            f"{path}: pixels of {pixel_size:g} A; the headers of {other.sum()} of {len(said)} "
-            f"stacks say otherwise, such as {said[other][0]:g} A in "
-            f"{images.layouts[np.argmax(other)].path}, and are not used",
-            stacklevel=3,
-        )
-
-
 def with_origins(path: Path, table: Table, sizes: np.ndarray) -> Table:
     """The particles with origins in angstrom, where the file has them in pixels."""
     pixels = ("rlnOriginX", "rlnOriginY")
@@ -274,6 +259,12 @@ def ctf_parameters(
         raise InputError(
             f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
             "(1 micrometre is 10000), or no defocus columns for images without CTF"
+        )
+    if np.median(parameters["defocus_u_angstrom"]) < 0:
+        warnings.warn(
+            f"{path}: column rlnDefocusU: most are negative, over focus, and taken so; under focus "
+            "is positive",
+            stacklevel=3,
         )
     apart = np.abs(parameters["defocus_u_angstrom"] - parameters["defocus_v_angstrom"]).max()
     if "defocus_angle_degrees" not in parameters and apart > ROUND:

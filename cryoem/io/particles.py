@@ -24,14 +24,20 @@ from .aberrations import (
 )
 from .cryosparc import read_cryosparc
 from .files import PathLike
-from .names import find_stack, folders_of, names_from, open_images, without_format
+from .names import (
+    find_stack,
+    folders_of,
+    names_from,
+    note_header_pixels,
+    open_images,
+    without_format,
+)
 from .optics import (
     CTF,
     MICROSCOPE,
     ctf_columns,
     ctf_parameters,
     note_contradictions,
-    note_header_pixels,
     note_outside,
     note_unused,
     optics_rows,

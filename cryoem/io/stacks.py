@@ -294,38 +294,33 @@ class ImageStack:
         some.shape = (len(some.file), *self.shape[1:])
         return some
 
+    def _with(self, **changes: object) -> ImageStack:
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
     def with_sign(self, sign: ArrayLike | None) -> ImageStack:
         """The same images, each multiplied by its sign, 1 or -1, as it is read."""
-        other = copy.copy(self)
-        other.sign = None if sign is None else np.asarray(sign, np.int8)
-        return other
+        return self._with(sign=None if sign is None else np.asarray(sign, np.int8))
 
     def without_aberrations(
         self, aberrations: Sequence[Aberration], aberration: ArrayLike
     ) -> ImageStack:
         """The same images, each one's aberration undone as it is read; see :class:`ImageStack`."""
-        other = copy.copy(self)
-        other.aberrations = tuple(aberrations)
-        other.aberration = np.asarray(aberration, np.int32)
-        return other
+        which = np.asarray(aberration, np.int32)
+        return self._with(aberrations=tuple(aberrations), aberration=which)
 
     def with_pictures(self, picture: ArrayLike) -> ImageStack:
         """The same images, of which it is known which are the same picture."""
-        other = copy.copy(self)
-        other.picture = np.asarray(picture)
-        return other
+        return self._with(picture=np.asarray(picture))
 
     def flattened(self) -> ImageStack:
         """The same images, each one's background brought to zero as it is read."""
-        other = copy.copy(self)
-        other.flat = True
-        return other
+        return self._with(flat=True)
 
     def divided(self, premultiplied: Premultiplied) -> ImageStack:
         """The same images, divided by the CTF that they were multiplied by, as they are read."""
-        other = copy.copy(self)
-        other.premultiplied = premultiplied
-        return other
+        return self._with(premultiplied=premultiplied)
 
     def as_kept(self, done: np.ndarray) -> np.ndarray:
         """What was done to the images as files keep them, of what was done to those that one reads.
@@ -336,6 +331,11 @@ class ImageStack:
             return done
         before = self.premultiplied.ctf.images
         return np.where(before == "premultiplied", before, done)
+
+    def as_they_lie(self) -> ImageStack:
+        """The same images as files keep them, but for their signs."""
+        none = np.full(len(self), -1, np.int32)
+        return self._with(flat=False, premultiplied=None, aberration=none)
 
     def inverted(self) -> ImageStack:
         """The same images, black turned to white as they are read."""
@@ -377,16 +377,14 @@ class ImageStack:
         flat = finite & (low == high)
         found = {"holds values that are not finite": ~finite, "is constant": flat}
         self._refuse(rows, {what: np.flatnonzero(bad) for what, bad in found.items() if bad.any()})
-        # Premultiplied images have hardly a background before they are divided.
-        first = self.flat and self.premultiplied is None
-        images = imaging.flatten(images) if first else images
+        images = imaging.flatten(images) if self.flat else images
         for which in np.unique(self.aberration[rows]):
             if which >= 0:
                 here = self.aberration[rows] == which
                 images[here] = self.aberrations[which].undo(images[here])
         if self.premultiplied is not None:
             images = self.premultiplied.select(rows).divided(images)
-            images = imaging.flatten(images) if self.flat else images
+            images = imaging.flatten(images) if self.flat else images  # its mean has grown
         return images
 
     def _refuse(self, rows: np.ndarray, found: dict[str, np.ndarray]) -> None:

@@ -172,8 +172,8 @@ def refine(
             q[rows], shifts[rows], grams[rows] = found
             bar.update(len(found[0]))
     fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None, least)
-    few = stack.images[np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int)]
-    share = float(seen_share(few).mean()) if n else 1.0
+    few = stack.select(np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int))
+    share = float(seen_share(few.images).mean()) if n else 1.0
     return _judged(stack, q, shifts, grams, fit, share, noise_variance, stages.resolution_angstrom)
 
 
@@ -248,11 +248,10 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: flo
 
     def left_of(part: ParticleStack) -> tuple[np.ndarray, np.ndarray, float]:
         q, shifts, grams, fit = _refined(plan, part, search, least)
-        images = part.images[:]
-        power = np.abs(plan.slices.from_images(images)) ** 2 / box**2
+        power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
         loud = float((power @ weights).sum())
         power[:, plan.order] = fit.residuals(q, shifts, fit.normal(grams)[1])
-        power /= seen_share(images)[:, None]  # what was masked has none of the noise
+        power /= seen_share(part.images)[:, None]  # what was masked has none of the noise
         left = np.zeros((groups, shells.max() + 1))
         for g in np.unique(part.optics_group):
             here = power[part.optics_group == g].sum(axis=0)
