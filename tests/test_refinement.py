@@ -154,6 +154,12 @@ def test_premultiplied_images_are_refined_as_those_that_were_seen():
     assert set(other.ctf_parameters.images) == {"divided"}
 
 
+def test_a_density_of_another_extent_is_refused():
+    for other in (Density(DENSITY.values, 1.2 * VOXEL), DENSITY.in_box(BOX + 8)):
+        with pytest.raises(InputError, match=r"the density is 24. A wide, the images 200 A"):
+            refine(particles(5), other)
+
+
 @pytest.mark.parametrize("share", [0.7, 0.9])
 def test_masked_images_are_not_taken_for_quieter_than_they_are(at_snr_1, share):
     """What a mask has put to a constant has no noise, and says nothing of it."""
@@ -1292,6 +1298,20 @@ def test_orientations_in_another_frame_are_brought_into_the_references(mirrored)
     assert ("hand exchanged" in str(told[0].message)) == mirrored
     assert rotations.distance(found.quaternions, TRUE).max() < 0.1
     assert np.abs(found.shifts_px - SHIFTS).max() < 0.5
+
+
+@pytest.mark.parametrize("voxel", [0.5, 0.75, 1.0, 1.4])
+def test_a_reference_of_another_size_is_said(shipped, voxel):
+    """Its header's voxels may be wrong."""
+    reference = shipped["4jsv"].resampled(40)
+    other = Density(reference.values, voxel * reference.voxel_size_angstrom)
+    other = other.sampled_as(40, reference.voxel_size_angstrom)
+    given = simulate(reference, 100, 1, snr=1.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        in_frame_of(given, other)
+    sizes = [text for text in map(str, (w.message for w in said)) if "times as large" in text]
+    assert len(sizes) == (voxel != 1), said
 
 
 def test_orientations_in_the_references_frame_stay():

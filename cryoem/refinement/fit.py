@@ -182,6 +182,12 @@ def _check(stack: ParticleStack, density: Density, noise_variance: float | None)
     stack.oriented()
     if (box := stack.box_px) > density.box_px:
         raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
+    wide = density.box_px * density.voxel_size_angstrom
+    frame = stack.box_px * stack.pixel_size_angstrom
+    if not np.isclose(wide, frame, rtol=0.01):
+        raise InputError(
+            f"the density is {wide:g} A wide, the images {frame:g} A; wanted one extent"
+        )
     if noise_variance is not None and not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")
     if stack.noise is not None:

@@ -41,6 +41,11 @@ LEVEL = 0.05
 UNSEEN = 0.01
 #: Share of the particles that is thought to lie wrongly, before anything is known.
 LOST = 0.1
+#: How many times larger than the reference a map may seem, by what lies above this share of its
+#: peak: orientations that are at random blur it by less.
+LARGER, SHOWN = 1.25, 0.3
+#: Likeness from which a map shows a particle at all, this one or another.
+SOMEWHAT = 0.4
 #: How many particles make a map that tells the frame, and in pixels of how many angstrom.
 ENOUGH, PIXEL = 5000, 6.0
 
@@ -257,7 +262,7 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
 
     Orientations from the images alone leave an overall rotation and the hand open. The map that
     they give is laid onto the reference; if that makes it far more like it, orientations and
-    shifts follow, with a warning that says so.
+    shifts follow, with a warning that says so. Another says where it is of another size.
 
     Parameters
     ----------
@@ -275,6 +280,13 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     _check_fits(stack, reference)
     own = reconstruct(coarse_sample(stack, ENOUGH, PIXEL, seed)).resampled(stack.box_px)
     before = _likeness(own, reference)
+    larger = _size(own) / _size(reference)
+    if before > SOMEWHAT and not 1 / LARGER < larger < LARGER:
+        warnings.warn(
+            f"the map that these orientations give is {larger:.2f} times as large as the "
+            "reference: that may be another particle, or of voxels of another size (--voxel-size)",
+            stacklevel=2,
+        )
     if before > SURELY:
         return stack
     laid = maps.register(own, reference, resolution_angstrom=20.0)
@@ -292,6 +304,12 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
         stacklevel=2,
     )
     return stack.moved(laid.quaternion, laid.shift_angstrom, other_hand=laid.mirrored)
+
+
+def _size(density: Density) -> float:
+    """Edge of a cube as large as what a map shows at 30 A, in angstrom."""
+    coarse = density.low_passed(30.0).values
+    return float(np.cbrt(np.sum(coarse > SHOWN * coarse.max()))) * density.voxel_size_angstrom
 
 
 def _likeness(density: Density, reference: Density) -> float:
