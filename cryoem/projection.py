@@ -24,7 +24,7 @@ __all__ = ["Projector", "backproject", "project"]
 #: Relative accuracy asked of the NUFFT; the images are then off by about as much.
 ACCURACY = 1e-4
 #: Voxels on an edge up to which sums are laid down on the finer of finufft's grids: on the coarser
-#: one single precision is lost, one digit in four.
+#: one the last digits of single precision are lost.
 SMALL = 64
 _POINTS_AT_ONCE = 4_000_000
 

@@ -326,9 +326,10 @@ class _BackProjecting:
         of a grid more are next to nothing.
         """
         edge, points = kernel_edge(self.size), len(self.slices.weights)
-        room = 8 * (1.25 * edge) ** 3 + 12 * edge**3 + 24 * self.at_once * points
+        grids = threads.count() * (8 * (1.25 * edge) ** 3 + 12 * edge**3)
+        room = grids + 24 * min(self.at_once, n) * points
         worth = edge <= SMALL or n * points > edge**3
-        return worth and room * threads.count() < TOGETHER and not accelerator.gpu()
+        return worth and room < TOGETHER and not accelerator.gpu()
 
     def place(self, start: int, stack: ParticleStack) -> tuple[int, _Sums]:
         """Sums over a chunk's images."""
@@ -375,7 +376,8 @@ class _BackProjecting:
 def _snr(sums: _Sums, job: _BackProjecting, images: int) -> float:
     """Power of the particle over that of the noise, in the frames."""
     noise = images * job.size**2 * float(np.sum(job.weights * job.loud, axis=1).mean())
-    return float(sums.power.sum()) / noise if noise > 0 else np.inf
+    in_disc = np.pi / 4  # of a frame's frequencies; the particle has none beyond
+    return in_disc * float(sums.power.sum()) / noise if noise > 0 else np.inf
 
 
 def _noise_over_signal(sums: _Sums, job: _BackProjecting) -> Float[np.ndarray, " shells"]:
@@ -412,7 +414,7 @@ def _back_projected(
         at_once = workers.shared_out(n, most, scheduler)
     elif job.beside(n):
         # Each thread sums its images in their order: again and again to the last digit.
-        at_once = workers.shared_out(n, at_once, None)
+        at_once = workers.shared_out(n, max(1, at_once // threads.count()), None)
         job, here = replace(job, alone=False), partial(threads.each, ahead=1)
     parts = zip(range(0, n, at_once), stack.chunks(at_once), strict=True)
     with (

@@ -149,12 +149,15 @@ class ImageStatistics:
         large = [rows for rows in self.groups if len(rows) >= few]
         return [*large, np.sort(np.concatenate(small))] if small else large
 
-    def _usual(self, values: np.ndarray, few: int = FEW) -> np.ndarray:
-        """For each image the median of its optics group, of small ones, or of all."""
-        found = np.full(len(values), np.quantile(values, 0.5, method="lower"))
+    def _usual(
+        self, values: np.ndarray, few: int = FEW, among: np.ndarray | None = None
+    ) -> np.ndarray:
+        """For each image the median of its optics group, of small ones, or of all: of some."""
+        among = np.full(len(values), True) if among is None or not among.any() else among
+        found = np.full(len(values), np.quantile(values[among], 0.5, method="lower"))
         for rows in self.pooled(few):
-            if len(rows) >= few:
-                found[rows] = np.quantile(values[rows], 0.5, method="lower")
+            if len(some := rows[among[rows]]) >= few:
+                found[rows] = np.quantile(values[some], 0.5, method="lower")
         return np.maximum(found, 1e-30)
 
     @cached_property
@@ -193,22 +196,31 @@ class ImageStatistics:
         By a few images beside other groups it is not to be told, and without noise a pixel is hot
         where a particle is seen from its end.
         """
+        hot = (self.alone > MOST) & self.noisy
         loud, seen, peak = (
-            values / self._usual(values, SOME)
+            values / self._usual(values, SOME, ~hot)
             for values in (self.scale, self.scale / self.told, self.peak)
         )
         # What is fainter may be told so: all of the image, or the particle alone.
         off = ((loud > FAR) & (seen > FAR)) | ((loud < 1 / FAR) & (seen < 1 / FAR))
-        far = off | ((peak > HOT) & (self.error > FLAT))
+        far = off | ((peak > HOT) & self.noisy)
         for rows in self.pooled(SOME) if len(self.groups) > 1 else ():
             far[rows] &= len(rows) >= SOME
-        return np.flatnonzero(far | ((self.alone > MOST) & (self.error > FLAT)))
+        return np.flatnonzero(far | hot)
+
+    @property
+    def noisy(self) -> np.ndarray:
+        """Whether there is noise in each image, beside what its brightest pixel holds: (n,)."""
+        return self.error > FLAT * np.sqrt(np.maximum(1 - self.alone, 0))
 
     @property
     def apart(self) -> float:
-        """How many times louder the images of one optics group are than those of another."""
-        usual = self._usual(self.scale / self.told, SOME)
-        return float(usual.max() / usual.min())
+        """How many times louder the images of one optics group are than those of another.
+
+        However that is counted: with what is told of the particles' scales, or without.
+        """
+        usual = [self._usual(values, SOME) for values in (self.scale, self.scale / self.told)]
+        return min(float(values.max() / values.min()) for values in usual)
 
     def contrasts(self, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """Tell white from black by optics groups, and by stacks where those of one group differ.

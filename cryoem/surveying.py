@@ -165,9 +165,10 @@ def survey(
     -------
     Survey
     """
-    stack, n = stack.divided(), len(stack)
+    n = len(stack)
     rows = np.sort(rotations.generator(seed, "survey").choice(n, min(images, n), replace=False))
-    seen = np.asarray(stack.images[rows])
+    given = stack.select(rows)  # as it was masked, before anything is divided
+    seen = np.asarray(given.divided().images[:])
     single = ImageStatistics.of(seen, stack.optics_group[rows])
     sign, _ = single.contrast(slice(None))
     level, ramp = single.background
@@ -175,7 +176,7 @@ def survey(
     mixed |= {-1, 1} <= set(signs.tolist())
     if single.uneven:
         seen = imaging.flatten(seen)
-    masked = seen_share(stack.select(rows).images) < 1
+    masked = seen_share(given.images) < 1
     if 0 < masked.mean() <= 0.5:  # the others tell
         rows, seen = rows[~masked], seen[~masked]
     quiet = _Rings(seen, masked=bool(masked.mean() > 0.5))
@@ -218,10 +219,10 @@ def with_noise(stack: ParticleStack, *, images: int = 1000, loudest: float = LOU
 
     Of premultiplied images, which are divided, it is that which was seen.
     """
-    stack = stack.divided()
+    divided = stack.divided()
     if stack.noise is not None or len(stack) == 0:
-        return stack
-    return stack.replace(noise=survey(stack, images=images, loudest=loudest).noise)
+        return divided
+    return divided.replace(noise=survey(stack, images=images, loudest=loudest).noise)
 
 
 def write_noise(path: PathLike, stack: ParticleStack) -> None:

@@ -32,6 +32,7 @@ from cryoem import (
     simulate,
     threads,
 )
+from cryoem.abinitio import initial, sorting
 from cryoem.abinitio.annealing import Start
 from cryoem.abinitio.coarse import coarsened, small_stack
 from cryoem.abinitio.expectation import Sums, expect, slices_of, solve
@@ -570,3 +571,18 @@ def test_ctrl_c_waits_for_the_rounds_under_way_alone(monkeypatch, interruptible)
     with pytest.raises(KeyboardInterrupt):
         ab_initio(images, starts=8, shift_angstrom=0.0, schedule=QUICK)
     assert len(rounds) <= 5 + 2 * threads.count()
+
+
+@pytest.mark.parametrize("module", [initial, sorting])
+def test_premultiplied_images_are_divided_before_they_are_cut_out(monkeypatch, module):
+    """Their noise, which the CTF has coloured, would be taken for white."""
+
+    def cut(stack, *_):
+        raise RuntimeError(set(stack.ctf_parameters.images))
+
+    images = np.random.default_rng(0).standard_normal((40, 32, 32)).astype(np.float32)
+    known = CtfParameters(np.full(40, 1.5e4), images="premultiplied")
+    stack = ParticleStack(images, 7.0, ctf_parameters=known)
+    monkeypatch.setattr(module, "cut_out", cut)
+    with pytest.raises(RuntimeError, match="'divided'"):
+        ab_initio(stack) if module is initial else classify(stack, 2)

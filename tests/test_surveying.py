@@ -50,9 +50,9 @@ def test_the_sign_of_the_contrast_is_told(clean, with_ctf, snr):
     assert surveying.contrast(-images)[1] == pytest.approx(-surveying.contrast(images)[1], rel=1e-3)
 
 
-def statistics(images, group=0):
+def statistics(images, group=0, told=1.0):
     images = np.asarray(images, np.float32)
-    return ImageStatistics.of(images, np.broadcast_to(group, len(images)))
+    return ImageStatistics.of(images, np.broadcast_to(group, len(images)), told)
 
 
 def noisy(clean, snr, excess=0.0):
@@ -159,12 +159,13 @@ def test_images_of_another_scale_and_hot_pixels_are_found(clean):
     np.testing.assert_array_equal(statistics(images, group).far, [3, 7, 50, 60])
 
 
-def test_pixels_that_hold_most_of_an_image_are_hot_whatever_others_hold(clean):
-    """Where most of the images have one, the usual image has one too."""
+@pytest.mark.parametrize("times", [100, 1e3, 1e4, 1e6])
+def test_pixels_that_hold_most_of_an_image_are_hot_whatever_others_hold(clean, times):
+    """Where most of the images have one, the usual image has one too; the others are good."""
     images = noisy(clean, 1 / 4)
     rows = np.arange(0, 300, 5)
     hot = np.delete(np.arange(300), rows)
-    images[hot, hot % BOX, 20] = 100 * images.std()
+    images[hot, hot % BOX, 20] = times * images.std()
     np.testing.assert_array_equal(statistics(images).far, hot)
 
 
@@ -180,6 +181,50 @@ def test_small_optics_groups_are_looked_at_too(clean, each):
     images[::3] *= -1
     _, odd, mixed = statistics(images, group).contrasts(np.zeros(300, int))
     assert mixed and len(np.intersect1d(odd, np.arange(0, 300, 3))) > 80
+
+
+def test_by_a_few_images_beside_others_no_scale_is_told(clean):
+    images = noisy(clean, 1 / 4)
+    images[:2] *= 100
+    assert len(statistics(images, np.arange(300) < 4).far) == 0
+    np.testing.assert_array_equal(statistics(images, np.arange(300) < 5).far, [0, 1])
+
+
+@pytest.mark.parametrize("with_noise", [False, True])
+def test_images_that_are_told_to_be_fainter_are_not_far(clean, with_noise):
+    """All of the image, or its particle alone."""
+    told = np.where(np.arange(300) % 3, 0.1, 1.0)
+    images = clean * told[:, None, None]
+    if with_noise:
+        images = noisy(clean, 1 / 4)
+        assert len(statistics(images, told=told).far) == 0
+    else:
+        assert len(statistics(images).far) > 50
+        assert len(statistics(images, told=told).far) == 0
+    # And of groups.
+    images, group = noisy(clean, 1 / 4), np.arange(300) % 2
+    for scale in (1.0, 1 / 5):
+        images[1::2] *= scale
+        assert statistics(images, group, told=np.where(group, 1 / 5, 1.0)).apart < 1.2
+
+
+def test_small_groups_tell_their_contrast_together(clean):
+    images, group = -noisy(clean, 1 / 1000), np.arange(300) // 7
+    seen = statistics(images, group)
+    assert not any(seen.contrast(rows)[0] for rows in seen.groups)
+    sign, odd, mixed = seen.contrasts(np.zeros(300, int))
+    assert (sign == -1).all() and len(odd) == 0 and not mixed
+
+
+def test_masks_of_premultiplied_images_in_memory_are_seen(clean):
+    """Divided, what lay beyond the mask is no constant any more."""
+    disc = np.hypot(*np.mgrid[:BOX, :BOX] - BOX // 2) < 0.4 * BOX
+    known = CtfParameters(np.full(300, DEFOCUS), images="premultiplied")
+    images = imaging.apply_ctf(noisy(clean, 1 / 4), imaging.ctf(BOX, VOXEL, DEFOCUS)) * disc
+    stack = ParticleStack(images, VOXEL, ctf_parameters=known)
+    assert survey(stack).masked_fraction == 1 and survey(stack).noise_variance == 0
+    assert surveying.with_noise(stack).noise is None
+    assert set(surveying.with_noise(stack).ctf_parameters.images) == {"divided"}
 
 
 def test_groups_of_other_scales_are_told(clean):

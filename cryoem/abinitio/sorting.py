@@ -96,7 +96,7 @@ def classify(
     if classes < 1 or starts < 1:
         raise InputError(f"wanted at least 1 class and 1 start; got {classes} and {starts}")
     workers.reached(scheduler)
-    cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
+    cut = cut_out(stack.divided(), diameter_angstrom, shift_angstrom, schedule, seed)
     coarse = coarsened(cut.stack, cut.finest_angstrom)
     rng = rotations.generator(seed, "classes")
     some = coarse.select(np.sort(rng.permutation(len(stack))[:images]))

@@ -295,7 +295,7 @@ def _of_particles(path: Path, seed: int, pixel_size: float | None) -> dict[str, 
         stack = read_particles(path, pixel_size_angstrom=pixel_size, images=False)
         return _told_of(stack)
     found = _surveyed(stack, path, seed)
-    if "noise_power_by_angstrom" not in found:
+    if not found["noise_variance"]:
         warnings.warn(
             f"{path}: the corners of its images are constant: their noise cannot be measured",
             stacklevel=2,

@@ -107,17 +107,17 @@ def reconstruct_map(
 
 
 def map_files(output: Path, stack: ParticleStack) -> list[Path]:
-    """What is written of particles: a STAR file, maps, their FSC, the noise, and a report."""
+    """What is written of particles and their map: a STAR file, maps, their FSC and a report."""
     return [*star_files(output, stack), *beside(output)]
 
 
 def beside(output: Path) -> list[Path]:
     """What of that stands beside the STAR file."""
     map_path = output.with_suffix(".mrc")
-    return [map_path, *_half_files(map_path), _noise_file(output), output.with_suffix(".html")]
+    return [map_path, *_half_files(map_path), output.with_suffix(".html")]
 
 
-def _noise_file(output: Path) -> Path:
+def noise_file(output: Path) -> Path:
     """The noise of the particles."""
     return output.with_name(f"{output.stem}_noise.star")
 
@@ -211,7 +211,7 @@ def refine_particles(
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     work = output.with_suffix(".work")
     rounds_kept = [work / name for name in kept.FILES] if map_file is None else []
-    written = {"--output": [*map_files(output, stack), *rounds_kept]}
+    written = {"--output": [*map_files(output, stack), noise_file(output), *rounds_kept]}
     check_outputs(written, [particles_file, map_file], stack)
     check_views(particles_file, stack)
     reference = None
@@ -281,7 +281,7 @@ def _write(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: in
 
     map_path = output.with_suffix(".mrc")
     write_particles(output, found.particles)
-    write_noise(_noise_file(output), found.particles)
+    write_noise(noise_file(output), found.particles)
     if not found.believable:
         put_aside([map_path, *_half_files(map_path)])
         return

@@ -163,7 +163,8 @@ def prepared(
         what = "their noise is not measured, and a reconstruction takes them for images without any"
         which = "the images"
         if found.masked_fraction <= 0.5:
-            which = f"{found.masked_fraction:.0%} of the images"
+            masked = round(found.masked_fraction * found.images)
+            which = f"{masked} of {found.images} images that were looked at"
             what = "the noise is that of the others, and is told of all"
         warnings.warn(
             f"{path}: the corners of {which} are constant, as where they are masked or padded: "
@@ -217,7 +218,7 @@ def looked_at(
             parts += found
             for what, which in none.items():
                 bad.setdefault(what, []).append(which)
-            bar.update(len(rows))
+            bar.update(len(rows) + sum(map(len, none.values())))
     told = {what: np.concatenate(rows) for what, rows in bad.items()}
     if not parts:
         return None, told

@@ -31,7 +31,7 @@ from .initial import (
     WantedSymmetry,
     find_maps,
 )
-from .mapping import NO_MAP, beside, map_files, refine_particles
+from .mapping import NO_MAP, beside, map_files, noise_file, refine_particles
 from .opening import open_particles, prepared
 from .options import (
     Invert,
@@ -198,7 +198,8 @@ class _Plan:
         """All that is written, but for the first step."""
         from ..refinement.kept import FILES
 
-        found = [self.at("solve.json"), *map_files(self.at("refined.star"), stack)]
+        refined = self.at("refined.star")
+        found = [self.at("solve.json"), *map_files(refined, stack), noise_file(refined)]
         found += [self.at("refined.work") / name for name in FILES]
         if self.learned:
             found += [self.at("network.npz"), *star_files(self.at("oriented.star"), stack)]
@@ -231,7 +232,8 @@ def _refined(start: Path, symmetry: str, rounds: int | None, plan: _Plan) -> Non
     )  # fmt: skip
     code = 0 if refined.with_suffix(".mrc").exists() else NO_MAP
     done = {**asked, "sha256": files.sha256(refined), "code": code}
-    done["beside"] = [path.name for path in beside(refined) if path.exists()]
+    made = [*beside(refined), noise_file(refined)]
+    done["beside"] = [path.name for path in made if path.exists()]
     _remember(note, {**before, "refined": done})
     raise typer.Exit(code)
 

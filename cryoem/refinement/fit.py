@@ -124,8 +124,8 @@ def refine(
     search : Search
         How orientations are sought about the given ones.
     noise_variance : float, optional
-        Per pixel, the mean over the particles; scales the spectrum. By default estimated from the
-        residuals of all images; the refined parameters do not depend on it, their covariances do.
+        Per pixel, the mean over the particles; scales the spectrum, and by it the covariances. By
+        default from the residuals, over the pixels that are not masked (of 30 images, the mean).
     least_contrast : float, optional
         No particle's falls below it. By default a tenth of the median of a random sample's where
         they start, which must not be negative.
@@ -151,7 +151,9 @@ def refine(
     """
     from tqdm.auto import tqdm
 
+    few = stack.select(np.linspace(0, len(stack) - 1, min(len(stack), LOOKED_AT)).astype(int))
     _check(stack := stack.divided(), density, noise_variance)
+    share = float(seen_share(few.images).mean())
     n, box = len(stack), stack.box_px
     stages = plan(density, box, resolution_angstrom, search)
     if stack.noise is None:
@@ -172,8 +174,6 @@ def refine(
             q[rows], shifts[rows], grams[rows] = found
             bar.update(len(found[0]))
     fit = _problem(stages, stages.stages[-1], np.empty((0, len(stages.order))), None, least)
-    few = stack.select(np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(int))
-    share = float(seen_share(few.images).mean()) if n else 1.0
     return _judged(stack, q, shifts, grams, fit, share, noise_variance, stages.resolution_angstrom)
 
 
@@ -257,7 +257,6 @@ def _residual_noise(plan: Plan, stack: ParticleStack, search: Search, least: flo
         power = np.abs(plan.slices.from_images(part.images[:])) ** 2 / box**2
         loud = float((power @ weights).sum())
         power[:, plan.order] = fit.residuals(q, shifts, fit.normal(grams)[1])
-        power /= seen_share(part.images)[:, None]  # what was masked has none of the noise
         left = np.zeros((groups, shells.max() + 1))
         for g in np.unique(part.optics_group):
             here = power[part.optics_group == g].sum(axis=0)
