@@ -43,8 +43,9 @@ def atomic(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays at the end: writers choose the format by it.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".cryoem-", suffix=path.suffix)
+        # The suffix stays at the end: writers and readers choose the format by it.
+        suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".cryoem-", suffix=suffix)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
     os.close(handle)
