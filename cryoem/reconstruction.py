@@ -44,7 +44,7 @@ SURVEYED = 300
 POINTS_AT_ONCE = 8_000_000
 #: Bytes in which images may be laid down beside each other, one thread each; and the edge of a
 #: kernel whose grid is small.
-TOGETHER, SMALL = 8e8, 128
+TOGETHER, SMALL = 1e8, 128
 #: How many times what is read at once a worker sums before it answers, at most; or what is laid
 #: down together, where that is more.
 SENT = 4

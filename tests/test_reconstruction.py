@@ -267,7 +267,7 @@ def test_one_image_is_explained(phantom, views):
 
 
 def test_on_several_threads_sums_are_the_same_each_time(defocused, monkeypatch):
-    """Each sums its images in their order: what was interrupted ends as what was not."""
+    """Of small boxes: each sums its images in their order, and all parts are added in theirs."""
     wanted = reconstruct(defocused, iterations=5).values
     for threads in (2, 3, 12):
         monkeypatch.setattr("cryoem.threads.count", lambda threads=threads: threads)
