@@ -42,9 +42,8 @@ SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
 #: quarter more, is transformed.
 POINTS_AT_ONCE = 8_000_000
-#: Bytes in which images may be laid down beside each other, one thread each; and the edge of a
-#: kernel whose grid is small.
-TOGETHER, SMALL = 1e8, 128
+#: Bytes in which images may be laid down beside each other, one thread each.
+TOGETHER = 1e8
 #: How many times what is read at once a worker sums before it answers, at most; or what is laid
 #: down together, where that is more.
 SENT = 4
@@ -322,14 +321,13 @@ class _BackProjecting:
     def beside(self, n: int) -> bool:
         """Whether each thread may lay down its share of so many images.
 
-        Where there is room for the grids, what comes off them and the points; and where transforms
-        of a grid more are next to nothing.
+        Where there is room for the grids, what comes off them and the points: such grids are small,
+        and a transform more of them is next to nothing.
         """
         edge, points = kernel_edge(self.size), len(self.slices.weights)
         grids = threads.count() * (8 * (1.25 * edge) ** 3 + 12 * edge**3)
         room = grids + 24 * min(self.at_once, n) * points
-        worth = edge <= SMALL or n * points > edge**3
-        return worth and room < TOGETHER and not accelerator.gpu()
+        return room < TOGETHER and not accelerator.gpu()
 
     def place(self, start: int, stack: ParticleStack) -> tuple[int, _Sums]:
         """Sums over a chunk's images."""
