@@ -8,7 +8,9 @@ With ``--aspire`` noiseless images of particles without symmetry are also orient
 common lines (``CLSync3N``, its settings as they come), then refined as ours are. With ``--relion``
 RELION makes its initial model of the same images, binned to half their box, as its tutorial has it
 (``relion_refine --sgd --denovo_3dref``, its schedule in full; many hours of a core), and its
-orientations are refined as ours are. It goes on where it was interrupted.
+orientations are refined as ours are. ``--known`` adds where images are likeliest if the density is
+known: no estimator that believes the likelihood could do better. It goes on where it was
+interrupted.
 """
 
 import argparse
@@ -35,14 +37,19 @@ from cryoem import (
     evaluation,
     load_density,
     read_particles,
+    refine,
     refine_halves,
     report,
+    rotations,
     simulate,
     structures,
     write_particles,
 )
 from cryoem.density import from_atoms
 from cryoem.io import files
+from cryoem.maps import soft_mask
+from cryoem.refinement import Search
+from cryoem.refinement.elsewhere import found_again
 from cryoem.symmetry import group
 
 #: Cells: images, SNR, and how they were seen.
@@ -81,6 +88,13 @@ KIND = "cryoemKind"
 #: Marks a ring, or shell, of copies; and how far from each other they touch, in radii of gyration.
 RING, TOUCHING = "-ring", 1.2
 KEPT = Path("results/bench-abinitio")
+#: Detail to which a known density is used, angstrom.
+FINEST = 8.0
+#: What the table shows of the cells' runs: medians.
+SHOWN = (
+    "one_sided_error_rad", "median_rad", "refined_error_rad", "bound_mean_rad",
+    "likeliest_error_rad",
+)  # fmt: skip
 
 
 def density_of(source, symmetry="C1"):
@@ -261,6 +275,30 @@ def judged(record, found, truth, density, symmetry, assumed, refined):
     return record
 
 
+def likeliest(source: str, cell: str, seed: int) -> dict:
+    """How far off particles of a cell are likeliest where the density is known: of 1,000 of them.
+
+    Sought from random orientations, and from the truth; of each image the likelier of the two.
+    """
+    name, _, symmetry = source.partition(":")
+    symmetry = symmetry or "C1"
+    density = density_of(name, symmetry)
+    symmetry = symmetry.removesuffix(RING)
+    truth = seen(density, name, cell, seed).select(slice(0, 1000)).with_half_sets(seed)
+    start = truth.with_poses(rotations.uniform(len(truth), seed), truth.shifts_px)
+    near = refine(truth, density, resolution_angstrom=FINEST, search=Search().near)
+    found = refine(start, density, resolution_angstrom=FINEST)
+    brought, _ = found_again(
+        found, start, [density] * 2, soft_mask(density), FINEST, search=Search(),
+        symmetry=symmetry, scheduler=None,
+    )  # fmt: skip
+    found = refine(brought, density, resolution_angstrom=FINEST, search=Search().near)
+    errors = evaluation.orientation_errors(
+        records.likelier(found, near), truth.quaternions, symmetry=symmetry
+    )
+    return {"likeliest_error_rad": errors.mean_rad, "likeliest_far_fraction": errors.far_fraction}
+
+
 def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     """One record: ab initio, and where asked for the refinement that follows."""
     name, _, symmetry = source.partition(":")
@@ -296,22 +334,22 @@ def run(source: str, cell: str, seed: int, refined: bool) -> dict:
     return judged(record, found.particles, truth, density, symmetry, found.axes.symmetry, refined)
 
 
-def kept(source, cell, seed, refined, make=run, name=""):
+def kept(source, cell, seed, refined, make=run, name="", known=False):
     """The record of a particle, cell and seed, made now or in an interrupted run.
 
-    One that was made without refinement is made again where that is asked for.
+    One that was made without refinement is made again where that is asked for, and what a known
+    density would give is added.
     """
     particle = Path(source.partition(":")[0]).name.partition(".")[0]
     path = KEPT / f"{particle}-{cell.replace(' ', '-')}{name}-{seed}.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        if "success" in before or not refined:
-            return before
-    made = {**make(source, cell, seed, refined), "commit": records.commit()}
+    made = json.loads(path.read_text()) if path.exists() else {}
+    if not made or (refined and "success" not in made):
+        made = {**make(source, cell, seed, refined), "commit": records.commit()}
+    if known and "likeliest_error_rad" not in made:
+        made |= likeliest(source, cell, seed)
     print(made, flush=True)
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps(made))
-    return made
 
 
 def table(found):
@@ -322,7 +360,7 @@ def table(found):
         maps = sum(r["map"] for r in of_cell) if "map" in of_cell[0] else "-"
         title = cell if method == "ab_initio" else f"{cell}, {method}"
         row = [title, f"{of_cell[0]['n']:,}", f"{len(of_cell)}", f"{maps}"]
-        for key in ("one_sided_error_rad", "median_rad", "refined_error_rad", "bound_mean_rad"):
+        for key in SHOWN:
             values = [r[key] for r in of_cell if key in r]
             row.append(f"{np.median(values):.3f}" if values else "-")
         wanted = [r for r in of_cell if "success" in r]
@@ -338,18 +376,20 @@ def main():
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--no-refinement", action="store_true")
+    parser.add_argument("--known", action="store_true", help="beside where a known density is")
     parser.add_argument("--aspire", action="store_true")
     parser.add_argument("--relion", action="store_true")
     arguments = parser.parse_args()
     header = [
         "cell", "images", "runs", "maps", "mean error, rad", "median error, rad", "refined, rad",
-        "limit, rad", "right", "CPU s",
+        "limit, rad", "likeliest, rad", "right", "CPU s",
     ]  # fmt: skip
     for seed in range(arguments.seeds):
         for cell in arguments.cells:
             some = arguments.particles[:1] if cell == "noise" else arguments.particles
             for source in some:
-                kept(source, cell, seed, not arguments.no_refinement)
+                known = arguments.known and cell not in ("noise", "noiseless", *JUNK)
+                kept(source, cell, seed, not arguments.no_refinement, known=known)
                 if arguments.aspire and cell == "noiseless" and ":" not in source:
                     refined = not arguments.no_refinement
                     kept(source, cell, seed, refined, by_common_lines, "-aspire")

@@ -95,8 +95,7 @@ def cell(density, estimator, case, excess):
     near = refine(
         brought.with_poses(truth.quaternions, truth.shifts_px), density, resolution_angstrom=finest
     )
-    likelier = near.gain * near.noise_variance > found.gain * found.noise_variance
-    likeliest = np.where(likelier[:, None], near.quaternions, found.quaternions)
+    likeliest = records.likelier(found, near)
     best = float(rotations.distance(likeliest, truth.quaternions).mean())
     yield {**done, "likeliest_error_rad": best}
     if case == "ctf":  # half against half takes a quarter of an hour where images cannot be cut

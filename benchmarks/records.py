@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
+
 from cryoem import evaluation, load_density, read_density, report
 from cryoem.io import files
 
@@ -31,6 +33,12 @@ def limit(density, stack):
         density, some.quaternions, some.noise, ctf=some.ctf(), shifts=True
     )
     return float(evaluation.mean_error_of(covariance[:, :3, :3]).mean())
+
+
+def likelier(found, other):
+    """Orientations of the same images refined twice: of each image the likelier one."""
+    better = other.gain * other.noise_variance > found.gain * found.noise_variance
+    return np.where(better[:, None], other.quaternions, found.quaternions)
 
 
 def kept(path, make):

@@ -704,12 +704,13 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
     assert moved == 0
 
 
-def test_of_many_places_the_likeliest_few_are_refined():
+def test_of_many_places_all_that_are_about_as_likely_are_refined():
+    """Coarse detail ranks the right place of a small particle fourth, or sixth."""
     image = np.array([4, 1, 4, 4, 1, 4, 4, 7])
     likely = np.array([9.0, 3.0, 11.0, 10.5, 30.0, 8.0, 1.0, -5.0])
     few = elsewhere._likeliest(image, likely)
-    # Of image 4 the best three, of image 1 what is not far below its best, of image 7 the one.
-    np.testing.assert_array_equal(few, [0, 2, 3, 4, 7])
+    # Of images 4 and 1 what is not far below their best, of image 7 the one.
+    np.testing.assert_array_equal(few, [0, 2, 3, 4, 5, 7])
 
 
 @pytest.mark.parametrize(

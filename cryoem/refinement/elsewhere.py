@@ -37,9 +37,9 @@ REFERENCES = 21_600
 #: Where in its frame a particle lies, wherever others do, is asked of coarser detail (angstrom), so
 #: far apart in it, among fewer orientations; the likeliest few places are then tried.
 LOCATED, APART, FEW, LIKELY = 20.0, 3 / 8, 4608, 5
-#: At how many places on the sphere, at most, a particle is tried, how much less likely than the
-#: best of them, in logarithm, one may be, and how many are refined to the end.
-PLACES, WORTH, REFINED = 10, 8.0, 3
+#: At how many places on the sphere, at most, a particle is tried, and how much less likely than the
+#: best of them, in logarithm, one may be: coarse detail does not say which of a few is right.
+PLACES, WORTH = 6, 8.0
 #: Percentage of the particles that lie no farther off the middle of their frames.
 MOST = 95
 #: Radians: nearer than the references lie apart there is no other place.
@@ -68,9 +68,9 @@ def found_again(
     """Bring particles to where they are likelier, on the sphere and in their frames.
 
     Tried is where they match best, and about as well: of a particle that looks much the same from
-    behind, coarse detail does not say which. Of those, the few that are likeliest once refined
-    against detail of twice the resolution are refined to the end. Shifts that are tried are the
-    given one, and those that coarse detail finds likely, as far from the middle as particles lie.
+    behind, coarse detail does not say which. What then is about as likely by detail of twice the
+    resolution is refined to the end. Shifts that are tried are the given one, and those that coarse
+    detail finds likely, as far from the middle as particles lie.
     Of more than 4,000 particles so many at random are asked, then those alone that show as little
     of what they are thought to show as those of the sample that are brought elsewhere.
 
@@ -271,12 +271,10 @@ def _typical(stack: ParticleStack) -> float:
 def _likeliest(
     image: Int[np.ndarray, " t"], likely: Float[np.ndarray, " t"]
 ) -> Int[np.ndarray, " w"]:
-    """Which tries are the best few of their image, and about as likely as the best."""
-    order = np.lexsort((-likely, image))
-    _, first, of = np.unique(image[order], return_index=True, return_inverse=True)
-    rank = np.arange(len(order)) - first[of]
-    worth = (rank < REFINED) & (likely[order] > likely[order[first]][of] - WORTH)
-    return np.sort(order[worth])
+    """Which tries are about as likely as the best of their image."""
+    best = np.full(image.max() + 1, -np.inf)
+    np.maximum.at(best, image, likely)
+    return np.flatnonzero(likely > best[image] - WORTH)
 
 
 def _positions(shifts_px: Float[np.ndarray, "n 2"], step_px: float) -> Float[np.ndarray, "s 2"]:
