@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from . import fourier, imaging, rotations
+from . import fourier, imaging, rotations, surveying
 from .density import Density
 from .errors import InputError
 from .io import files
@@ -182,6 +182,8 @@ class TrainingImages:
         self.coverage = coverage
         self.group = group(symmetry)
         self._projector = _projector(density, preprocessing)
+        #: Whether the density is black on white, which nothing should learn.
+        self.is_black = surveying.is_black(density)
         self._density_sha256 = files.sha256_of([density.values])
         #: Variance of the whole frame's clean images, without and with a CTF.
         self.signal_variance, self.ctf_signal_variance = _signal_variances(

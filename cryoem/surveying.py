@@ -1,6 +1,6 @@
 """What a set of particles says of how it was imaged: contrast, noise, shifts, defocus.
 
-Training for it takes its ranges from here.
+Training for it takes its ranges from here. A density has a contrast, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from . import imaging, rotations
+from .density import Density
 from .errors import InputError
 from .io.files import PathLike
 from .io.star import write_star
@@ -23,6 +24,7 @@ __all__ = [
     "Survey",
     "TrainingRanges",
     "contrast",
+    "is_black",
     "survey",
     "told",
     "with_noise",
@@ -31,6 +33,9 @@ __all__ = [
 
 #: What a sign of the contrast means.
 CONTRASTS = {1: "white on black", -1: "black on white", 0: "not to be told"}
+#: A density is asked for its contrast at this resolution, in angstrom; black is one of whose third
+#: moment so much is negative. Of a protein without what is coarser than 25 A it is 0.55.
+COARSE, BLACK = 20.0, 0.75
 #: Rings that differ by this share are equally quiet.
 LITTLE = 2e-3
 #: Share of what a particle adds at its loudest ring that is next to nothing.
@@ -330,3 +335,15 @@ def contrast(images: np.ndarray) -> tuple[int, float]:
     """
     images = imaging.check_images(images)
     return ImageStatistics.of(images, np.zeros(len(images), int)).contrast(slice(None))
+
+
+def is_black(density: Density) -> bool:
+    """Tell whether a density is black on white: negative where the particle is, solvent being zero.
+
+    What stands out most is the particle: dark rings about it, or coarse detail that is missing, are
+    fainter. The third moment tells.
+    """
+    edge, voxel = max(density.values.shape), density.voxel_size_angstrom
+    above = Density(density.values - density.solvent_level, voxel).in_box(edge)
+    cubes = above.low_passed(max(COARSE, 3 * voxel)).values.astype(np.float64) ** 3
+    return bool(-cubes[cubes < 0].sum() > BLACK * np.abs(cubes).sum())

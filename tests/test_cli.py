@@ -465,6 +465,31 @@ def test_solvent_that_is_not_at_zero_is_taken_off(folder, tmp_path):
     assert apart.max() < 1e-3
 
 
+def test_a_map_that_is_black_on_white_is_turned_and_it_is_said(folder, tmp_path, monkeypatch):
+    """A network was trained on black particles, and figures were given of an inverted map."""
+    cube = read_density(folder / "map.mrc")
+    black, level = tmp_path / "black.mrc", 0.1 * cube.values.max()
+    write_density(black, dataclasses.replace(cube, values=level - cube.values))
+    note = "black.mrc: is negative where the particle is, black on white"
+    true = folder / "particles.star"
+    evaluate = ("evaluate", true, "--truth", true, "--json", "--map", folder / "map.mrc",
+                "--reference")  # fmt: skip
+    done, plain = run(*evaluate, black), run(*evaluate, folder / "map.mrc")
+    assert note in done.stderr and note not in plain.stderr
+    found, wanted = (json.loads(one.stdout)["mean_fsc"] for one in (done, plain))
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert note in run("info", black).stderr and run("info", folder / "map.mrc").stderr == ""
+    asked = []
+
+    def train(network, source, **_):
+        asked.append(source.is_black)
+        return {"loss": [1.0], "mae_rad": [0.5], "seconds": [1.0]}
+
+    monkeypatch.setattr(estimator.training, "train", train)
+    done = run("train", black, "-o", tmp_path / "m.npz", "--images", 8, "--quiet")
+    assert note in done.stderr and asked == [False]
+
+
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
     done = run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry",
                "c2", "-q")  # fmt: skip

@@ -314,6 +314,24 @@ def test_a_density_is_sampled_as_the_particles_are(phantom):
     assert isinstance(found, density.Density)
 
 
+def test_a_density_is_black_or_it_is_not(shipped):
+    """Rings about a particle, noise and coarse detail that is missing make none black."""
+    cube = shipped["4jsv"]
+    noise = np.random.default_rng(0).standard_normal(cube.values.shape)
+    told = [(density.Density(cube.values + 0.5 * cube.values.max(), 3.67), True)]
+    told.append((density.Density(cube.values + 8 * cube.values.std() * noise, 3.67), True))
+    for missing, sure in ((100, True), (40, False), (25, False)):
+        fine = cube.values - cube.low_passed(missing).values
+        assert fine.min() < -0.1 * fine.max()
+        told.append((density.Density(fine, 3.67), sure))
+    for white, sure in told:
+        black = density.Density(-white.values, white.voxel_size_angstrom)
+        assert (surveying.is_black(white), surveying.is_black(black)) == (False, sure)
+    assert not surveying.is_black(density.Density(np.zeros((8, 8, 8)), 4.0))
+    flat = cube.values[20:96]
+    assert surveying.is_black(density.Density(0.1 - flat, 3.67))
+
+
 @pytest.mark.parametrize("n", [150, 500])
 def test_the_diameter_is_the_particles_not_that_of_the_quietest_ring(shipped, n):
     """4JSV, 132 A across, and moved by up to 29 A each way: noise makes any ring the quietest."""

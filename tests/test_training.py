@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -389,6 +390,13 @@ def test_the_bars_count_epochs_and_batches(preprocessing, source, capsys):
 def test_unknown_settings_are_refused(preprocessing, source, options, message):
     with pytest.raises(InputError, match=message):
         estimator.fit(small(preprocessing), source, **{**SHORT, **options})
+
+
+def test_nothing_is_trained_for_a_density_that_is_black_on_white(phantom, preprocessing):
+    cube = phantom.density(32, 7.0)
+    black = TrainingImages(dataclasses.replace(cube, values=-cube.values), preprocessing)
+    with pytest.raises(InputError, match="black on white"):
+        estimator.train(small(preprocessing), black, images=64, progress=False)
 
 
 # --------------------------------------------------------------------------------------

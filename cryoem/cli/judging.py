@@ -358,8 +358,14 @@ def _surveyed(stack: ParticleStack, path: Path, seed: int) -> dict[str, object]:
 
 def _of_map(path: Path) -> dict[str, object]:
     from ..density import read_density
+    from ..surveying import is_black
 
     cube = read_density(path)
+    if is_black(cube):
+        warnings.warn(
+            f"{path}: is negative where the particle is, black on white; the commands turn it",
+            stacklevel=2,
+        )
     return {
         "kind": "map",
         "shape_zyx": list(cube.values.shape),

@@ -89,6 +89,7 @@ def open_map(
 ) -> Density:
     """Read a map as a cube, and say where its header may be wrong for these particles."""
     from ..density import Density, read_density
+    from ..surveying import is_black
 
     cube = read_density(path, voxel_size_angstrom=voxel_size)
     if np.ptp(cube.values) == 0:
@@ -116,6 +117,13 @@ def open_map(
             stacklevel=2,
         )
         cube = cube.in_box(max(shape))
+    if is_black(cube):
+        warnings.warn(
+            f"{path}: is negative where the particle is, black on white; it is turned as it is "
+            "read (its values times -1)",
+            stacklevel=2,
+        )
+        cube = Density(-cube.values, cube.voxel_size_angstrom)
     return cube
 
 
