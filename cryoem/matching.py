@@ -10,9 +10,9 @@ from .density import Density
 from .errors import InputError
 from .noise import Noise
 from .particles import PER_PARTICLE, ParticleStack
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, check_fits
 from .projection import project
-from .surveying import with_noise
+from .surveying import check_white, with_noise
 from .symmetry import Group, group
 
 __all__ = ["MatchedStack", "candidates", "match", "orientations"]
@@ -54,7 +54,7 @@ def match(
     stack : ParticleStack
         Its shifts are undone, no others are searched; phases are flipped by the CTF's sign, and the
         noise is whitened, in the references too. Images in files are read in chunks.
-    density : Density, a cube of the images' box
+    density : Density, a cube of the images' box and pixels
     preprocessing : Preprocessing
         Images and references are compared after it.
     references : int
@@ -69,8 +69,10 @@ def match(
     Raises
     ------
     InputError
-        Images or a density of another box than the preprocessing's.
+        Images or a density of another box than the preprocessing's, or voxels of another size than
+        the images' pixels; a density that is black on white.
     """
+    check_white(density)
     q, _, scores = candidates(
         stack, density, preprocessing, references=references, progress=progress
     )
@@ -126,6 +128,7 @@ def candidates(
             f"wanted a density in a box of {preprocessing.frame_px}, as the images; "
             f"got {density.box_px}"
         )
+    check_fits(density, stack.box_px, stack.pixel_size_angstrom)
     stack = with_noise(stack)
     known = orientations(references, symmetry)
     tried = stack.shifts_px[:, None] if shifts_px is None else shifts_px

@@ -13,7 +13,10 @@ from .density import Density
 from .errors import InputError
 from .imaging import check_images
 
-__all__ = ["Preprocessing", "preprocessing_for"]
+__all__ = ["Preprocessing", "check_fits", "preprocessing_for"]
+
+#: Voxels that differ from the images' pixels by no more than this share are as large.
+SAME_SIZE = 0.01
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,15 @@ def preprocessing_for(
                 down = crop * frame // extent
                 return Preprocessing(frame, down, crop, density.voxel_size_angstrom)
     raise AssertionError("the whole frame always fits")
+
+
+def check_fits(density: Density, box_px: int, pixel_size_angstrom: float) -> None:
+    """Refuse a density of another box, or of other voxels, than the images' pixels."""
+    if density.box_px != box_px:
+        raise InputError(f"wanted a density of the images' {box_px} px, got {density.box_px}")
+    voxel = density.voxel_size_angstrom
+    if abs(voxel - pixel_size_angstrom) > SAME_SIZE * pixel_size_angstrom:
+        raise InputError(
+            f"wanted a density in voxels of the images' {pixel_size_angstrom:g} A, got {voxel:g} "
+            "A; Density.sampled_as brings it there"
+        )

@@ -22,7 +22,7 @@ from .errors import InputError
 from .io import files
 from .noise import Noise, coloured
 from .particles import CtfParameters, ParticleStack
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, check_fits
 from .projection import Projector, project
 from .symmetry import group
 
@@ -348,6 +348,7 @@ def _projector(density: Density, p: Preprocessing) -> Projector:
     """Projects what the network reads, at its sampling."""
     if density.box_px != p.frame_px:
         raise InputError(f"the density has {density.box_px} voxels, the frame {p.frame_px} px")
+    check_fits(density, p.frame_px, p.pixel_size_angstrom)
     # The crop's extent in the density's voxels; integer, so that both samplings agree exactly.
     extent = p.crop_px * p.frame_px / p.down_px
     if extent != int(extent):

@@ -23,6 +23,7 @@ from .single_images import ImageStatistics, beyond_circle, seen_share
 __all__ = [
     "Survey",
     "TrainingRanges",
+    "check_white",
     "contrast",
     "is_black",
     "survey",
@@ -347,3 +348,12 @@ def is_black(density: Density) -> bool:
     above = Density(density.values - density.solvent_level, voxel).in_box(edge)
     cubes = above.low_passed(max(COARSE, 3 * voxel)).values.astype(np.float64) ** 3
     return bool(-cubes[cubes < 0].sum() > BLACK * np.abs(cubes).sum())
+
+
+def check_white(density: Density) -> None:
+    """Refuse a density that is black on white: no particle looks like it."""
+    if is_black(density):
+        raise InputError(
+            "the density is negative where the particle is, black on white, and particles are "
+            "taken for white ones; wanted it turned: its values times -1"
+        )

@@ -296,6 +296,9 @@ def test_images_too_small_to_tell_are_refused():
     stack = simulate(phantom(), 30, 0)
     with pytest.raises(InputError, match="a particle of 10 A has no detail"):
         ab_initio(stack, diameter_angstrom=10.0, shift_angstrom=0.0)
+    black = dataclasses.replace(phantom(), values=-phantom().values)
+    with pytest.raises(InputError, match="black on white"):
+        ab_initio(ParticleStack(np.zeros((30, 32, 32)), 7.0), reference=black)
     with pytest.raises(InputError, match="at least 20 images"):
         ab_initio(stack.select(slice(0, 5)))
     with pytest.raises(InputError, match="symmetry"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cryoem import evaluation, imaging, rotations
+from cryoem.density import Density
 from cryoem.errors import InputError
 from cryoem.io.stacks import open_array
 from cryoem.matching import candidates, match, orientations
@@ -162,6 +163,17 @@ def test_noise_matches_badly(density):
     found = match(ParticleStack(noise, VOXEL), density, WHOLE, references=500)
     assert found.scores.max() < 0.5
     np.testing.assert_allclose(np.linalg.norm(found.quaternions, axis=1), 1, atol=1e-12)
+
+
+def test_a_density_that_is_not_as_the_images_are_is_refused(density):
+    """Its orientations had been wrong, and nothing was said."""
+    stack = ParticleStack(project(density, rotations.uniform(3, 0)), VOXEL)
+    with pytest.raises(InputError, match=r"in voxels of the images' 7 A, got 8 A; .*sampled_as"):
+        match(stack, Density(density.values, 8.0), WHOLE, references=24)
+    with pytest.raises(InputError, match="black on white"):
+        match(stack, Density(-density.values, VOXEL), WHOLE, references=24)
+    near = Density(density.values, 1.005 * VOXEL)  # as headers are rounded
+    assert match(stack, near, WHOLE, references=24).quaternions.shape == (3, 4)
 
 
 def test_no_image_has_no_match(density):

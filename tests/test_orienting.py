@@ -348,3 +348,13 @@ def test_a_reference_of_another_box_is_refused(trained):
             ParticleStack(np.zeros((30, 32, 32)), 7.0),
             reference=Density(np.ones((40,) * 3), 7.0),
         )
+
+
+def test_a_reference_that_is_not_as_the_images_are_is_refused(phantom, trained):
+    """Orientations had been wrong, and nothing was said."""
+    cube = phantom.density(32, 7.0)
+    stack = ParticleStack(np.zeros((30, 32, 32)), 7.0)
+    with pytest.raises(InputError, match=r"in voxels of the images' 7 A, got 8 A; .*sampled_as"):
+        orient(trained[0], stack, reference=Density(cube.values, 8.0))
+    with pytest.raises(InputError, match="black on white"):
+        orient(trained[0], stack, reference=Density(-cube.values, 7.0))

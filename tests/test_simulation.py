@@ -269,6 +269,8 @@ def test_all_pairs_follow_the_haar_law_and_uniform_pairs_the_flat_one(source):
 def test_sources_that_cannot_be_are_refused(phantom, source):
     with pytest.raises(InputError, match="32 voxels, the frame 48"):
         TrainingImages(phantom.density(32, 7.0), Preprocessing(48, 24, 24, 4.6))
+    with pytest.raises(InputError, match="voxels of the images' 8 A, got 7 A"):
+        TrainingImages(phantom.density(32, 7.0), Preprocessing(32, 16, 16, 8.0))
     with pytest.raises(InputError, match="whole"):
         TrainingImages(phantom.density(32, 7.0), Preprocessing(32, 20, 16, 7.0))
     with pytest.raises(InputError, match="'all' or 'uniform'"):

@@ -19,6 +19,7 @@ from ..reconstruction import reconstruct
 from ..refinement import Search, refine
 from ..refinement.halves import believed, half_maps
 from ..rotations import Seed
+from ..surveying import check_white
 from ..symmetry import group
 from .annealing import DEFAULT, KNOWN, Schedule, Start
 from .coarse import coarsened
@@ -199,14 +200,14 @@ def ab_initio(
     Raises
     ------
     InputError
-        Fewer than 20 images, or a particle or frames of less than 60 A.
+        Fewer than 20 images, a particle or frames of less than 60 A, a black reference.
 
     References
     ----------
     Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation; Punjani et al., Nat. Methods 14
     (2017), random starts; Scheres and Chen, Nat. Methods 9 (2012), halves.
     """
-    _check(starts, symmetry, scheduler)
+    _check(starts, symmetry, reference, scheduler)
     how: dict[str, Any] = {"scheduler": scheduler, "progress": progress}
     stack = unshared(stack.divided()).with_half_sets(seed)
     cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
@@ -228,11 +229,18 @@ def ab_initio(
     return _judged(stack, cut, solved, found, second, seed, scheduler)
 
 
-def _check(starts: int, symmetry: str | None, scheduler: str | Client | None) -> None:
+def _check(
+    starts: int,
+    symmetry: str | None,
+    reference: Density | None,
+    scheduler: str | Client | None,
+) -> None:
     """Refuse before anything is computed."""
     if starts < 2:
         raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
     group(symmetry or "C1")
+    if reference is not None:
+        check_white(reference)
     workers.reached(scheduler)
 
 

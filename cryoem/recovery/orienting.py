@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..io.files import PathLike, sha256_of
 from ..io.stacks import told_apart
 from ..particles import PER_PARTICLE, ParticleStack
+from ..preprocessing import check_fits
 from ..version import __version__
 from .chunks import InMemory, Job, JsonValue, WorkFolder
 from .frame import Frame
@@ -107,7 +108,7 @@ def orient(
     stack : ParticleStack
         Its images, CTF, noise (measured where it is unknown) and, with ``centred``, its shifts are
         used; its orientations are not.
-    reference : Density, a cube of the images' box, optional
+    reference : Density, a cube of the images' box and pixels, optional
         Orient against its projections: frame and hand are the density's, and the particle may be
         symmetric.
     centred : bool
@@ -137,15 +138,13 @@ def orient(
     Raises
     ------
     InputError
-        Too few particles, images that the estimator cannot read (its ``reading``), or a work folder
-        of another run: particles, CTFs, estimator, reference, seed, landmarks, copies, or version.
+        Too few particles, images that the estimator cannot read (its ``reading``), a reference of
+        another box or voxel size than theirs or that is black on white, or a work folder of another
+        run: particles, CTFs, estimator, reference, seed, landmarks, copies, or version.
     MissingToolError
         A scheduler was named and Dask is missing.
     """
-    if chunk < 1:
-        raise InputError(f"chunk must be positive, got {chunk}")
-    if (n := len(stack := stack.divided())) < 2 * ENOUGH:
-        raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {n}")
+    _check(stack := stack.divided(), reference, chunk)
     estimator = estimator.reading(stack.box_px, stack.pixel_size_angstrom)
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)
     some = _drawn(job, stack, landmarks, seed)
@@ -160,8 +159,18 @@ def orient(
         kept.keep(known)
     job = replace(job, landmarks=known)
     for start, placed in _placed(job, stack, kept, chunk, scheduler, progress):
-        kept.write(start, placed, n)
+        kept.write(start, placed, len(stack))
     return _oriented(stack, kept.rows(), known, estimator.centres_images and not centred)
+
+
+def _check(stack: ParticleStack, reference: Density | None, chunk: int) -> None:
+    if chunk < 1:
+        raise InputError(f"chunk must be positive, got {chunk}")
+    if len(stack) < 2 * ENOUGH:
+        raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {len(stack)}")
+    if reference is not None:
+        check_fits(reference, stack.box_px, stack.pixel_size_angstrom)
+        surveying.check_white(reference)
 
 
 def _drawn(job: Job, stack: ParticleStack, landmarks: int, seed: int) -> ParticleStack:

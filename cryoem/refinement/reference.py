@@ -14,6 +14,7 @@ from ..density import Density
 from ..errors import InputError
 from ..maps.bias import shells_beyond
 from ..particles import ParticleStack
+from ..preprocessing import check_fits
 from ..reconstruction import reconstruct
 from ..rotations import Seed
 from ..symmetry import group
@@ -33,8 +34,6 @@ __all__ = ["ReferenceRefinement", "check_reference", "in_frame_of", "refine_agai
 ALIKE, SURELY, LEFT, BETTER = 0.6, 0.95, 0.5, 0.2
 #: Single precision holds what references of these values make of images.
 SCALES = 1e-6, 1e10
-#: Voxels that differ from the images' pixels by no more than this share are as large.
-SAME_SIZE = 0.01
 #: Solvent that is farther off zero than this share of a reference's peak is said to be.
 LEVEL = 0.05
 #: Share of a reference's standard deviation that does not count as structure.
@@ -143,7 +142,8 @@ def refine_against(
     ----------
     Henderson, PNAS 110 (2013).
     """
-    _check_fits(stack, reference)
+    stack.oriented()
+    check_fits(reference, stack.box_px, stack.pixel_size_angstrom)
     check_reference(reference, resolution_angstrom, symmetry)
     check_symmetry(stack, symmetry, seed=seed)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
@@ -163,21 +163,6 @@ def refine_against(
         )
     density = believed(pair, fsc) if test.believable else None
     return ReferenceRefinement(refined, moved, pair, mask, test, fsc, density)
-
-
-def _check_fits(stack: ParticleStack, reference: Density) -> None:
-    """Refuse a reference of another box or of other voxels than the images' pixels."""
-    stack.oriented()
-    if stack.box_px != reference.box_px:
-        raise InputError(
-            f"wanted a reference of the images' {stack.box_px} px, got {reference.box_px}"
-        )
-    pixel, voxel = stack.pixel_size_angstrom, reference.voxel_size_angstrom
-    if abs(voxel - pixel) > SAME_SIZE * pixel:
-        raise InputError(
-            f"wanted a reference in voxels of the images' {pixel:g} A, got {voxel:g} A; "
-            "Density.sampled_as brings it there"
-        )
 
 
 def check_reference(
@@ -277,7 +262,8 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     ParticleStack
         The same one where the orientations are in the reference's frame already.
     """
-    _check_fits(stack, reference)
+    stack.oriented()
+    check_fits(reference, stack.box_px, stack.pixel_size_angstrom)
     own = reconstruct(coarse_sample(stack, ENOUGH, PIXEL, seed)).resampled(stack.box_px)
     before = _likeness(own, reference)
     larger = _size(own) / _size(reference)
