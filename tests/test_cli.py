@@ -490,6 +490,42 @@ def test_a_map_that_is_black_on_white_is_turned_and_it_is_said(folder, tmp_path,
     assert note in done.stderr and asked == [False]
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_reference_that_is_off_the_middle_is_moved_there_and_it_is_said(
+    folder, trained, tmp_path, phantom, monkeypatch
+):
+    """Ab initio ended in a map all the same, with wrong poses."""
+    cube, off = phantom.density(40, 7.0), tmp_path / "off.mrc"
+    noise = 0.02 * cube.values.max() * np.random.default_rng(0).standard_normal((40,) * 3)
+    aside = Density(np.roll(cube.values, (3, -8, 6), axis=(0, 1, 2)) + noise, 7.0)
+    write_density(off, aside)
+    seen = simulate(phantom.density(32, 7.0), 200, 1, snr=1.0, max_shift_px=2)
+    write_particles(tmp_path / "seen.star", seen)
+    done = run("abinitio", tmp_path / "seen.star", "-o", tmp_path / "found.star", "-q",
+               "--symmetry", "C1", "--reference", off)  # fmt: skip
+    assert "off.mrc: its particle is" in done.stderr and "x, y, z = -35, 49, -35 A" in done.stderr
+    judged = run("evaluate", tmp_path / "found.star", "--truth", tmp_path / "seen.star", "--json")
+    assert json.loads(judged.stdout)["unaligned_mean_rad"] < 0.15
+    moved, asked = opening.open_map(off, None, centred=True), []
+    move = (-5, 7, -5)  # the phantom is a bit off the middle itself
+    np.testing.assert_array_equal(moved.values, np.roll(aside.values, move, (0, 1, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it stays
+        opening.open_map(folder / "map.mrc", None, centred=True)
+
+    def train(network, source, **_):
+        asked.append(source.settings["density_sha256"])
+        return {"loss": [1.0], "mae_rad": [0.5], "seconds": [1.0]}
+
+    monkeypatch.setattr(estimator.training, "train", train)
+    done = run("train", off, "-o", tmp_path / "m.npz", "--images", 8, "--quiet")
+    assert "off.mrc: its particle is" in done.stderr and asked == [files.sha256_of([moved.values])]
+    trained[0].save(tmp_path / "model.npz")
+    done = run("orient", tmp_path / "seen.star", "--model", tmp_path / "model.npz", "--reference",
+               off, "-o", tmp_path / "o.star", "-q")  # fmt: skip
+    assert "off.mrc: its particle is" in done.stderr
+
+
 def test_a_map_has_the_symmetry_that_was_asked_for(folder, tmp_path):
     done = run("reconstruct", folder / "particles.star", "-o", tmp_path / "m.mrc", "--symmetry",
                "c2", "-q")  # fmt: skip

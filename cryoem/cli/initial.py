@@ -158,7 +158,7 @@ class Told:
             return None
         path = Path(self.reference)
         if self._is_map:
-            return open_map(path, self.voxel_size, stack)
+            return open_map(path, self.voxel_size, stack, centred=True)
         if self.reference.lower() not in SHIPPED and not path.exists():
             raise InputError(f"--reference: {path}: no such file")
         pixel = stack.pixel_size_angstrom

@@ -42,6 +42,9 @@ SEVERAL = 20
 LISTED = 20
 #: Solvent that is farther off zero than this share of a map's peak is said to be.
 LEVEL = 5e-3
+#: A map's particle is what, at so many angstrom, is above this share of the peak; and the share of
+#: the frame that it may be off the middle: shifts are looked for so far.
+SEEN_AT, OFF = (20.0, 0.1), 0.1
 
 
 def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
@@ -85,9 +88,16 @@ def check_views(path: Path, stack: ParticleStack) -> None:
 
 
 def open_map(
-    path: Path, voxel_size: float | None, particles: ParticleStack | None = None
+    path: Path,
+    voxel_size: float | None,
+    particles: ParticleStack | None = None,
+    *,
+    centred: bool = False,
 ) -> Density:
-    """Read a map as a cube, and say where its header may be wrong for these particles."""
+    """Read a map as a cube, white on black, and say where its header may be wrong for particles.
+
+    Centred: moved where what it shows is far off the middle, where particles are sought.
+    """
     from ..density import Density, read_density
     from ..surveying import is_black
 
@@ -124,7 +134,33 @@ def open_map(
             stacklevel=2,
         )
         cube = Density(-cube.values, cube.voxel_size_angstrom)
-    return cube
+    if not centred:
+        return cube
+    box, pixel = cube.box_px, cube.voxel_size_angstrom
+    if particles is not None:
+        box, pixel = particles.box_px, particles.pixel_size_angstrom
+    return _in_the_middle(cube, path, box * pixel)
+
+
+def _in_the_middle(cube: Density, path: Path, frame_angstrom: float) -> Density:
+    """The map, moved by whole voxels to where its particle is in the middle, unless it is."""
+    from ..density import Density
+
+    box, voxel = cube.box_px, cube.voxel_size_angstrom
+    shown = cube.low_passed(max(SEEN_AT[0], 3 * voxel)).values
+    shown = np.maximum(shown - SEEN_AT[1] * shown.max(), 0)
+    planes = [shown.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+    off = [float(plane @ (np.arange(box) - box // 2) / plane.sum()) for plane in planes]
+    if np.linalg.norm(off) * voxel <= OFF * frame_angstrom:
+        return cube
+    move = -np.round(off).astype(int)
+    warnings.warn(
+        f"{path}: its particle is {np.linalg.norm(off) * voxel:.0f} A off the middle of the box, "
+        f"where particles are looked for; the map is moved there, by x, y, z = "
+        f"{', '.join(f'{x * voxel:g}' for x in move[::-1])} A, and results are in that frame",
+        stacklevel=3,
+    )
+    return Density(np.roll(cube.values, move, axis=(0, 1, 2)), voxel)
 
 
 def prepared(

@@ -91,7 +91,10 @@ def train_estimator(
     shipped = SHIPPED.get(density.lower())
     if shipped and voxel_size:
         raise InputError(f"--voxel-size: is told of an MRC map; {density} has its own")
-    cube = load_density(density) if shipped else open_map(Path(density), voxel_size, stack)
+    if shipped:
+        cube = load_density(density)
+    else:
+        cube = open_map(Path(density), voxel_size, stack, centred=True)
     symmetry = symmetry or (shipped.symmetry if shipped else "C1")
     if stack is not None:
         stack, _ = prepared(stack, like, invert, quiet, seed)
@@ -194,7 +197,9 @@ def orient_particles(
     folder = output.with_suffix(".work") if work is None else work
     written = {"--output": star_files(output, stack), "--work": [folder / name for name in WORK]}
     check_outputs(written, [particles_file, model, reference], stack)
-    known = None if reference is None else open_map(reference, voxel_size, stack)
+    known = None
+    if reference is not None:
+        known = open_map(reference, voxel_size, stack, centred=True)
     stack, found = prepared(stack, particles_file, invert, quiet, seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
 
