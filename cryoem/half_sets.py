@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Stack = TypeVar("Stack", bound="ParticleStack")
 
 __all__ = [
+    "check_enough",
     "image_of",
     "particles_in",
     "particles_of",
@@ -31,6 +32,8 @@ __all__ = [
     "unshared",
 ]
 
+#: Particles of which two halves are made: maps of fewer agree, or do not, by chance.
+FEWEST = 20
 #: Pixels of a micrograph, or angstrom, within which two images show one particle.
 NEAR_PX, NEAR_ANGSTROM = 2.0, 10.0
 #: The same of segments of filaments, which lie near each other; of whose tube columns tell; and to
@@ -41,6 +44,14 @@ MICROGRAPH_PIXEL = "rlnMicrographOriginalPixelSize"
 #: What stands for an identifier that there is none of.
 NOTHING = ("", "0", "0.0", "None", "none")
 PLACE = ("rlnCoordinateX", "rlnCoordinateY")
+
+
+def check_enough(images: int) -> None:
+    """Refuse so few images that the maps of two halves mean nothing."""
+    if images < FEWEST:
+        raise InputError(
+            f"wanted at least {FEWEST} images, so that two half-maps mean something; got {images}"
+        )
 
 
 def random_half_sets(

@@ -554,6 +554,19 @@ def test_refinement_brings_orientations_nearer(folder, tmp_path):
     assert 2 * 32**2 * noise[5:].mean() == pytest.approx(told, rel=0.1)
 
 
+def test_few_particles_make_no_half_maps(folder, tmp_path):
+    """A map of two particles had a resolution."""
+    few = read_particles(folder / "off.star").select(slice(0, 2))
+    write_particles(tmp_path / "few.star", few)
+    refine, coarse = ("refine", "-o", tmp_path / "r.star"), ("--resolution", 30)
+    against = (*refine, *coarse, "--map", folder / "map.mrc")
+    for command in (refine, against, ("reconstruct", "-o", tmp_path / "r.mrc", "--half-maps")):
+        done = run(*command, tmp_path / "few.star", "-q", code=1)
+        assert "wanted at least 20 images" in done.stderr and "got 2" in done.stderr
+    run("reconstruct", tmp_path / "few.star", "-o", tmp_path / "r.mrc", "-q")
+    assert (tmp_path / "r.mrc").exists()
+
+
 def test_refinement_goes_without_a_reference(folder, tmp_path):
     run("refine", folder / "off.star", "--rounds", 1, "-o", tmp_path / "refined.star", "-q")
     judge = ("evaluate", "--truth", folder / "particles.star", "--json")

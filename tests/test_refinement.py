@@ -1111,6 +1111,14 @@ def test_a_split_that_is_none_is_refused(half_set):
         refine_halves(particles(half_set=half_set))
 
 
+def test_few_images_are_refused():
+    """A map of two images had a resolution."""
+    for few in (particles(2), particles(19)):
+        for refined in (refine_halves, cross_check, partial(refine_against, reference=DENSITY)):
+            with pytest.raises(InputError, match=f"at least 20 images.*got {len(few)}"):
+                refined(few)
+
+
 def test_no_round_is_refused():
     with pytest.raises(InputError, match="rounds must be positive"):
         refine_halves(particles(), rounds=0)

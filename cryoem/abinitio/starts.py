@@ -16,6 +16,7 @@ from jaxtyping import Int
 from .. import rotations, surveying, threads, workers
 from ..density import Density
 from ..errors import InputError
+from ..half_sets import check_enough
 from ..particles import ParticleStack
 from ..rotations import Seed
 from .annealing import COARSEST, DETAIL, FIRST, Schedule, Start
@@ -37,8 +38,6 @@ FINALISTS = 2
 SETTLING, GAIN, LONGEST = 6, 0.005, 2
 #: At least so much is cut out: some frequencies at the coarsest detail; angstrom.
 LEAST = 2 * FIRST
-#: Images from which a map is sought.
-FEWEST = 20
 #: Images by which starts are compared.
 JUDGES = 2000
 
@@ -76,8 +75,7 @@ def cut_out(
     InputError
         Fewer than 20 images, or a particle or frames of less than 60 A.
     """
-    if len(stack) < FEWEST:
-        raise InputError(f"wanted at least {FEWEST} images; got {len(stack)}")
+    check_enough(len(stack))
     frame = stack.box_px * stack.pixel_size_angstrom
     if diameter_angstrom is None:  # of images that show no particle it may be next to nothing
         seen = surveying.survey(stack, seed=seed).particle_diameter_angstrom

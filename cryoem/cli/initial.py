@@ -10,6 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
+from ..half_sets import FEWEST
 from .mapping import NO_MAP, map_files, put_aside, write_halves
 from .opening import open_map, open_particles, prepared
 from .options import (
@@ -187,7 +188,6 @@ def find_maps(
 ) -> list[Found]:
     """Find a map, or sort the images and find one of each class; those that have one."""
     from ..abinitio import classify
-    from ..abinitio.starts import FEWEST
     from ..io.particles import write_particles
 
     if told.classes == 1:

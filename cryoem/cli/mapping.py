@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from ..half_sets import shared_particles
+from ..half_sets import check_enough, shared_particles
 from .opening import check_views, open_map, open_oriented, prepared
 from .options import (
     OF_MAP,
@@ -76,6 +76,8 @@ def reconstruct_map(
     written = [output, *_half_files(output)] if half_maps else [output]
     check_outputs({"--output": written}, [particles_file], stack)
     check_views(particles_file, stack)
+    if half_maps:
+        check_enough(len(stack))
     stack, _ = prepared(stack, particles_file, invert, quiet, seed)
     check_symmetry(stack, symmetry, seed=seed)
     if not half_maps:
@@ -259,6 +261,7 @@ def _against(
     """Refine against a reference, in its frame."""
     from ..refinement import in_frame_of, refine_against
 
+    check_enough(len(stack))
     return refine_against(
         in_frame_of(stack, reference, seed=seed), reference, resolution_angstrom=resolution,
         symmetry=symmetry, seed=seed, scheduler=scheduler, progress=not quiet,

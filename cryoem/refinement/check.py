@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from .. import imaging, maps, rotations
 from ..errors import InputError
-from ..half_sets import particles_in, random_half_sets
+from ..half_sets import check_enough, particles_in, random_half_sets
 from ..particles import ParticleStack
 from ..rotations import Seed
 from ..symmetry import group
@@ -73,6 +73,7 @@ def cross_check(stack: ParticleStack, *, seed: Seed = 0) -> ParticleStack:
         With ``expected_error_rad``, the :func:`expected_error` of its orientations.
     """
     q = stack.oriented()
+    check_enough(len(stack))
     halves = stack.with_half_sets(seed).replace(contrast=None)
     pair = half_maps(halves, independent=False)
     mask = maps.soft_mask(pair.mean)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from .. import maps, reconstruction, rotations
 from ..density import Density
 from ..errors import InputError
+from ..half_sets import check_enough
 from ..io.files import PathLike
 from ..particles import ParticleStack
 from ..rotations import Seed
@@ -136,7 +137,7 @@ def refine_halves(
     Parameters
     ----------
     stack : ParticleStack
-        With the orientations to start from, in any frame that a map can use
+        20 or more, with the orientations to start from, in any frame that a map can use
         (:func:`cryoem.orient`), its shifts, and its half-sets or a random split.
     rounds : int, optional
         By default five, and up to fifteen until half of the orientations move by less than a tenth
@@ -196,6 +197,7 @@ def _check(stack: ParticleStack, rounds: int | None, work: PathLike | None, seed
     if work is not None and not isinstance(seed, int):
         raise InputError("a run that is kept wants a whole number as its seed, not a generator")
     stack.oriented()
+    check_enough(len(stack))
 
 
 @dataclass(frozen=True, eq=False)

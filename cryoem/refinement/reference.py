@@ -12,6 +12,7 @@ from jaxtyping import Float
 from .. import maps, rotations
 from ..density import Density
 from ..errors import InputError
+from ..half_sets import check_enough
 from ..maps.bias import shells_beyond
 from ..particles import ParticleStack
 from ..preprocessing import check_fits
@@ -134,9 +135,9 @@ def refine_against(
     Raises
     ------
     InputError
-        A reference of another box or voxel size, that is empty, that has not the symmetry, or of
-        whose voxels too little is left beyond the resolution to tell its bias; before anything is
-        refined.
+        Fewer than 20 images; a reference of another box or voxel size, that is empty, that has not
+        the symmetry, or of whose voxels too little is left beyond the resolution to tell its bias;
+        before anything is refined.
 
     References
     ----------
@@ -145,6 +146,7 @@ def refine_against(
     stack.oriented()
     check_fits(reference, stack.box_px, stack.pixel_size_angstrom)
     check_reference(reference, resolution_angstrom, symmetry)
+    check_enough(len(stack))
     check_symmetry(stack, symmetry, seed=seed)
     mask = maps.soft_mask(reference, resolution_angstrom=max(20.0, resolution_angstrom))
     refined, moved = _refined(
