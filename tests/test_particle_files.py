@@ -45,6 +45,7 @@ from cryoem import (
     write_density,
     write_particles,
 )
+from cryoem.cli.opening import open_oriented
 from cryoem.errors import InputError, StorageError, UnusableImages
 from cryoem.half_sets import particles_of
 from cryoem.io import files, star
@@ -1868,16 +1869,58 @@ def test_a_relion_30_file_is_refused_by_its_own_rows(written, tmp_path):
     [
         ("ctf/accel_kv", np.nan, "row 3, field ctf/accel_kv: got nan"),
         ("ctf/df1_A", 3e7, "row 3, field ctf/df1_A: got 3"),
+        ("ctf/phase_shift_rad", 100, "row 3, field ctf/phase_shift_rad, degrees: got 5729"),
+        ("alignments3D/shift", np.nan, "row 3, field alignments3D/shift times .*/psize_A: got nan"),
+        ("alignments3D/shift", 1e8, "row 3, field alignments3D/shift times .*/psize_A: got"),
+        ("blob/psize_A", 2, "row 3: blob/psize_A is 2 A in its"),
+        ("blob/shape", 64, "row 1: blob/shape is 64 .* 12 in its stack"),
+        ("blob/path", b"a.mrcs", "row 3, blob/path, blob/idx: 'a.mrcs': no such file"),
+        ("blob/idx", 60, "row 3, blob/path, blob/idx: image 61 of"),
+        ("ctf/df1_A", 20, "field ctf/df1_A: nothing above 20 A; wanted angstrom"),
         ("alignments3D/split", 2, "row 3, field alignments3D/split: got 2, wanted 0 or 1"),
     ],
 )
 def test_a_cryosparc_file_is_refused_by_its_own_fields(written, tmp_path, field, value, says):
     path = cryosparc(tmp_path)
     data = np.load(path)
-    data[field][2] = value
+    everywhere = field == "blob/shape" or says.startswith("field")
+    data[field][slice(None) if everywhere else 2] = value
     saved(path, data)
-    with pytest.raises(InputError, match=rf"J1_particles\.cs: {says}"):
+    with pytest.raises(InputError, match=rf"J1_particles\.cs: {says}") as error:
         read_particles(path)
+    assert "rln" not in str(error.value)
+
+
+def without(path, *fields):
+    """The same ``.cs`` file without some of its fields."""
+    data = np.load(path)
+    left = [name for name in data.dtype.names if name not in fields]
+    saved(path, np.lib.recfunctions.repack_fields(data[left]))
+
+
+def test_what_a_cryosparc_file_has_not_is_told_in_its_own_fields(written, tmp_path):
+    path = cryosparc(tmp_path)
+    without(path, "ctf/df_angle_rad")
+    with pytest.warns(UserWarning, match="no field ctf/df_angle_rad, and ctf/df1_A and ctf/df2_A"):
+        read_particles(path)
+    without(path, "ctf/accel_kv")
+    with pytest.raises(InputError, match=r"cs: has defocus, but no field ctf/accel_kv$"):
+        read_particles(path)
+    without(path, "alignments3D/pose", *(f"ctf/df{i}_A" for i in (1, 2)))
+    with (
+        pytest.warns(UserWarning, match="without a CTF"),
+        pytest.raises(InputError, match=r"cs: no field alignments3D/pose; see orient"),
+    ):
+        open_oriented(path, True)
+    data = np.repeat(np.load(cryosparc(tmp_path)), 3)
+    data["ctf/df1_A"] *= -1
+    data["alignments3D/split"] = np.arange(18) == 0
+    saved(path, data)
+    with pytest.warns(UserWarning) as said:
+        read_particles(path)
+    told = " ".join(str(note.message) for note in said)
+    assert "field ctf/df1_A: most are negative" in told and "rln" not in told
+    assert "field alignments3D/split: 17 particles are in half 1, 1 in half 2" in told
 
 
 def test_sizes_of_cryosparcs_images_that_are_none_are_passed_over(written, tmp_path):

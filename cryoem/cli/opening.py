@@ -63,7 +63,10 @@ def open_oriented(path: Path, quiet: bool, pixel_size: float | None = None) -> P
     """Read a particle file that has orientations."""
     stack = open_particles(path, quiet, pixel_size)
     if stack.quaternions is None:
-        raise InputError(f"{path}: no columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi; see orient")
+        what = "columns rlnAngleRot, rlnAngleTilt, rlnAnglePsi"
+        if path.suffix == ".cs":
+            what = "field alignments3D/pose"
+        raise InputError(f"{path}: no {what}; see orient")
     return stack
 
 
@@ -297,12 +300,14 @@ def by_file(stack: ParticleStack) -> np.ndarray:
 
 def _turned(stack: ParticleStack, path: Path | None, seen: ImageStatistics) -> ParticleStack:
     """The stack, white on black: what is black turned, where that is certain."""
+    from ..io.cryosparc import called
+
     sign, odd, mixed = seen.contrasts(by_file(stack))
     if mixed:
         warnings.warn(
             f"{path}: {contrasts_told(stack, odd)}: either particles are dark in the middle in "
-            "some views, or the contrasts are mixed, and the map will be wrong; a column "
-            "cryoemSign (1, or -1: black) tells them apart",
+            "some views, or the contrasts are mixed, and the map will be wrong; a "
+            f"{called(path, 'cryoemSign')} (1, or -1: black) tells them apart",
             stacklevel=3,
         )
     elif len(odd):

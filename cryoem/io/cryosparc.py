@@ -12,7 +12,7 @@ from .. import rotations
 from ..errors import InputError
 from .star import ORIGINS, Table, length, numbers, split_optics, texts
 
-__all__ = ["read_cryosparc"]
+__all__ = ["called", "named", "read_cryosparc"]
 
 #: Fields of a ``.cs`` file that are RELION's columns but for the name and the unit.
 NUMBERS = {
@@ -25,6 +25,15 @@ NUMBERS = {
     "ctf/cs_mm": ("rlnSphericalAberration", 1.0),
     "ctf/amp_contrast": ("rlnAmplitudeContrast", 1.0),
     "blob/psize_A": ("rlnImagePixelSize", 1.0),
+}
+#: What a ``.cs`` file calls the columns that are made of its fields.
+FIELDS = {
+    **{column: field for field, (column, _) in NUMBERS.items()},
+    **dict.fromkeys(rotations.RELION_ANGLES, "alignments3D/pose"),
+    **dict.fromkeys(ORIGINS, "alignments3D/shift"),
+    "rlnImageSize": "blob/shape",
+    "rlnRandomSubset": "alignments3D/split",
+    "cryoemSign": "blob/sign",
 }
 PLACE = ("location/center_x_frac", "location/center_y_frac", "location/micrograph_shape")
 #: All fields that are more than kept.
@@ -63,7 +72,8 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     for name, (column, factor) in NUMBERS.items():
         if name in fields.values:
             told = {column: fields.numbers(name) * factor}
-            columns[column] = numbers(path, told, column, called=f"field {name}")
+            unit = "" if factor == 1 else ", degrees"
+            columns[column] = numbers(path, told, column, called=f"field {name}{unit}")
     _add_alignment(fields, columns)
     for name, column in (
         ("alignments3D/split", "rlnRandomSubset"),
@@ -93,6 +103,18 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     if box is not None and whole and (box == box[0, 0]).all() and 0 < box[0, 0] < 1e6:
         optics["rlnImageSize"] = np.full(length(optics), int(box[0, 0]))
     return optics, particles, ()
+
+
+def named(path: Path | None, column: str) -> str:
+    """The name of a column in the file at ``path``: of a ``.cs`` file its field's."""
+    cryosparcs = path is not None and path.suffix == ".cs"
+    return FIELDS.get(column, column) if cryosparcs else column
+
+
+def called(path: Path | None, column: str) -> str:
+    """What a message calls a column of the file at ``path``: a column, or a field."""
+    name = named(path, column)
+    return f"{'column' if name == column else 'field'} {name}"
 
 
 class _Fields:
@@ -170,7 +192,9 @@ def _add_alignment(fields: _Fields, columns: Table) -> None:
                 "wanted the pixel size of alignments3D/shift, angstrom"
             )
         shift = np.where(shift != 0, shift * scale[:, None], 0.0)
-        columns.update(zip(ORIGINS, shift.T, strict=True))
+        for name, values in zip(ORIGINS, shift.T, strict=True):
+            said = f"field alignments3D/shift times {pixel}"
+            columns[name] = numbers(fields.path, {name: values}, name, called=said)
 
 
 def _with_passthroughs(path: Path, fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

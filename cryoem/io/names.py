@@ -42,11 +42,12 @@ def without_format(names: np.ndarray) -> np.ndarray:
 def open_images(path: Path, names: Iterable[object]) -> ImageStack:
     """Open the stacks of image names as ``000001@stack.mrcs``, or ``image.mrc`` for single ones."""
     folders = [*folders_of(path), Path.cwd()]
+    called = "blob/path, blob/idx" if path.suffix == ".cs" else "column rlnImageName"
     layouts: list[stacks.Layout] = []
     index: dict[str, int] = {}
     file, section = [], []
     for row, name in enumerate(map(str, names)):
-        where = f"{path}: row {row + 1}, column rlnImageName: "
+        where = f"{path}: row {row + 1}, {called}: "
         digits, stack = image_of(name)
         if stack not in index:
             found = find_stack(stack, folders)

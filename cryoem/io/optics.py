@@ -15,6 +15,7 @@ from ..imaging import CtfParameters
 from ..particles import ParticleStack
 from ..rotations import RELION_ANGLES
 from .aberrations import EVEN, UNDONE, even_zernike
+from .cryosparc import called, named
 from .star import OPTICS, ORIGINS, Table, length, numbers, numbers_of
 
 __all__ = [
@@ -137,9 +138,9 @@ def pixel_sizes(
         row = int(np.argmax(other))
         names = optics.get("rlnOpticsGroupName", np.arange(length(optics)) + 1)
         raise InputError(
-            f"{path}: row {row + 1}: rlnImagePixelSize is {sizes[row]:g} A in its optics group "
-            f"({names[group[row]]}), {sizes[0]:g} A in that of row 1 ({names[group[0]]}); wanted "
-            "one pixel size"
+            f"{path}: row {row + 1}: {named(path, 'rlnImagePixelSize')} is {sizes[row]:g} A in its "
+            f"optics group ({names[group[row]]}), {sizes[0]:g} A in that of row 1 "
+            f"({names[group[0]]}); wanted one pixel size"
         )
     if given is not None and not np.isclose(sizes[0], given, rtol=1e-4):
         raise InputError(
@@ -253,24 +254,25 @@ def ctf_parameters(
         if (values := numbers_of(path, optics, table, group, name)) is not None:
             parameters[argument] = values
         elif default is None:
-            raise InputError(f"{path}: has defocus, but no column {name}")
+            raise InputError(f"{path}: has defocus, but no {called(path, name)}")
+    defocus = called(path, "rlnDefocusU")
     largest = np.abs(parameters["defocus_u_angstrom"]).max()
     if largest < 100:
         raise InputError(
-            f"{path}: column rlnDefocusU: nothing above {largest:g} A; wanted angstrom "
-            "(1 micrometre is 10000), or no defocus columns for images without CTF"
+            f"{path}: {defocus}: nothing above {largest:g} A; wanted angstrom (1 micrometre is "
+            "10000), or no defocus for images without CTF"
         )
     if np.median(parameters["defocus_u_angstrom"]) < 0:
         warnings.warn(
-            f"{path}: column rlnDefocusU: most are negative, over focus, and taken so; under focus "
-            "is positive",
+            f"{path}: {defocus}: most are negative, over focus, and taken so; under focus is "
+            "positive",
             stacklevel=3,
         )
     apart = np.abs(parameters["defocus_u_angstrom"] - parameters["defocus_v_angstrom"]).max()
     if "defocus_angle_degrees" not in parameters and apart > ROUND:
         warnings.warn(
-            f"{path}: no column rlnDefocusAngle, and rlnDefocusU and rlnDefocusV are up to "
-            f"{apart:g} A apart; an angle of 0 is taken",
+            f"{path}: no {called(path, 'rlnDefocusAngle')}, and {named(path, 'rlnDefocusU')} and "
+            f"{named(path, 'rlnDefocusV')} are up to {apart:g} A apart; an angle of 0 is taken",
             stacklevel=3,
         )
     return CtfParameters(**parameters, even_zernike=even, images=done)

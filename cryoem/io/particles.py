@@ -22,7 +22,7 @@ from .aberrations import (
     forget_aberrations,
     magnified,
 )
-from .cryosparc import read_cryosparc
+from .cryosparc import called, named, read_cryosparc
 from .files import PathLike
 from .names import (
     find_stack,
@@ -183,8 +183,8 @@ def _half_set(path: Path, table: Table) -> np.ndarray | None:
     counts = np.bincount(np.zeros(0, int) if half_set is None else half_set.astype(int))[1:]
     if len(counts) == 2 and 0 < min(counts) < UNEVEN * max(counts):
         warnings.warn(
-            f"{path}: column {HALF_SET}: {counts[0]:,} particles are in half 1, {counts[1]:,} in "
-            "half 2: their maps are hardly to be compared",
+            f"{path}: {called(path, HALF_SET)}: {counts[0]:,} particles are in half 1, "
+            f"{counts[1]:,} in half 2: their maps are hardly to be compared",
             stacklevel=3,
         )
     return half_set
@@ -198,8 +198,8 @@ def _check_sizes(path: Path, optics: Table, group: np.ndarray, size: int) -> Non
         found = numbers(path, optics, name, "data_optics: ")[group]
         if (bad := found != wanted).any():
             raise InputError(
-                f"{path}: row {np.argmax(bad) + 1}: {name} is {found[bad][0]:g} in its optics "
-                f"group, {wanted} in its stack"
+                f"{path}: row {np.argmax(bad) + 1}: {named(path, name)} is {found[bad][0]:g} in "
+                f"its optics group, {wanted} in its stack"
             )
 
 
