@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
 from . import aberrations, fourier
@@ -36,10 +36,15 @@ __all__ = [
     "quarter_turn",
     "shift",
     "triangular_shifts",
+    "unusable",
     "wavelength_angstrom",
 ]
 
 shift = fourier.shift
+
+
+#: Values whose squares single precision holds; and what an image may be otherwise.
+SCALES, NOT_FINITE = (1e-18, 1e18), "holds values that are not finite"
 
 
 def check_images(images: ArrayLike, name: str = "images") -> Float[np.ndarray, "n y x"]:
@@ -47,10 +52,28 @@ def check_images(images: ArrayLike, name: str = "images") -> Float[np.ndarray, "
     images = np.asarray(images, dtype=np.float32)
     if images.ndim != 3 or images.shape[1] != images.shape[2]:
         raise InputError(f"{name} must have shape (n, size, size), got {images.shape}")
-    bad = np.flatnonzero(~np.isfinite(images.sum(axis=(1, 2))))
-    if len(bad):
-        raise InputError(f"{name} must be finite: image {bad[0]} is not ({len(bad)} are not)")
+    ends = (end(images, axis=(1, 2), initial=0) for end in (np.min, np.max))
+    for what, bad in unusable(*ends).items():
+        rows = np.flatnonzero(bad)
+        if len(rows) and what == NOT_FINITE:
+            raise InputError(f"{name} must be finite: image {rows[0]} is not ({len(rows)} are not)")
+        if len(rows):
+            raise InputError(f"{name}: image {rows[0]} {what} ({len(rows)} are so): scale them")
     return images
+
+
+def unusable(
+    low: Float[np.ndarray, " n"], high: Float[np.ndarray, " n"]
+) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Which images cannot be computed with, by what is wrong; from each one's extremes."""
+    peak = np.maximum(-low, high)  # NaN where one pixel is
+    finite, (least, most) = np.isfinite(peak), SCALES
+    return {
+        NOT_FINITE: ~finite,
+        f"reaches beyond {most:g}, too far to be computed with": finite & (peak > most),
+        f"reaches no further than {least:g}, too little to be computed with": (peak > 0)
+        & (peak < least),
+    }
 
 
 def check_stack(images: Any) -> Any:

@@ -185,6 +185,11 @@ def least_squares(
     """
     size = len(right)
     edge = len(spectrum)
+    # Both near 1, that products of them are not beyond single precision: by powers of two, exactly.
+    peaks = (max(a.max(), -a.min()) for a in (right, spectrum))
+    loud, strong = (2.0 ** int(np.frexp(peak)[1]) for peak in peaks)
+    right, damping = right / loud, damping / strong
+    spectrum /= strong
     if isinstance(damping, np.ndarray):
         _Shells(size, edge).add(spectrum, damping)
     else:
@@ -202,7 +207,7 @@ def least_squares(
         maxiter=iterations,
         callback=lambda _: callback(),
     )
-    return within * values.reshape(right.shape)
+    return within * values.reshape(right.shape) * (loud / strong)
 
 
 class _Shells:

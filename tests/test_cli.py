@@ -826,6 +826,24 @@ def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
     assert "rows 4, 6 (file" in run("info", tmp_path / "a.star").stderr
 
 
+@pytest.mark.parametrize(
+    ("scale", "says"), [(1e20, "reaches beyond 1e+18"), (1e-20, "reaches no further than 1e-18")]
+)
+def test_images_beyond_single_precision_are_named(folder, tmp_path, scale, says):
+    """Of noise that overflowed it was said that its power must be positive."""
+    few = read_particles(folder / "particles.star").select(slice(40))
+    images = few.images[:]
+    write_particles(tmp_path / "a.star", few.with_images(images))
+    images *= np.float32(scale)
+    mrcfile.write(tmp_path / "a.mrcs", images, overwrite=True, voxel_size=7.0)
+    for command in (("info",), ("reconstruct", "-o", tmp_path / "x.mrc"),
+                    ("abinitio", "-o", tmp_path / "x.star")):  # fmt: skip
+        done = run(*command, tmp_path / "a.star", code=1)
+        assert f"40 of 40 images cannot be used: each {says}" in done.stderr
+    with pytest.raises(InputError, match=rf"images: image 0 {re.escape(says)}.*scale them"):
+        ParticleStack(images, 7.0)
+
+
 def test_all_bad_images_are_named_and_the_others_are_written_where_one_asks(
     folder, tmp_path, monkeypatch
 ):

@@ -1342,6 +1342,19 @@ def test_a_shift_between_the_frames_moves_the_images_too():
     assert relative_error(again, CLEAN) < 0.2
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e8])
+def test_the_scale_of_the_images_does_not_matter(scale):
+    """Half-maps of large contrasts were not finite, of small ones they did not agree."""
+    images, _ = noisy(1)
+    given = particles(images=images, shifts_px=SHIFTS)
+    plain, scaled = (
+        refine_against(one, DENSITY, resolution_angstrom=30.0, search=ONE)
+        for one in (given, given.with_images(images * np.float32(scale)))
+    )
+    assert scaled.test.correlation == pytest.approx(plain.test.correlation, abs=1e-3)
+    np.testing.assert_allclose(scaled.particles.contrast, scale * plain.particles.contrast, 1e-3)
+
+
 def test_a_reference_of_another_box_is_refused():
     with pytest.raises(InputError, match="40 px, got 80"):
         refine_against(particles(5), SHARP.density(2 * BOX, VOXEL / 2))

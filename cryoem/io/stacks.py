@@ -373,9 +373,8 @@ class ImageStack:
         if self.sign is not None:
             images *= self.sign[rows, None, None]
         low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))  # NaN where one pixel is
-        finite = np.isfinite(low) & np.isfinite(high)
-        flat = finite & (low == high)
-        found = {"holds values that are not finite": ~finite, "is constant": flat}
+        found = imaging.unusable(low, high)
+        found["is constant"] = (low == high) & ~np.any([*found.values()], axis=0)
         self._refuse(rows, {what: np.flatnonzero(bad) for what, bad in found.items() if bad.any()})
         images = imaging.flatten(images) if self.flat else images
         for which in np.unique(self.aberration[rows]):
