@@ -704,8 +704,24 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
     assert moved == 0
 
 
+@pytest.mark.parametrize(("snr", "least", "most"), [(1.0, 0.99, 1.03), (1 / 16, 2.0, 3.5)])
+def test_errors_to_expect_count_that_a_wrong_orientation_may_be_likeliest(snr, least, most):
+    images, _ = noisy(snr)
+    given = particles(images=images, shifts_px=SHIFTS, half_set=np.arange(N) % 2 + 1)
+    mask, search = maps.soft_mask(DENSITY), Search()
+    again = {"search": search, "symmetry": "C1", "scheduler": None}
+    near = refine(given, DENSITY, resolution_angstrom=FINEST)
+    brought, _ = elsewhere.found_again(near, given, (DENSITY, DENSITY), mask, FINEST, **again)
+    found = refine(brought, DENSITY, resolution_angstrom=FINEST, search=search.near)
+    counted = elsewhere.with_likely_errors(found, DENSITY, mask, **again)
+    likely = counted.expected_error_rad.mean()
+    off_by = rotations.distance(found.quaternions, TRUE).mean()
+    assert 0.8 * off_by < likely < 1.25 * off_by
+    assert least < likely / found.expected_error_rad.mean() < most
+
+
 def test_of_many_places_all_that_are_about_as_likely_are_refined():
-    """Coarse detail ranks the right place of a small particle fourth, or sixth."""
+    """Coarse detail may rank the right place of a small particle fourth, or sixth."""
     image = np.array([4, 1, 4, 4, 1, 4, 4, 7])
     likely = np.array([9.0, 3.0, 11.0, 10.5, 30.0, 8.0, 1.0, -5.0])
     few = elsewhere._likeliest(image, likely)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from .. import matching, rotations
+from .. import evaluation, imaging, matching, rotations
 from ..density import Density
 from ..particles import ParticleStack
 from ..preprocessing import Preprocessing
+from ..projection import project
 from ..symmetry import group
 from .fit import LEAST_CONTRAST, RefinedStack, refine
 from .search import Search
@@ -22,7 +23,7 @@ from .search import Search
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["asked", "by_chance", "found_again", "surely_astray"]
+__all__ = ["asked", "by_chance", "found_again", "surely_astray", "with_likely_errors"]
 
 #: Of more particles than this a random sample is asked; then those whose contrast is no higher than
 #: what this percentage of the sample's have that are brought elsewhere.
@@ -51,6 +52,8 @@ MORE = 1e-3
 FAR_BETTER = 1.2
 #: Particles that are tried together.
 AT_ONCE = 4000
+#: How many particles are made of a map to see how far off they end.
+MADE = 200
 
 
 def found_again(
@@ -159,6 +162,48 @@ def surely_astray(
         )  # fmt: skip
         better.append(there > FAR_BETTER * here)
     return float(np.concatenate(better).mean())
+
+
+def with_likely_errors(
+    particles: RefinedStack,
+    reference: Density,
+    mask: Float[np.ndarray, "m m m"],
+    search: Search,
+    symmetry: str,
+    scheduler: str | Client | None,
+) -> RefinedStack:
+    """The errors to expect, by how far off particles end that are made of the reference.
+
+    A covariance tells how wide one place is. In loud noise the likeliest orientation may be another
+    one, which only images of known orientations show: 200, as these particles were found, in their
+    noise, are refined and sought elsewhere as they were. What they are off beyond what their own
+    covariances let expect, in the mean, every particle is thought to be, too.
+    """
+    if search.steps == 0:
+        return particles
+    rng = rotations.generator(0, "made of the map")
+    rows = np.sort(np.resize(rng.permutation(len(particles)), MADE))
+    some = particles.select(rows)
+    images = imaging.shift(project(reference, some.oriented()), some.shifts_px)
+    if (ctf := some.ctf()) is not None:
+        images = imaging.apply_ctf(images, ctf)
+    images *= some.contrast[:, None, None].astype(np.float32)
+    assert some.noise is not None  # refinement has estimated it
+    images += some.noise.draw(MADE, some.box_px, rng, group=some.optics_group)
+    made = some.with_images(images)
+    again: dict[str, Any] = {
+        "resolution_angstrom": particles.resolution_angstrom, "scheduler": scheduler
+    }  # fmt: skip
+    near = refine(made, reference, search=search.near, **again)
+    brought, moved = found_again(
+        near, made, (reference, reference), mask, search=search, symmetry=symmetry, **again
+    )  # fmt: skip
+    if moved:
+        near = refine(brought, reference, search=search.near, **again)
+    off = group(symmetry).distance(near.oriented(), some.oriented())
+    beyond = max(0.0, float(off.mean() - near.expected_error_rad.mean()))
+    likely = np.minimum(particles.expected_error_rad + beyond, evaluation.RANDOM)
+    return particles.replace(expected_error_rad=likely)
 
 
 def by_chance(search: Search, symmetry: str, lost: float, positions: int = 1) -> float:

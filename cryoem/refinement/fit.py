@@ -53,7 +53,7 @@ class RefinedStack(ParticleStack):
     """Refined particles: poses, contrasts, and how well each is known.
 
     ``expected_error_rad`` is the mean angle that each covariance lets expect, at most that of
-    random orientations.
+    random orientations; that a wrong orientation may be likelier is no part of it here.
 
     Attributes
     ----------

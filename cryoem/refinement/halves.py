@@ -22,7 +22,7 @@ from ..half_sets import check_enough
 from ..io.files import PathLike
 from ..particles import ParticleStack
 from ..rotations import Seed
-from .elsewhere import asked, found_again, surely_astray
+from .elsewhere import asked, found_again, surely_astray, with_likely_errors
 from .fit import DEFAULT, RefinedStack, noise_of, refine
 from .kept import Kept, Rounds, rescaled
 from .search import Search
@@ -52,7 +52,8 @@ class HalvesRefinement:
     Attributes
     ----------
     particles : RefinedStack
-        Every particle against the map of all, at the end; with its half-set.
+        Every particle against the map of all, at the end; with its half-set. The errors to expect
+        count that the likeliest orientation may be a wrong one.
     separate : RefinedStack
         Every particle against the map of its own half, as the half-maps were made.
     half_maps : HalfMaps
@@ -187,7 +188,7 @@ def refine_halves(
             astray = surely_astray(now, found, last.references[::-1], used[-1], search, scheduler)
         so_far = replace(so_far, now=found, ended=True, sought=True, astray=astray)
         kept.write(so_far)
-    everyone = _against_all(so_far.now, last, used[-1], search, scheduler)
+    everyone = _against_all(so_far.now, last, used[-1], search, symmetry, scheduler)
     return _ended(everyone, separate, last, held_out, so_far, joined_angstrom)
 
 
@@ -271,14 +272,16 @@ def _against_all(
     last: _Round,
     resolution_angstrom: float,
     search: Search,
+    symmetry: str,
     scheduler: str | Client | None,
 ) -> RefinedStack:
     """Refine all against the map of all: so far as the halves say that it can be believed."""
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
-    return refine(
+    found = refine(
         stack, whole, resolution_angstrom=resolution_angstrom, search=search.near,
         scheduler=scheduler,
     )  # fmt: skip
+    return with_likely_errors(found, whole, last.snug, search, symmetry, scheduler)
 
 
 def _ended(

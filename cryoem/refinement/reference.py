@@ -20,7 +20,7 @@ from ..reconstruction import reconstruct
 from ..rotations import Seed
 from ..symmetry import group
 from .check import SYMMETRIC, check_symmetry, coarse_sample
-from .elsewhere import found_again
+from .elsewhere import found_again, with_likely_errors
 from .fit import DEFAULT, RefinedStack, refine
 from .halves import believed, half_maps
 from .search import Search
@@ -57,7 +57,7 @@ class ReferenceRefinement:
     Attributes
     ----------
     particles : RefinedStack
-        With its half-set.
+        With its half-set. Expected errors count that the likeliest orientation may be a wrong one.
     moved_fraction : float
         Share of the particles that were likelier elsewhere than near where they began.
     half_maps : HalfMaps
@@ -239,9 +239,9 @@ def _refined(
         near, stack, (reference, reference), mask, near.resolution_angstrom, search=search,
         symmetry=symmetry, scheduler=run["scheduler"], lost=LOST,
     )  # fmt: skip
-    if moved == 0:
-        return near, 0.0
-    return fit(brought.replace(noise=stack.noise), search.near), moved
+    found = fit(brought.replace(noise=stack.noise), search.near) if moved else near
+    found = with_likely_errors(found, reference, mask, search, symmetry, run["scheduler"])
+    return found, moved
 
 
 def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> ParticleStack:
