@@ -29,7 +29,7 @@ from cryoem import (
 )
 from cryoem.maps import soft_mask
 from cryoem.refinement import Search
-from cryoem.refinement.elsewhere import found_again
+from cryoem.refinement.elsewhere import found_again, with_likely_errors
 from cryoem.refinement.reference import LOST
 
 SEED = 90_417
@@ -90,6 +90,7 @@ def cell(density, estimator, case, excess):
         symmetry="C1", scheduler=None, lost=LOST,
     )  # fmt: skip
     found = refine(brought, density, resolution_angstrom=finest, search=SEARCH.near)
+    found = with_likely_errors(found, density, soft_mask(density), SEARCH, "C1", None)
     done = record("and sought elsewhere", found, start)
     # What no search could better: the truth is not far from where the likelihood is highest.
     near = refine(
