@@ -8,8 +8,8 @@ With ``--aspire`` noiseless images of particles without symmetry are also orient
 common lines (``CLSync3N``, its settings as they come), then refined as ours are. With ``--relion``
 RELION makes its initial model of the same images, binned to half their box, as its tutorial has it
 (``relion_refine --sgd --denovo_3dref``, its schedule in full; many hours of a core), and its
-orientations are refined as ours are. ``--known`` adds where images are likeliest if the density is
-known: no estimator that believes the likelihood could do better. It goes on where it was
+orientations are refined as ours are. ``--known`` adds how far off images are likeliest where the
+density is known, at least: who believes the likelihood cannot do better. It goes on where it was
 interrupted.
 """
 
@@ -278,7 +278,8 @@ def judged(record, found, truth, density, symmetry, assumed, refined):
 def likeliest(source: str, cell: str, seed: int) -> dict:
     """How far off particles of a cell are likeliest where the density is known: of 1,000 of them.
 
-    Sought from random orientations, and from the truth; of each image the likelier of the two.
+    Sought from random orientations and the true shifts, and from the truth; of each image the
+    likelier of the two. The search is no full one: what it misses would be farther off.
     """
     name, _, symmetry = source.partition(":")
     symmetry = symmetry or "C1"
@@ -296,7 +297,11 @@ def likeliest(source: str, cell: str, seed: int) -> dict:
     errors = evaluation.orientation_errors(
         records.likelier(found, near), truth.quaternions, symmetry=symmetry
     )
-    return {"likeliest_error_rad": errors.mean_rad, "likeliest_far_fraction": errors.far_fraction}
+    return {
+        "likeliest_error_rad": errors.mean_rad,
+        "likeliest_far_fraction": errors.far_fraction,
+        "likeliest_commit": records.commit(),
+    }
 
 
 def run(source: str, cell: str, seed: int, refined: bool) -> dict:

@@ -90,7 +90,7 @@ def cell(density, estimator, case, excess):
         symmetry="C1", scheduler=None, lost=LOST,
     )  # fmt: skip
     found = refine(brought, density, resolution_angstrom=finest, search=SEARCH.near)
-    found = with_likely_errors(found, density, soft_mask(density), SEARCH, "C1", None)
+    found = with_likely_errors(found, density, soft_mask(density), SEARCH, "C1", None, LOST)
     done = record("and sought elsewhere", found, start)
     # What no search could better: the truth is not far from where the likelihood is highest.
     near = refine(

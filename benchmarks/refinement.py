@@ -136,8 +136,7 @@ def known(particle, snr, n=N_KNOWN):
             resolution_angstrom=2 * VOXEL,
             search=Search(starts=2 * search.starts),
         )
-        likelier = np.where(best.gain > found.gain, 1, 0)[:, None]
-        likeliest = np.where(likelier, best.quaternions, found.quaternions)
+        likeliest = records.likelier(found, best)
         record["likeliest_error_rad"] = float(rotations.distance(likeliest, q).mean())
     yield record
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Stack = TypeVar("Stack", bound="ParticleStack")
 
 __all__ = [
+    "FEWEST",
     "check_enough",
     "image_of",
     "particles_in",

@@ -43,8 +43,9 @@ __all__ = [
 shift = fourier.shift
 
 
-#: Values whose squares single precision holds; and what an image may be otherwise.
-SCALES, NOT_FINITE = (1e-18, 1e18), "holds values that are not finite"
+#: Values of which single precision holds the squares, and their sums if no single pixel is hot; and
+#: what an image may be otherwise.
+SCALES, HOTTEST, NOT_FINITE = (1e-12, 1e12), 1e18, "holds values that are not finite"
 
 
 def check_images(images: ArrayLike, name: str = "images") -> Float[np.ndarray, "n y x"]:
@@ -68,9 +69,10 @@ def unusable(
     """Which images cannot be computed with, by what is wrong; from each one's extremes."""
     peak = np.maximum(-low, high)  # NaN where one pixel is
     finite, (least, most) = np.isfinite(peak), SCALES
+    far = (np.minimum(-low, high) > most) | (peak > HOTTEST)
     return {
         NOT_FINITE: ~finite,
-        f"reaches beyond {most:g}, too far to be computed with": finite & (peak > most),
+        f"reaches beyond {most:g}, too far to be computed with": finite & far,
         f"reaches no further than {least:g}, too little to be computed with": (peak > 0)
         & (peak < least),
     }

@@ -130,8 +130,9 @@ class Noise:
         rng = rotations.generator(seed, "noise")
         images = rng.standard_normal((n, box_px, box_px), dtype=np.float32)
         k = fourier.radius((box_px, box_px), half=True) / box_px
-        root = np.sqrt(self.at(k)).astype(np.float32)
-        return apply_ctf(images, root[self.of(np.broadcast_to(group, n))])
+        groups, of = np.unique(self.of(np.broadcast_to(group, n)), return_inverse=True)
+        root = np.sqrt(self.at(k, groups)).astype(np.float32)
+        return apply_ctf(images, root if len(groups) == 1 else root[of])
 
 
 def coloured(variance: float, excess: float, length_px: float, *, frequencies: int = 64) -> Noise:

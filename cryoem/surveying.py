@@ -342,11 +342,19 @@ def is_black(density: Density) -> bool:
     """Tell whether a density is black on white: negative where the particle is, solvent being zero.
 
     What stands out most is the particle: dark rings about it, or coarse detail that is missing, are
-    fainter. The third moment tells.
+    fainter. The third moment tells: of the whole box, and of the ball in it by its own level, for
+    what lies beyond a ball may have been set to zero.
     """
     edge, voxel = max(density.values.shape), density.voxel_size_angstrom
     above = Density(density.values - density.solvent_level, voxel).in_box(edge)
-    cubes = above.low_passed(max(COARSE, 3 * voxel)).values.astype(np.float64) ** 3
+    coarse = above.low_passed(max(COARSE, 3 * voxel)).values
+    inside = coarse[np.linalg.norm(np.indices(coarse.shape) - edge // 2, axis=0) < edge / 2 - 2]
+    return _is_dark(coarse) and len(inside) > 0 and _is_dark(inside - np.median(inside))
+
+
+def _is_dark(values: np.ndarray) -> bool:
+    """Whether what stands out most is negative."""
+    cubes = (values / max(float(np.abs(values).max()), 1e-30)) ** 3
     return bool(-cubes[cubes < 0].sum() > BLACK * np.abs(cubes).sum())
 
 

@@ -827,7 +827,13 @@ def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scale", "says"), [(1e20, "reaches beyond 1e+18"), (1e-20, "reaches no further than 1e-18")]
+    ("scale", "says"),
+    [
+        (1e20, "reaches beyond 1e+12"),
+        (1e13, "reaches beyond 1e+12"),
+        (1e-13, "reaches no further than 1e-12"),
+        (1e-20, "reaches no further than 1e-12"),
+    ],
 )
 def test_images_beyond_single_precision_are_named(folder, tmp_path, scale, says):
     """Of noise that overflowed it was said that its power must be positive."""

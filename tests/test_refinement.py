@@ -28,6 +28,7 @@ from cryoem.refinement import (
     refine_against,
     refine_halves,
 )
+from cryoem.refinement.reference import LOST as ASTRAY
 from cryoem.refinement.search import distinct_first, plan
 from cryoem.symmetry import group
 
@@ -702,6 +703,33 @@ def test_what_matches_second_best_may_be_the_place(monkeypatch):
     kept, moved = found_again(right, now)
     np.testing.assert_allclose(kept.oriented(), TRUE, atol=1e-14)
     assert moved == 0
+
+
+def test_refinements_end_with_the_errors_that_are_likely(monkeypatch):
+    given, asked = particles(40, images=noisy(1)[0], at=off(TRUE, 0.1)), []
+
+    def likely(found, reference, mask, *how):
+        asked.append(how[1:])
+        return found.replace(expected_error_rad=np.full(len(found), 1.5))
+
+    monkeypatch.setattr("cryoem.refinement.reference.with_likely_errors", likely)
+    monkeypatch.setattr("cryoem.refinement.halves.with_likely_errors", likely)
+    against = refine_against(given, DENSITY)
+    halves = refine_halves(given, rounds=1)
+    for found in (against.particles, halves.particles):
+        np.testing.assert_array_equal(found.expected_error_rad, 1.5)
+    # Against a reference particles are sought elsewhere by the odds, half against half not.
+    assert asked == [("C1", None, ASTRAY), ("C1", None)]
+
+
+def test_errors_to_expect_are_told_where_one_half_is_small():
+    half = np.where(np.arange(N) == 0, 2, 1)
+    images, _ = noisy(1)
+    given = particles(images=images, shifts_px=SHIFTS, half_set=half)
+    found = refine(given, DENSITY, resolution_angstrom=FINEST, search=ONE)
+    mask = maps.soft_mask(DENSITY)
+    likely = elsewhere.with_likely_errors(found.select(slice(1, N)), DENSITY, mask, ONE, "C1", None)
+    assert likely.expected_error_rad.mean() < 0.03
 
 
 @pytest.mark.parametrize(("snr", "least", "most"), [(1.0, 0.99, 1.03), (1 / 16, 2.0, 3.5)])

@@ -320,6 +320,9 @@ def test_a_density_is_black_or_it_is_not(shipped):
     noise = np.random.default_rng(0).standard_normal(cube.values.shape)
     told = [(density.Density(cube.values + 0.5 * cube.values.max(), 3.67), True)]
     told.append((density.Density(cube.values + 8 * cube.values.std() * noise, 3.67), True))
+    middle = np.linalg.norm(np.indices(cube.values.shape) - 58, axis=0) < 56
+    dark = np.where(middle, cube.values - 0.2 * cube.values.max(), 0)  # masked, solvent below 0
+    assert not surveying.is_black(density.Density(dark, 3.67))
     for missing, sure in ((100, True), (40, False), (25, False)):
         fine = cube.values - cube.low_passed(missing).values
         assert fine.min() < -0.1 * fine.max()

@@ -199,7 +199,7 @@ def orient_particles(
     check_outputs(written, [particles_file, model, reference], stack)
     known = None
     if reference is not None:
-        known = open_map(reference, voxel_size, stack, centred=True)
+        known = open_map(reference, voxel_size, stack, centred=not centred)
     stack, found = prepared(stack, particles_file, invert, quiet, seed)
     say(quiet, f"{particles_file}: particles {found.contrast}, SNR about {found.snr:.2g}")
 

@@ -228,7 +228,12 @@ def fit(
         ``loss``, ``mae_rad`` (weighted as the loss is) and ``seconds``, a list with one value an
         epoch, those of an interrupted run included.
     """
-    epochs, steps = _epochs(source, images, batch_size, images_per_epoch)
+    if source.is_black:
+        raise InputError(
+            "the density to train for is negative where the particle is, black on white, and the "
+            "particles that are oriented are white; wanted it inverted: its values times -1"
+        )
+    epochs, steps = _epochs(images, batch_size, images_per_epoch)
     encoder = estimator.encoder
     loss = PairLoss(estimator.head, pairs, symmetry=estimator.symmetry, noise_weight=noise_weight)
     objective = Objective(loss, estimator.feature_dim)
@@ -268,15 +273,8 @@ def _batches(
         yield source.batch(seed, step, batch_size, pairs=pairs)
 
 
-def _epochs(
-    source: TrainingImages, images: int, batch_size: int, images_per_epoch: int
-) -> tuple[int, int]:
-    """How many epochs a run has, and how many steps each; what teaches nothing is refused."""
-    if source.is_black:
-        raise InputError(
-            "the density to train for is negative where the particle is, black on white, and the "
-            "particles that are oriented are white; wanted it turned: its values times -1"
-        )
+def _epochs(images: int, batch_size: int, images_per_epoch: int) -> tuple[int, int]:
+    """How many epochs a run has, and how many steps each."""
     if images < 1 or batch_size < 2:
         raise InputError(
             f"wanted at least one image, in batches of two or more; got {images} images in batches "

@@ -72,7 +72,7 @@ def read_cryosparc(path: Path) -> tuple[Table, Table, tuple[str, ...]]:
     for name, (column, factor) in NUMBERS.items():
         if name in fields.values:
             told = {column: fields.numbers(name) * factor}
-            unit = "" if factor == 1 else ", degrees"
+            unit = "" if factor == 1 else " (in degrees)"
             columns[column] = numbers(path, told, column, called=f"field {name}{unit}")
     _add_alignment(fields, columns)
     for name, column in (

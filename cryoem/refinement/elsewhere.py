@@ -171,6 +171,7 @@ def with_likely_errors(
     search: Search,
     symmetry: str,
     scheduler: str | Client | None,
+    lost: float | None = None,
 ) -> RefinedStack:
     """The errors to expect, by how far off particles end that are made of the reference.
 
@@ -190,13 +191,14 @@ def with_likely_errors(
     images *= some.contrast[:, None, None].astype(np.float32)
     assert some.noise is not None  # refinement has estimated it
     images += some.noise.draw(MADE, some.box_px, rng, group=some.optics_group)
-    made = some.with_images(images)
+    made = some.with_images(images).replace(half_set=np.arange(MADE) % 2 + 1)
     again: dict[str, Any] = {
         "resolution_angstrom": particles.resolution_angstrom, "scheduler": scheduler
     }  # fmt: skip
-    near = refine(made, reference, search=search.near, **again)
+    near = refine(made, reference, search=search, **again)
     brought, moved = found_again(
-        near, made, (reference, reference), mask, search=search, symmetry=symmetry, **again
+        near, made, (reference, reference), mask, search=search, symmetry=symmetry, lost=lost,
+        **again,
     )  # fmt: skip
     if moved:
         near = refine(brought, reference, search=search.near, **again)

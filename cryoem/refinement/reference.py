@@ -240,7 +240,7 @@ def _refined(
         symmetry=symmetry, scheduler=run["scheduler"], lost=LOST,
     )  # fmt: skip
     found = fit(brought.replace(noise=stack.noise), search.near) if moved else near
-    found = with_likely_errors(found, reference, mask, search, symmetry, run["scheduler"])
+    found = with_likely_errors(found, reference, mask, search, symmetry, run["scheduler"], LOST)
     return found, moved
 
 
@@ -286,7 +286,8 @@ def in_frame_of(stack: ParticleStack, reference: Density, *, seed: Seed = 0) -> 
     angle = rotations.distance(laid.quaternion, np.array([0.0, 0, 0, 1]))
     warnings.warn(
         "the orientations are in another frame than the reference: they were turned by "
-        f"{np.rad2deg(float(angle)):.0f} degrees"
+        f"{np.rad2deg(float(angle)):.0f} degrees and moved by "
+        f"{np.linalg.norm(laid.shift_angstrom):.0f} A"
         + (", and their hand exchanged" if laid.mirrored else "")
         + f" (correlation of their map with it {before:.2f}, then {after:.2f})",
         stacklevel=2,
