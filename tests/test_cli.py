@@ -831,7 +831,7 @@ def test_images_that_would_drown_the_others_are_named_at_once(folder, tmp_path):
     [
         (1e20, "reaches beyond 1e+12"),
         (1e13, "reaches beyond 1e+12"),
-        (1e-13, "reaches no further than 1e-12"),
+        (1e-15, "reaches no further than 1e-12"),
         (1e-20, "reaches no further than 1e-12"),
     ],
 )
