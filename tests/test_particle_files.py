@@ -1869,7 +1869,7 @@ def test_a_relion_30_file_is_refused_by_its_own_rows(written, tmp_path):
     [
         ("ctf/accel_kv", np.nan, "row 3, field ctf/accel_kv: got nan"),
         ("ctf/df1_A", 3e7, "row 3, field ctf/df1_A: got 3"),
-        ("ctf/phase_shift_rad", 100, "row 3, field ctf/phase_shift_rad (in degrees): got 5729"),
+        ("ctf/phase_shift_rad", 100, r"row 3, field ctf/phase_shift_rad \(in degrees\): got 5729"),
         ("alignments3D/shift", np.nan, "row 3, field alignments3D/shift times .*/psize_A: got nan"),
         ("alignments3D/shift", 1e8, "row 3, field alignments3D/shift times .*/psize_A: got"),
         ("blob/psize_A", 2, "row 3: blob/psize_A is 2 A in its"),
