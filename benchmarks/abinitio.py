@@ -367,7 +367,8 @@ def table(found):
         row = [title, f"{of_cell[0]['n']:,}", f"{len(of_cell)}", f"{maps}"]
         for key in SHOWN:
             values = [r[key] for r in of_cell if key in r]
-            row.append(f"{np.median(values):.3f}" if values else "-")
+            whole = values and (key != "likeliest_error_rad" or len(values) == len(of_cell))
+            row.append(f"{np.median(values):.3f}" if whole else "-")
         wanted = [r for r in of_cell if "success" in r]
         row.append(f"{sum(r['success'] for r in wanted)} of {len(wanted)}" if wanted else "-")
         row.append(f"{np.median([r['cpu_seconds'] for r in of_cell]):.0f}")
