@@ -26,8 +26,8 @@ to the highest, each of which imports from those before it:
 * :mod:`~cryoem.half_sets`, and :mod:`~cryoem.particles`, the particle stack that every step takes
   and returns, and :mod:`~cryoem.io`, its files;
 * what is seen: :mod:`~cryoem.density`, :mod:`~cryoem.structures` (atomic models),
-  :mod:`~cryoem.projection`, :mod:`~cryoem.preprocessing`, :mod:`~cryoem.surveying`, how a stack
-  was imaged, and :mod:`~cryoem.simulation`;
+  :mod:`~cryoem.projection`, :mod:`~cryoem.preprocessing`, :mod:`~cryoem.simulation`, and
+  :mod:`~cryoem.surveying`, how a stack was imaged;
 * :mod:`~cryoem.evaluation`, how good orientations are, and the physical limit;
 * the first step, distances: :mod:`~cryoem.estimator`;
 * the second, orientations: :mod:`~cryoem.recovery`;

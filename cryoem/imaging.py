@@ -43,8 +43,7 @@ __all__ = [
 shift = fourier.shift
 
 
-#: Values of which single precision holds the squares, and their sums if no single pixel is hot; and
-#: what an image may be otherwise.
+#: Values of which single precision holds sums of squares, a single pixel's, and what else may be.
 SCALES, HOTTEST, NOT_FINITE = (1e-12, 1e12), 1e18, "holds values that are not finite"
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from . import fourier, imaging, rotations, surveying
+from . import fourier, imaging, rotations
 from .density import Density
 from .errors import InputError
 from .io import files
@@ -183,17 +182,12 @@ class TrainingImages:
         self.coverage = coverage
         self.group = group(symmetry)
         self._projector = _projector(density, preprocessing)
-        self._density = density
+        self.density = density
         self._density_sha256 = files.sha256_of([density.values])
         #: Variance of the whole frame's clean images, without and with a CTF.
         self.signal_variance, self.ctf_signal_variance = _signal_variances(
             density, preprocessing, defocus_range_angstrom
         )
-
-    @cached_property
-    def is_black(self) -> bool:
-        """Whether the density is black on white, which nothing should learn."""
-        return surveying.is_black(self._density)
 
     @property
     def settings(self) -> dict[str, Settings]:

@@ -363,5 +363,5 @@ def check_white(density: Density) -> None:
     if is_black(density):
         raise InputError(
             "the density is negative where the particle is, black on white, and particles are "
-            "taken for white ones; wanted it turned: its values times -1"
+            "taken for white ones; wanted it inverted: its values times -1"
         )

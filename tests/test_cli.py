@@ -41,6 +41,7 @@ from cryoem.errors import InputError, StorageError
 from cryoem.io import files
 from cryoem.particles import ParticleFile
 from cryoem.refinement import halves
+from cryoem.surveying import is_black
 
 COMMANDS = (
     "density",
@@ -482,7 +483,7 @@ def test_a_map_that_is_black_on_white_is_turned_and_it_is_said(folder, tmp_path,
     asked = []
 
     def train(network, source, **_):
-        asked.append(source.is_black)
+        asked.append(is_black(source.density))
         return {"loss": [1.0], "mae_rad": [0.5], "seconds": [1.0]}
 
     monkeypatch.setattr(estimator.training, "train", train)

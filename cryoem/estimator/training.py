@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..io.files import PathLike
 from ..preprocessing import preprocessing_for
 from ..simulation import TrainingImages
-from ..surveying import TrainingRanges
+from ..surveying import TrainingRanges, check_white
 from .calibration import IMAGES, calibrate
 from .loss import Objective, PairLoss, Pairs
 from .model import Estimator
@@ -228,15 +228,10 @@ def fit(
         ``loss``, ``mae_rad`` (weighted as the loss is) and ``seconds``, a list with one value an
         epoch, those of an interrupted run included.
     """
-    if source.is_black:
-        raise InputError(
-            "the density to train for is negative where the particle is, black on white, and the "
-            "particles that are oriented are white; wanted it inverted: its values times -1"
-        )
+    check_white(source.density)
     epochs, steps = _epochs(images, batch_size, images_per_epoch)
-    encoder = estimator.encoder
     loss = PairLoss(estimator.head, pairs, symmetry=estimator.symmetry, noise_weight=noise_weight)
-    objective = Objective(loss, estimator.feature_dim)
+    encoder, objective = estimator.encoder, Objective(loss, estimator.feature_dim)
     encoder.compile(
         optimizer=_optimizer(optimizer, schedule, learning_rate, epochs * steps),
         loss=objective,
