@@ -79,9 +79,10 @@ def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
     )
     there = refine_halves(truth, scheduler=cluster.scheduler_address, **options)
     # Two maps before the round and after it; each half refined, held out twice, and tried elsewhere
-    # on the sphere, coarsely and to the end, and where it is; all refined.
+    # on the sphere, coarsely and to the end, and where it is; all refined; those that are made of
+    # the map refined, and each half of them tried elsewhere.
     kinds = [type(job).__name__ for job in asked]
-    assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 13
+    assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 13 + 1 + 6
     errors = evaluation.orientation_errors(
         there.particles.quaternions, here.particles.quaternions, over="none"
     )
