@@ -35,7 +35,7 @@ __all__ = [
 #: What a sign of the contrast means.
 CONTRASTS = {1: "white on black", -1: "black on white", 0: "not to be told"}
 #: A density is asked for its contrast at this resolution, in angstrom; black is one of whose third
-#: moment so much is negative. Of a protein without what is coarser than 25 A it is 0.55.
+#: moment so much is negative. Of a protein without what is coarser than 25 A it is less.
 COARSE, BLACK = 20.0, 0.75
 #: Rings that differ by this share are equally quiet.
 LITTLE = 2e-3

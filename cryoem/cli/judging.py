@@ -363,7 +363,7 @@ def _of_map(path: Path) -> dict[str, object]:
     cube = read_density(path)
     if is_black(cube):
         warnings.warn(
-            f"{path}: is negative where the particle is, black on white; the commands turn it",
+            f"{path}: is negative where the particle is, black on white; the commands invert it",
             stacklevel=2,
         )
     return {
