@@ -555,6 +555,21 @@ def test_refinement_brings_orientations_nearer(folder, tmp_path):
     assert 2 * 32**2 * noise[5:].mean() == pytest.approx(told, rel=0.1)
 
 
+def test_a_reference_that_particles_were_laid_on_stays(tmp_path, phantom):
+    """Shifts as large as the map is off belong to it as it stands."""
+    cube, off = phantom.density(40, 7.0), tmp_path / "off.mrc"
+    aside = Density(np.roll(cube.values, (3, -8, 6), axis=(0, 1, 2)), 7.0)
+    write_density(off, aside)
+    seen = simulate(phantom.density(40, 7.0), 20, 1, snr=1.0)
+    shifts = aside.box_px * 0.02 * np.random.default_rng(0).standard_normal((20, 2))
+    for far, stays in ((1, False), (8, True)):  # 0.8 and 6.4 px, where the map is 10 px off
+        laid = seen.with_poses(seen.quaternions, far * shifts)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = opening.open_map(off, None, laid, centred=True)
+        assert np.array_equal(found.values, aside.values) == stays and bool(said) != stays
+
+
 def test_few_particles_make_no_half_maps(folder, tmp_path):
     """A map of two particles had a resolution."""
     few = read_particles(folder / "off.star").select(slice(0, 2))
