@@ -8,6 +8,7 @@ rules: a GPU that its backend sees (``KERAS_BACKEND``) is used.
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -33,7 +34,7 @@ __all__ = [
 #: The environment variable that asks for it: cpu, the default, or gpu.
 VARIABLE = "CRYOEM_DEVICE"
 #: Frequencies that a core's cache holds.
-IN_CACHE = 1 << 16
+IN_CACHE = 1 << 18
 
 
 @cache
@@ -121,7 +122,7 @@ def convolution(
     size : int
         Edge of the cubes; in the box zeros lie about them.
     workers : int
-        Threads of the transforms.
+        Threads that transform.
 
     Returns
     -------
@@ -142,20 +143,36 @@ def convolution(
 
         return on_device
     planes = np.ascontiguousarray(spectrum.transpose(2, 0, 1))
-    step = max(1, IN_CACHE // edge**2)
+    rows = np.empty((edge // 2 + 1, size, size), np.complex64)
+    each = map if workers == 1 else ThreadPoolExecutor(workers).map
 
     def convolved(values: np.ndarray) -> np.ndarray:
         # Few planes at once; lines of zeros are not transformed, nor those that are cut off.
-        rows = scipy.fft.rfft(values, edge, axis=2, workers=workers).transpose(2, 0, 1).copy()
-        for start in range(0, len(rows), step):
-            some = slice(start, start + step)
-            wide = scipy.fft.fft(rows[some], edge, axis=2, workers=workers)
-            plane = scipy.fft.fft(wide, edge, axis=1, workers=workers)
+        result = np.empty((size,) * 3, np.float32)
+
+        def forth(some: slice) -> None:
+            rows[:, some] = scipy.fft.rfft(values[some], edge, axis=2).transpose(2, 0, 1)
+
+        def across(some: slice) -> None:
+            wide = scipy.fft.fft(rows[some], edge, axis=2)
+            plane = scipy.fft.fft(wide, edge, axis=1)
             plane *= planes[some]
-            back = scipy.fft.ifft(plane, axis=1, workers=workers, overwrite_x=True)[:, :size]
-            rows[some] = scipy.fft.ifft(back, axis=2, workers=workers)[:, :, :size]
-        rows = rows.transpose(1, 2, 0)
-        return scipy.fft.irfft(rows, edge, axis=2, workers=workers)[:, :, :size]
+            back = scipy.fft.ifft(plane, axis=1, overwrite_x=True)[:, :size]
+            rows[some] = scipy.fft.ifft(back, axis=2)[:, :, :size]
+
+        def back(some: slice) -> None:
+            lines = rows[:, some].transpose(1, 2, 0)
+            result[some] = scipy.fft.irfft(lines, edge, axis=2)[:, :, :size]
+
+        for step, count, line in (
+            (forth, size, size),
+            (across, len(rows), edge),
+            (back, size, size),
+        ):
+            at_once = max(1, IN_CACHE // (edge * line))
+            for _ in each(step, (slice(i, i + at_once) for i in range(0, count, at_once))):
+                pass
+        return result
 
     return convolved
 

@@ -5,18 +5,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int
 
-from . import fourier, imaging, rotations
+from . import fourier, imaging, rotations, threads
 from .density import Density
 from .errors import InputError
 from .noise import Noise
 from .particles import PER_PARTICLE, ParticleStack
 from .preprocessing import Preprocessing, check_fits
-from .projection import project
+from .projection import Projector
 from .surveying import check_white, with_noise
 from .symmetry import Group, group
 
 __all__ = ["MatchedStack", "candidates", "match", "orientations"]
 
+#: References, and images, at most, that a thread works on together.
+AT_ONCE = 256
 #: References, the best of each image's, among which its candidates are.
 BEST = 500
 #: A quarter turn of the image, and its mirror image: of one projection eight are known.
@@ -121,8 +123,6 @@ def candidates(
     scores : (n, count) array
         Correlation coefficients; -inf where there are no more.
     """
-    from tqdm.auto import tqdm
-
     if density.box_px != preprocessing.frame_px:
         raise InputError(
             f"wanted a density in a box of {preprocessing.frame_px}, as the images; "
@@ -143,28 +143,21 @@ def candidates(
         mean = Noise(stack.noise.power.mean(axis=0))
         gain = mean.whitening(box)[0]
         gain_down = mean.gain(fourier.radius((down, down), half=True) / box)[0]
-    coarse = density.resampled(down)
-    projected = len(known) // 8
-    pixels = preprocessing.crop_px**2
-    table = np.empty((len(known), pixels), np.float32)
-    by_turn = table.reshape(8, projected, pixels)
-    starts = range(0, projected, 512)
-    for i in tqdm(starts, desc="references", unit="batch", disable=not progress):
-        frames = project(coarse, known[:projected][i : i + 512])
-        frames = frames if gain_down is None else imaging.apply_ctf(frames, gain_down)
-        for turned, images in zip(by_turn, _turned(preprocessing.cut(frames)), strict=True):
-            turned[i : i + 512] = images.reshape(-1, pixels)
-    done = 0
-    for part in stack.chunks(256):
-        frames = part.images[:]
+    table = _table(known, density.resampled(down), preprocessing, gain_down, progress)
+
+    def place(part: tuple[int, ParticleStack]) -> None:
+        rows = slice(part[0], part[0] + len(part[1]))
+        frames = part[1].images[:]
         frames = frames if gain is None else imaging.apply_ctf(frames, gain)
-        small = preprocessing.reduce(frames, ctf=part.ctf())
-        at_shifts = tried[done : done + len(part)] * (down / box)
-        correlation, at_step = _over_shifts(small, preprocessing, table, at_shifts)
-        rows = slice(done, done + len(part))
+        small = preprocessing.reduce(frames, ctf=part[1].ctf())
+        correlation, at_step = _over_shifts(small, preprocessing, table, tried[rows] * (down / box))
         best[rows], scores[rows] = _best_apart(correlation, known, count, apart_rad, points)
         step[rows] = np.take_along_axis(at_step, best[rows], axis=1)
-        done += len(part)
+
+    at_once = min(AT_ONCE, 1 + len(stack) // threads.count())
+    starts = range(0, len(stack), at_once)
+    for _ in threads.each(place, zip(starts, stack.chunks(at_once), strict=True), ahead=1):
+        pass
     return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
 
 
@@ -186,6 +179,33 @@ def _eight(q: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "m 4"]:
     for _ in range(3):
         turned.append(rotations.multiply(turned[-1], QUARTER))
     return np.concatenate([*turned, *(rotations.multiply(each, MIRROR) for each in turned)])
+
+
+def _table(
+    known: Float[np.ndarray, "r 4"],
+    coarse: Density,
+    preprocessing: Preprocessing,
+    gain: np.ndarray | None,
+    progress: bool,
+) -> Float[np.ndarray, "r p"]:
+    """Projections at all of :func:`orientations`, filtered, as images are compared with them."""
+    from tqdm.auto import tqdm
+
+    count, pixels = len(known) // 8, preprocessing.crop_px**2
+    table = np.empty((len(known), pixels), np.float32)
+    by_turn, projector = table.reshape(8, count, pixels), Projector(coarse)
+
+    def look(i: int) -> None:
+        frames = projector.project(known[:count][i : i + AT_ONCE])
+        frames = frames if gain is None else imaging.apply_ctf(frames, gain)
+        for turned, images in zip(by_turn, _turned(preprocessing.cut(frames)), strict=True):
+            turned[i : i + AT_ONCE] = images.reshape(-1, pixels)
+
+    starts = range(0, count, AT_ONCE)
+    with tqdm(total=len(starts), desc="references", unit="batch", disable=not progress) as bar:
+        for _ in threads.each(look, starts):
+            bar.update()
+    return table
 
 
 def _turned(images: Float[np.ndarray, "n y x"]) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ slice ``R (kx, ky, 0)`` of the density's transform. The slice is evaluated by a 
 FFT (finufft) on the disc below Nyquist, and its adjoint by a type-1.
 """
 
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Literal
 
@@ -61,9 +62,15 @@ class Slices:
         self.frequencies = np.stack([kx, ky], axis=1)
         self.weights = np.where(kx > 0, 2.0, 1.0).astype(np.float32)
 
-    def points(self, quaternions: ArrayLike, density_box_px: int, xp: ModuleType = np) -> list[Any]:
+    def points(
+        self,
+        quaternions: ArrayLike,
+        density_box_px: int,
+        xp: ModuleType = np,
+        each: Callable[..., Iterable[None]] = map,
+    ) -> list[Any]:
         """Where slices lie in the density's transform: float32 arrays z, y, x in radians."""
-        return slice_points(self.frequencies, quaternions, density_box_px, xp)
+        return slice_points(self.frequencies, quaternions, density_box_px, xp, each)
 
     def to_images(self, coefficients: np.ndarray) -> Float[np.ndarray, "n y x"]:
         """Turn (n, k) slice coefficients into (n, box, box) float32 images."""
@@ -110,7 +117,7 @@ class Slices:
         xp = accelerator.arrays()
         strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
         found = accelerator.nufft3d1(
-            self.points(quaternions, density_box_px, xp),
+            self.points(quaternions, density_box_px, xp, threads.each if alone else map),
             xp.asarray(strengths),
             (modes,) * 3,
             alone=alone,
@@ -137,15 +144,23 @@ def slice_points(
     quaternions: ArrayLike,
     density_box_px: int,
     xp: ModuleType = np,
+    each: Callable[..., Iterable[None]] = map,
 ) -> list[Any]:
     """Where frequencies of slices lie in a density's transform: float32 z, y, x in radians.
 
-    ``xp`` makes the arrays (:func:`cryoem.accelerator.arrays`).
+    ``xp`` makes the arrays (:func:`cryoem.accelerator.arrays`); ``each`` maps over parts of them.
     """
-    matrices = Rotation.from_quat(quaternions).as_matrix()
-    k = xp.einsum("nij,kj->ink", xp.asarray(matrices[:, :, :2]), xp.asarray(frequencies))
-    k *= 2 * np.pi / density_box_px
-    return [xp.ascontiguousarray(axis.ravel(), dtype=np.float32) for axis in k[::-1]]
+    turned = xp.asarray(Rotation.from_quat(quaternions).as_matrix()[:, ::-1, :2])
+    there = xp.asarray(frequencies) * (2 * np.pi / density_box_px)
+    points = xp.empty((3, len(turned), len(frequencies)), np.float32)
+
+    def fill(some: slice) -> None:
+        points[:, some] = xp.einsum("nij,kj->ink", turned[some], there)
+
+    step = max(1, _POINTS_AT_ONCE // (8 * max(1, len(frequencies))))
+    for _ in each(fill, (slice(i, i + step) for i in range(0, len(turned), step))):
+        pass
+    return [axis.ravel() for axis in points]
 
 
 class Projector:

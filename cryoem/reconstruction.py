@@ -220,35 +220,38 @@ class _Shells:
         self.size, self.edge = size, edge
         self.count = size // 2 + 1
 
-    def _slabs(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Each plane of the spectrum: its number, and its frequencies' lengths."""
+    def _slabs(self) -> Iterator[tuple[set[int], np.ndarray]]:
+        """Planes of the spectrum, z and -z: their numbers, and their frequencies' lengths."""
         scale = self.size / self.edge
         axis = scale * fourier.frequencies(self.edge)
         half = scale * np.arange(self.edge // 2 + 1)
         plane = axis[:, None] ** 2 + half**2
-        for z, along in enumerate(axis):
-            yield z, np.sqrt(along**2 + plane)
+        for z in range(self.edge // 2 + 1):
+            yield {z, -z % self.edge}, np.sqrt(axis[z] ** 2 + plane)
 
     def means(
         self, spectrum: np.ndarray, *, damping: np.ndarray | None = None
     ) -> Float[np.ndarray, " shells"]:
         """Means over the shells to Nyquist; with a damping, of the share that it leaves."""
         total, number = np.zeros(self.count), np.zeros(self.count)
-        for z, k in self._slabs():
+        for planes, k in self._slabs():
             here = k <= self.size / 2
             shell = np.minimum(np.rint(k[here]).astype(int), self.count - 1)
-            values = spectrum[z][here]
-            if damping is not None:
-                values = values / (values + damping[shell])
-            total += np.bincount(shell, values, minlength=self.count)
-            number += np.bincount(shell, minlength=self.count)
+            for z in planes:
+                values = spectrum[z][here]
+                if damping is not None:
+                    values = values / (values + damping[shell])
+                total += np.bincount(shell, values, minlength=self.count)
+            number += len(planes) * np.bincount(shell, minlength=self.count)
         found = total / number
         return np.maximum(found, LEAST * found.max())
 
     def add(self, spectrum: np.ndarray, damping: np.ndarray) -> None:
         """Add a damping in place; what is finer than its last shell has that of this."""
-        for z, k in self._slabs():
-            spectrum[z] += np.interp(k, np.arange(len(damping)), damping)
+        for planes, k in self._slabs():
+            more = np.interp(k, np.arange(len(damping)), damping)
+            for z in planes:
+                spectrum[z] += more
 
 
 @dataclass
@@ -345,8 +348,16 @@ class _BackProjecting:
         slices, size, shape = self.slices, self.size, (len(stack), len(self.slices.weights))
         y, squared = np.empty(shape, np.complex64), np.empty(shape, np.float32)
         sums = _Sums.of_nothing(size, shape[1])
-        for rows in slices.chunks(len(stack)):
-            y[rows], squared[rows] = self._weighted(stack.select(rows), sums)
+
+        def fill(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            y[rows], squared[rows], *powers = self._weighted(stack.select(rows))
+            return powers[0], powers[1]
+
+        step = min(slices.at_once, max(1, len(stack) // (4 * threads.count())))
+        each = threads.each if self.alone else map
+        for power, transfer in each(fill, (slice(i, i + step) for i in range(0, len(stack), step))):
+            sums.power += power
+            sums.transfer += transfer
         edge = kernel_edge(size)
         for g in self.others:
             q = rotations.multiply(g, stack.oriented())
@@ -354,8 +365,10 @@ class _BackProjecting:
             sums.kernel += slices.backproject(squared, q, size, modes=edge, alone=self.alone)
         return sums
 
-    def _weighted(self, part: ParticleStack, sums: _Sums) -> tuple[np.ndarray, np.ndarray]:
-        """What is back-projected, and the weights that it has; and its share of the powers."""
+    def _weighted(
+        self, part: ParticleStack
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What is back-projected, and the weights that it has; and the sums of the powers."""
         slices, size = self.slices, self.size
         y = slices.from_images(part.images[:])
         gain, loud, a = self.weights, self.loud, np.ones((1, 1), np.float32)
@@ -371,9 +384,8 @@ class _BackProjecting:
         if ctf is not None:
             a = a * ctf
         squared = np.broadcast_to(gain * a**2, y.shape)
-        sums.power += np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
-        sums.transfer += squared.sum(axis=0)
-        return y * gain * a, squared
+        power = np.sum(gain * (np.abs(y) ** 2 - size**2 * loud), axis=0)
+        return y * gain * a, squared, power, squared.sum(axis=0)
 
 
 def _snr(sums: _Sums, job: _BackProjecting, images: int) -> float:
