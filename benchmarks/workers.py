@@ -1,18 +1,23 @@
-"""What a second worker is worth: ``make bench-workers`` (a quarter of an hour, on a quiet machine).
+"""What a second core is worth: ``make bench-workers`` (40 minutes, with nothing else beside it).
 
-Refinement against a density, reconstruction and ab initio, each in this process on one thread, then
-by one Dask worker and by two, of one thread each, on the same images in a file: 4JSV at SNR 1/16,
-with CTF and shifts. Medians of the repeats; and what the results differ by.
+Refinement against a density and half against half, reconstruction and ab initio, each in this
+process on one thread, in another one on two, then by one Dask worker and by two, of one thread
+each, on the same images in a file: 4JSV at SNR 1/16, with CTF and shifts. Medians of the repeats;
+and what the results differ by.
 """
 
 import argparse
+import contextlib
 import os
+import pickle
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ["CRYOEM_THREADS"] = "1"  # before cryoem is loaded; the workers inherit it
+os.environ.setdefault("CRYOEM_THREADS", "1")  # before cryoem is loaded; the workers inherit it
 
 import numpy as np
 import records
@@ -24,8 +29,10 @@ from cryoem import (
     read_particles,
     reconstruct,
     refine,
+    refine_halves,
     rotations,
     simulate,
+    threads,
     write_particles,
 )
 
@@ -35,17 +42,23 @@ OFF_RAD = 0.1
 #: Job: images, and how often it is done.
 JOBS = {
     "refine": (2000, 3),
+    "refine, halves": (4000, 1),
     "reconstruct, few": (2000, 3),
     "reconstruct": (10_000, 2),
     "ab initio": (1000, 1),
 }
-WORKERS = (0, 1, 2)
+#: Rounds of the halves: told, that all have as many.
+ROUNDS = 4
+#: Threads of the process that works, and Dask workers beside it; None: it works itself.
+WAYS = ((1, None), (2, None), (1, 1), (1, 2))
 
 
 def done(job, stack, density, client):
     """The job's result: what is to be compared."""
     if job == "refine":
         return refine(stack, density, scheduler=client)
+    if job == "refine, halves":
+        return refine_halves(stack, rounds=ROUNDS, scheduler=client).particles
     if job == "ab initio":
         return ab_initio(stack.without_poses(), seed=SEED, scheduler=client).particles
     return reconstruct(stack, scheduler=client)
@@ -58,17 +71,29 @@ def apart(job, found, other):
     return float(rotations.distance(found.quaternions, other.quaternions).max())
 
 
-def measure(job, stack, density, client, workers, repeats):
-    """A record, and what was found."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        found = done(job, stack, density, client)
-        seconds.append(time.perf_counter() - start)
+def measure(job, path, workers):
+    """A record of this process, with so many workers; and what was found."""
+    density, (n, repeats), seconds = load_density(PARTICLE), JOBS[job], []
+    stack = read_particles(path).select(slice(n))
+    with contextlib.ExitStack() as opened:
+        client = None
+        if workers:
+            cluster = opened.enter_context(
+                LocalCluster(
+                    n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None
+                )
+            )
+            client = opened.enter_context(Client(cluster))
+            client.run(_warm)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            found = done(job, stack, density, client)
+            seconds.append(time.perf_counter() - start)
     record = {
         "job": job,
-        "n": len(stack),
-        "workers": workers,
+        "n": n,
+        "threads": threads.count(),
+        "workers": workers or 0,
         "repeats": repeats,
         "seed": SEED,
         "snr": SNR,
@@ -80,21 +105,33 @@ def measure(job, stack, density, client, workers, repeats):
     return record, found
 
 
+def measured(job, path, count, workers):
+    """The same by a process of so many threads of its own."""
+    told = path.with_name("measured.pickle")
+    subprocess.run(
+        [sys.executable, __file__, "--jobs", job, "--child", path, told, str(workers or 0)],
+        env=os.environ | {"CRYOEM_THREADS": str(count)}, check=True,
+    )  # fmt: skip
+    return pickle.loads(told.read_bytes())
+
+
 def table(found):
-    """A row a job: seconds by workers, and how much the second is worth."""
+    """A row a job: seconds by threads and by workers, and how much the second is worth."""
     rows = []
     for job in dict.fromkeys(r["job"] for r in found):
-        of = {r["workers"]: r for r in found if r["job"] == job}
-        if set(of) == set(WORKERS):
-            one, two = (of[n]["wall_seconds"] for n in (1, 2))
+        of = {(r["threads"], r["workers"] or None): r for r in found if r["job"] == job}
+        if set(of) == set(WAYS):
+            seconds = [of[way]["wall_seconds"] for way in WAYS]
             off = max(r["apart"] for r in of.values())
             unit = " of the peak" if job.startswith("reconstruct") else " rad"
             rows.append(
                 [
-                    job.partition(",")[0],
-                    f"{of[0]['n']:,}",
-                    *(f"{of[n]['wall_seconds']:.1f}" for n in WORKERS),
-                    f"{one / two:.2f}",
+                    job.removesuffix(", few"),
+                    f"{of[WAYS[0]]['n']:,}",
+                    *(f"{s:.1f}" for s in seconds[:2]),
+                    f"{seconds[0] / seconds[1]:.2f}",
+                    *(f"{s:.1f}" for s in seconds[2:]),
+                    f"{seconds[2] / seconds[3]:.2f}",
                     f"{off:.0e}{unit}",
                 ]
             )
@@ -102,32 +139,25 @@ def table(found):
 
 
 def main(jobs):
-    """Every job, with no worker, one and two."""
-    header = ["job", "images", "this process, s", "one worker, s", "two workers, s"]
-    header += ["one over two", "results differ by at most"]
-    density, found = load_density(PARTICLE), []
+    """Every job in every way."""
+    header = ["job", "images", "one thread, s", "two threads, s", "one over two"]
+    header += ["one worker, s", "two workers, s", "one over two", "results differ by at most"]
+    found = []
     most = max(JOBS[job][0] for job in jobs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "particles.star"
-        seen = simulate(density, most, SEED, snr=SNR, **MICROSCOPE)
+        seen = simulate(load_density(PARTICLE), most, SEED, snr=SNR, **MICROSCOPE)
         rng = np.random.default_rng(SEED)
         off = rng.standard_normal((most, 3)) * OFF_RAD / np.sqrt(3)
         write_particles(path, seen.with_poses(rotations.perturb(seen.quaternions, off)))
-        stack, first = read_particles(path), {}
-        for workers in WORKERS:
-            with LocalCluster(
-                n_workers=max(workers, 1), threads_per_worker=1, memory_limit=0,
-                dashboard_address=None,
-            ) as cluster, Client(cluster) as client:  # fmt: skip
-                client.run(_warm)
-                for job in jobs:
-                    n, repeats = JOBS[job]
-                    some = stack.select(slice(n))
-                    asked = client if workers else None
-                    record, result = measure(job, some, density, asked, workers, repeats)
-                    record["apart"] = apart(job, result, first.setdefault(job, result))
-                    print(record, flush=True)
-                    found.append(record)
+        for job in jobs:
+            first = None
+            for way in WAYS:
+                record, result = measured(job, path, *way)
+                first = result if first is None else first
+                record["apart"] = apart(job, result, first)
+                print(record, flush=True)
+                found.append(record)
     records.write("workers", found, header, table(found), "make bench-workers")
 
 
@@ -141,4 +171,11 @@ def _warm():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
-    main(parser.parse_args().jobs)
+    parser.add_argument("--child", nargs=3, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        read, told, workers = arguments.child
+        record, found = measure(arguments.jobs[0], read, int(str(workers)))
+        told.write_bytes(pickle.dumps((record, found)))
+    else:
+        main(arguments.jobs)
