@@ -45,7 +45,7 @@ notebooks: $(ALL) ## Execute the notebooks in place
 bench-%: $(ALL) ## Measure (ARGS=... for it): bench-abinitio, -real, -own_map, -peers, -accuracy, -recovery, -refinement, -noise, -nuisances, -large, -stream, -workers, -architecture, -mismatch, -method
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
-bench-peers: | relion results/cryojax
+bench-peers: | relion results/cryojax results/projectors
 
 .PHONY: relion
 relion:
@@ -55,6 +55,11 @@ relion:
 results/cryojax:
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet cryojax==0.6.0 starfile==0.5.13 || { rm -r $@; false; }
+
+# Other programs' projectors; 5 GB, for PyTorch.
+results/projectors:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet torch-fourier-slice==0.6.0 torch-ctf==0.6.0 aspire==0.14.3 || { rm -r $@; false; }
 
 drill: $(ALL) ## Read 5,000 spoilt files, kill commands at 20 moments: errors of ours, nothing lost
 	$(BIN)/python tests/drill.py

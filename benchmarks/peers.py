@@ -5,6 +5,10 @@ and shifts are written by us and read by both. FSC is against the density: of th
 a soft ball that fills it, since RELION empties what lies beyond; and within a mask about the
 particle. Each is the mean over all shells to Nyquist.
 
+projection
+    Of a phantom whose projections are known exactly, each program on one thread, in an environment
+    of its own: ``projecting.py``. RELION's time is of ``relion_project`` from its start to the
+    files that it writes.
 reconstruction
     At the true poses, each program by its defaults.
 refinement
@@ -24,6 +28,7 @@ aberrations
 
 import argparse
 import itertools
+import json
 import os
 import resource
 import subprocess
@@ -35,6 +40,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import records
+from scipy.spatial.transform import Rotation
 
 from cryoem import (
     Density,
@@ -53,6 +59,7 @@ from cryoem import (
     survey,
     write_density,
 )
+from cryoem.density import Phantom
 from cryoem.io.particles import write_particles
 from cryoem.noise import Noise
 from cryoem.particles import ParticleFile
@@ -99,6 +106,11 @@ ABERRATED = {
     },
 }  # fmt: skip
 ABERRATED["all of them"] = {k: v for columns in ABERRATED.values() for k, v in columns.items()}
+#: Cells of the projection: box, images; how often each is timed; and by which interpreter.
+PROJECTED, TIMES = [(64, 1000), (128, 1000)], 5
+THEIRS = Path("results/projectors/bin/python").absolute()
+PROJECTORS = {"cryoem": sys.executable, "aspire": THEIRS, "torch_fourier_slice": THEIRS}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CRYOEM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 #: Runs that have ended: it goes on where it was interrupted.
 KEPT = Path("results/bench-peers")
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -171,6 +183,68 @@ def judged(found: Density, density: Density):
         "mean_fsc_in_mask": maps.fsc(*inside).mean,
         "resolution_fsc05_angstrom": whole.resolution(0.5).angstrom,
     }
+
+
+def projection(cell, seed, folder):
+    """A record a program: how long projections take, and how far off they are."""
+    box, n = cell
+    phantom, voxel = Phantom.random(seed), 200 / box
+    density, q = phantom.density(box, voxel), rotations.uniform(n, seed)
+    truth, found = phantom.project(q, box, voxel), []
+    np.save(folder / "volume.npy", density.values)
+    np.save(folder / "matrices.npy", Rotation.from_quat(q).as_matrix())
+    write_density(folder / "map.mrc", density)
+    like = simulate(density, n, seed, snr=float("inf")).with_poses(q)
+    write_particles(folder / "angles.star", like)
+    for program in (*PROJECTORS, "relion"):
+        if program == "relion":
+            seconds = []
+            for _ in range(TIMES):
+                start = time.perf_counter()
+                images = projected(folder, density, "clean", ctf=False).images
+                seconds.append(time.perf_counter() - start)
+            images = images[:]
+        else:
+            code = [PROJECTORS[program], Path(__file__).with_name("projecting.py")]
+            code += [program, folder, f"{TIMES}"]
+            subprocess.run(code, check=True, env=os.environ | ONE_THREAD)
+            images = np.load(folder / f"{program}.npy")
+            seconds = json.loads((folder / f"{program}.json").read_text())
+        scale = np.vdot(images, truth) / np.vdot(images, images)  # units are theirs
+        found.append(
+            {
+                "job": "projection",
+                "method": {"relion": "RELION 3.1.3", "aspire": "ASPIRE 0.14.3"}.get(
+                    program, program.replace("_", "-")
+                ),
+                "box_px": box,
+                "n": n,
+                "seed": seed,
+                "commit": records.commit(),
+                "repeats": TIMES,
+                "seconds": float(np.median(seconds)),
+                "least_seconds": min(seconds),
+                "most_seconds": max(seconds),
+                "relative_error": float(np.linalg.norm(scale * images - truth))
+                / float(np.linalg.norm(truth)),
+            }
+        )
+        print(found[-1], flush=True)
+    return found
+
+
+def projection_table(found):
+    """A row a program: seconds and error by box, medians over seeds."""
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in found):
+        row = [method]
+        for box, _ in PROJECTED:
+            mine = [r for r in found if (r["method"], r["box_px"]) == (method, box)]
+            if mine:
+                row.append(f"{np.median([r['seconds'] for r in mine]):.2f}")
+                row.append(f"{np.median([r['relative_error'] for r in mine]):.0e}")
+        rows.append(row)
+    return rows
 
 
 def run(cell, seed, folder):
@@ -270,9 +344,10 @@ def refinement_table(found):
     ]
 
 
-def projected(folder, density, name, noise=0.0):
+def projected(folder, density, name, noise=0.0, ctf=True):
     """What ``relion_project`` makes of ``angles.star`` and ``map.mrc``, in so wide a noise."""
-    code = ["relion_project", "--i", "map.mrc", "--ang", "angles.star", "--o", name, "--ctf"]
+    code = ["relion_project", "--i", "map.mrc", "--ang", "angles.star", "--o", name]
+    code += ["--ctf"] if ctf else []
     code += ["--angpix", f"{density.voxel_size_angstrom}"]
     code += ["--add_noise", "--white_noise", f"{noise}"] if noise else []
     subprocess.run(code, check=True, capture_output=True, cwd=folder)
@@ -464,9 +539,11 @@ def table(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    jobs = ["reconstruction", "refinement", "simulation", "aberrations"]
+    jobs = ["projection", "reconstruction", "refinement", "simulation", "aberrations"]
     parser.add_argument("--jobs", nargs="*", default=jobs, choices=jobs)
     arguments = parser.parse_args()
+    boxes = [f"{n:,} of {box} px, s" for box, n in PROJECTED]
+    seen = ["program", *(what for box in boxes for what in (box, "off the exact ones"))]
     header = [
         "particle", "images", "noise", "mean FSC, cryoem / RELION", "within a ball",
         "within a mask", "CPU s",
@@ -485,6 +562,14 @@ def main():
         "the file silent",
     ]  # fmt: skip
     for job, cells, one, head, rows, name in (
+        (
+            "projection",
+            PROJECTED,
+            projection,
+            ["program", *seen],
+            projection_table,
+            "peers_projection",
+        ),
         ("reconstruction", CELLS, run, header, table, "peers"),
         ("refinement", REFINED, refinement, refined, refinement_table, "peers_refinement"),
         ("simulation", SIMULATED, simulation, simulated, simulation_table, "peers_simulation"),
