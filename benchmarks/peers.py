@@ -15,7 +15,8 @@ refinement
     From a map at 40 A, nothing else known: RELION's auto-refine as its tutorial runs it
     (``relion_refine_mpi --auto_refine``, a leader and two followers on two cores), and ``cryoem
     solve --reference``. Of the particles' poses at the end, of the half-maps and of the time. The
-    images are few and small, for RELION to end.
+    images are few and small, for RELION to end. Beside them what is found where the density is
+    known: matching and the network that ships, each alone and refined as ``cryoem refine --map``.
 simulation
     ``relion_project``, and cryoJAX, make the images: projector, CTF, shifts and noise are none of
     ours, and cryoJAX' particles are dark. What their likeness with ours is, and where particles
@@ -47,12 +48,17 @@ from cryoem import (
     ab_initio,
     evaluation,
     fourier,
+    imaging,
     load_density,
+    load_estimator,
     maps,
+    matching,
+    orient,
     read_density,
     read_particles,
     reconstruct,
     refine,
+    refine_against,
     refine_halves,
     rotations,
     simulate,
@@ -63,6 +69,7 @@ from cryoem.density import Phantom
 from cryoem.io.particles import write_particles
 from cryoem.noise import Noise
 from cryoem.particles import ParticleFile
+from cryoem.preprocessing import preprocessing_for
 
 #: Cells: particle, its symmetry, images, SNR.
 CELLS = [
@@ -74,6 +81,9 @@ EDGE = 4
 #: Cells of the refinement: particle, its symmetry, images, SNR, box; and what the map begins with.
 REFINED = [("1i10", "D2", 300, 1 / 16, 64), ("4jsv", "C1", 300, 1 / 16, 64)]
 KNOWN, DIAMETER = 40.0, 150.0
+#: With the density known: pixels from one shift that is matched to the next, and the particles
+#: whose networks ship.
+STEP, NETWORKS = 2, ("4jsv", "1i10")
 #: RELION's auto-refine as its tutorial has it, for a reference that is not on the images' scale.
 AUTO_REFINE = f"""
     relion_refine_mpi --auto_refine --split_random_halves
@@ -276,17 +286,46 @@ def run(cell, seed, folder):
     return found
 
 
+def matched(stack, density):
+    """Where each image matches best, over orientations and shifts to 8 px."""
+    axis = np.arange(-8, 9, STEP)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    grid = grid[np.linalg.norm(grid, axis=1) <= 8]
+    tried = np.broadcast_to(grid, (len(stack), *grid.shape)).astype(float)
+    reading = preprocessing_for(density, max_shift_px=8)
+    q, shifts, _ = matching.candidates(stack, density, reading, shifts_px=tried)
+    return stack.with_poses(q[:, 0], shifts[:, 0])
+
+
 def refinement(cell, seed, folder):
-    """A record a program, of a refinement from a coarse map; kept."""
+    """A record a program, of a refinement from a coarse map, or with the density known; kept."""
     particle, symmetry, n, snr, box = cell
-    density = load_density(particle).in_box(box)
-    truth = simulate(density, n, seed, snr=snr, **SEEN)
-    write_particles(folder / "seen.star", truth.without_poses().replace(noise=None))
+    whole = load_density(particle)
+    density = whole.in_box(box)
+    # The SNR is that of the frames that are read; a network reads wider ones, of the same images.
+    truth = simulate(whole, n, seed, snr=snr * (box / whole.box_px) ** 2, **SEEN)
+    wide = truth.without_poses().replace(noise=None)
+    seen = wide.with_images(imaging.crop(truth.images[:], box))
+    write_particles(folder / "seen.star", seen)
     normalised(folder / "seen.mrcs", DIAMETER / 2 / density.voxel_size_angstrom)
     write_density(folder / "known.mrc", density.low_passed(KNOWN))
-    limit = records.limit(density, truth)
+    limit = records.limit(whole, truth)
 
-    def run_by(method, program):
+    def judged_poses(q, over="none"):
+        errors = evaluation.orientation_errors(q, truth.quaternions, over=over, symmetry=symmetry)
+        return {
+            "error_rad": errors.mean_rad,
+            "median_rad": errors.median_rad,
+            "far_fraction": errors.far_fraction,
+            "bound_mean_rad": limit,
+        }
+
+    cell_told = {
+        "job": "refinement", "particle": particle, "symmetry": symmetry, "n": n, "snr": snr,
+        "box_px": box, "seed": seed, "commit": records.commit(),
+    }  # fmt: skip
+
+    def from_coarse(method, program):
         wall = time.monotonic()
         star, halves, cpu = program(folder, symmetry)
         wall = time.monotonic() - wall
@@ -295,49 +334,69 @@ def refinement(cell, seed, folder):
         q[[int(name.partition("@")[0]) - 1 for name in stack.columns["rlnImageName"]]] = (
             stack.oriented()
         )
-        errors = evaluation.orientation_errors(q, truth.quaternions, symmetry=symmetry)
         agree = maps.half_map_fsc(pair, maps.soft_mask(pair.mean), seed=seed)
         laid = maps.register(pair.mean, density, allow_mirror=False).density
-        return {
-            "job": "refinement",
+        return cell_told | {
             "method": method,
-            "particle": particle,
-            "symmetry": symmetry,
-            "n": n,
-            "snr": snr,
-            "box_px": box,
-            "seed": seed,
-            "commit": records.commit(),
-            "error_rad": errors.mean_rad,
-            "median_rad": errors.median_rad,
-            "far_fraction": errors.far_fraction,
-            "bound_mean_rad": limit,
+            "begins": f"a map at {KNOWN:g} A",
+            **judged_poses(q, "one-sided"),
             "half_map_resolution_angstrom": agree.corrected.resolution(0.143).angstrom,
             "cpu_seconds": cpu,
             "wall_seconds": wall,
             **judged(laid, density),
         }
 
+    def known(begins):
+        """Two records: where images begin, and refined from there."""
+        wall, cpu, made = time.monotonic(), cpu_seconds(), []
+        if begins == "matching":
+            stack = matched(seen, density)
+        else:
+            stack = orient(load_estimator(particle), wide, reference=whole)
+            stack = seen.with_poses(stack.oriented(), stack.shifts_px)
+        for method in (begins, f"{begins}, refined"):
+            if method != begins:
+                stack = refine_against(stack, density, symmetry=symmetry, seed=seed).particles
+            made.append(
+                cell_told
+                | {
+                    "method": f"cryoem: {method}",
+                    "begins": "the density",
+                    **judged_poses(stack.oriented()),
+                    "cpu_seconds": cpu_seconds() - cpu,
+                    "wall_seconds": time.monotonic() - wall,
+                }
+            )
+        return made
+
     name = f"{particle}-{n}-{seed}"
     programs = {"ours": ("cryoem", solved), "relion": ("RELION 3.1.3", auto_refined)}
-    return [
-        records.kept(KEPT / f"{name}-{who}.json", lambda told=told: run_by(*told))
+    found = [
+        records.kept(KEPT / f"{name}-{who}.json", lambda told=told: from_coarse(*told))
         for who, told in programs.items()
     ]
+    for begins in ("matching", *(["network"] if particle in NETWORKS else [])):
+        found += records.kept(KEPT / f"{name}-{begins}.json", lambda begins=begins: known(begins))
+    return found
 
 
 def refinement_table(found):
     """A row a run."""
+
+    def told(record, key, digits):
+        return f"{record[key]:.{digits}f}" if key in record else "-"
+
     return [
         [
             f"{r['particle']}, {r['symmetry']}",
             f"{r['n']:,}, SNR 1/{1 / r['snr']:.0f}, {r['box_px']} px",
+            r["begins"],
             r["method"],
             f"{r['error_rad']:.3f} ({r['median_rad']:.3f})",
             f"{r['bound_mean_rad']:.3f}",
             f"{r['far_fraction']:.1%}",
-            f"{r['half_map_resolution_angstrom']:.1f}",
-            f"{r['mean_fsc_in_mask']:.3f}",
+            told(r, "half_map_resolution_angstrom", 1),
+            told(r, "mean_fsc_in_mask", 3),
             f"{r['cpu_seconds']:.0f}",
         ]
         for r in found
@@ -549,7 +608,7 @@ def main():
         "within a mask", "CPU s",
     ]  # fmt: skip
     refined = [
-        "particle", "images", "program", "mean (median) error, rad", "limit, rad",
+        "particle", "images", "known", "program", "mean (median) error, rad", "limit, rad",
         "off by > 0.3 rad", "half-maps agree to, A", "mean FSC within a mask", "CPU s",
     ]  # fmt: skip
     simulated = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import numpy as np
+from jaxtyping import Int
 
 from . import imaging, rotations
 from .density import Density
@@ -23,10 +24,12 @@ from .single_images import ImageStatistics, beyond_circle, seen_share
 __all__ = [
     "Survey",
     "TrainingRanges",
+    "check_reference",
     "check_white",
     "contrast",
     "is_black",
     "survey",
+    "to_the_middle",
     "told",
     "with_noise",
     "write_noise",
@@ -37,6 +40,11 @@ CONTRASTS = {1: "white on black", -1: "black on white", 0: "not to be told"}
 #: A density is asked for its contrast at this resolution, in angstrom; black is one of whose third
 #: moment so much is negative. Of a protein without what is coarser than 25 A it is less.
 COARSE, BLACK = 20.0, 0.75
+#: A map's particle is what, at so many angstrom, is above this share of the peak; and the share of
+#: the frame that it may be off the middle: shifts are looked for so far.
+SEEN_AT, OFF = (20.0, 0.1), 0.1
+#: Shifts of particles that were laid on such a map are about 0.8 of that, root mean square.
+LAID = 0.5
 #: Rings that differ by this share are equally quiet.
 LITTLE = 2e-3
 #: Share of what a particle adds at its loudest ring that is next to nothing.
@@ -364,4 +372,35 @@ def check_white(density: Density) -> None:
         raise InputError(
             "the density is negative where the particle is, black on white, and particles are "
             "taken for white ones; wanted it inverted: its values times -1"
+        )
+
+
+def to_the_middle(density: Density, stack: ParticleStack | None = None) -> Int[np.ndarray, " 3"]:
+    """By how many voxels, along z, y and x, a map is to be moved: its particle to the middle.
+
+    By none where it is less than a tenth of the frame off, or where particles are known to lie as
+    far off the middle of theirs.
+    """
+    box, voxel = density.box_px, density.voxel_size_angstrom
+    shown = density.low_passed(max(SEEN_AT[0], 3 * voxel)).values
+    shown = np.maximum(shown - SEEN_AT[1] * shown.max(), 0)
+    planes = [shown.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+    off = np.array([plane @ (np.arange(box) - box // 2) / plane.sum() for plane in planes])
+    far, frame, shifted = float(np.linalg.norm(off)) * voxel, box * voxel, 0.0
+    if stack is not None:
+        frame = stack.box_px * stack.pixel_size_angstrom
+        squares = np.sum(stack.shifts_px**2, axis=1)
+        shifted = stack.pixel_size_angstrom * float(np.sqrt(np.mean(squares)))
+    near = far <= OFF * frame or shifted > LAID * far
+    return np.zeros(3, int) if near else -np.round(off).astype(int)
+
+
+def check_reference(density: Density, stack: ParticleStack) -> None:
+    """Refuse a map that particles cannot be sought by: black on white, or far off the middle."""
+    check_white(density)
+    if (move := to_the_middle(density, stack)).any():
+        raise InputError(
+            f"the particle is {density.voxel_size_angstrom * np.linalg.norm(move):.0f} A off the "
+            "middle of the density's box, where particles are looked for; wanted it moved there, "
+            f"by {', '.join(map(str, move))} voxels along z, y and x"
         )

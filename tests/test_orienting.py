@@ -358,3 +358,6 @@ def test_a_reference_that_is_not_as_the_images_are_is_refused(phantom, trained):
         orient(trained[0], stack, reference=Density(cube.values, 8.0))
     with pytest.raises(InputError, match="black on white"):
         orient(trained[0], stack, reference=Density(-cube.values, 7.0))
+    aside = Density(np.roll(cube.values, (3, -8, 6), axis=(0, 1, 2)), 7.0)
+    with pytest.raises(InputError, match=r"off the middle.*wanted it moved there, by -5, 7, -5"):
+        orient(trained[0], stack, reference=aside)

@@ -19,7 +19,7 @@ from ..reconstruction import reconstruct
 from ..refinement import Search, refine
 from ..refinement.halves import believed, half_maps
 from ..rotations import Seed
-from ..surveying import check_white
+from ..surveying import check_reference
 from ..symmetry import group
 from .annealing import DEFAULT, KNOWN, Schedule, Start
 from .coarse import coarsened
@@ -200,14 +200,15 @@ def ab_initio(
     Raises
     ------
     InputError
-        Fewer than 20 images, a particle or frames of less than 60 A, a black reference.
+        Fewer than 20 images, a particle or frames of less than 60 A, a reference that is black
+        on white or far off the middle of its box.
 
     References
     ----------
     Scheres, J. Mol. Biol. 415 (2012), expectation-maximisation; Punjani et al., Nat. Methods 14
     (2017), random starts; Scheres and Chen, Nat. Methods 9 (2012), halves.
     """
-    _check(starts, symmetry, reference, scheduler)
+    _check(stack, starts, symmetry, reference, scheduler)
     how: dict[str, Any] = {"scheduler": scheduler, "progress": progress}
     stack = unshared(stack.divided()).with_half_sets(seed)
     cut = cut_out(stack, diameter_angstrom, shift_angstrom, schedule, seed)
@@ -230,6 +231,7 @@ def ab_initio(
 
 
 def _check(
+    stack: ParticleStack,
     starts: int,
     symmetry: str | None,
     reference: Density | None,
@@ -240,7 +242,7 @@ def _check(
         raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
     group(symmetry or "C1")
     if reference is not None:
-        check_white(reference)
+        check_reference(reference, stack)
     workers.reached(scheduler)
 
 

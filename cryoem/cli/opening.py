@@ -42,11 +42,6 @@ SEVERAL = 20
 LISTED = 20
 #: Solvent that is farther off zero than this share of a map's peak is said to be.
 LEVEL = 5e-3
-#: A map's particle is what, at so many angstrom, is above this share of the peak; and the share of
-#: the frame that it may be off the middle: shifts are looked for so far.
-SEEN_AT, OFF = (20.0, 0.1), 0.1
-#: Shifts of particles that were laid on such a map are about 0.8 of that, root mean square.
-LAID = 0.5
 
 
 def open_particles(path: Path, quiet: bool, pixel_size: float | None = None) -> ParticleStack:
@@ -104,7 +99,7 @@ def open_map(
     ``centred``: moved to the middle, where particles are sought, if what it shows is far off it.
     """
     from ..density import Density, read_density
-    from ..surveying import is_black
+    from ..surveying import is_black, to_the_middle
 
     cube = read_density(path, voxel_size_angstrom=voxel_size)
     if np.ptp(cube.values) == 0:
@@ -139,41 +134,16 @@ def open_map(
             stacklevel=2,
         )
         cube = Density(-cube.values, cube.voxel_size_angstrom)
-    if not centred:
-        return cube
-    frame, shifted = cube.box_px * cube.voxel_size_angstrom, 0.0
-    if particles is not None:
-        pixel = particles.pixel_size_angstrom
-        frame = particles.box_px * pixel
-        shifted = pixel * float(np.sqrt(np.mean(np.sum(particles.shifts_px**2, axis=1))))
-    return _in_the_middle(cube, path, frame, shifted)
-
-
-def _in_the_middle(
-    cube: Density, path: Path, frame_angstrom: float, shifted_angstrom: float
-) -> Density:
-    """The map, moved by whole voxels to where its particle is in the middle, unless it is.
-
-    Nor is it moved where particles are known to lie as far off their frames' middle: as it does.
-    """
-    from ..density import Density
-
-    box, voxel = cube.box_px, cube.voxel_size_angstrom
-    shown = cube.low_passed(max(SEEN_AT[0], 3 * voxel)).values
-    shown = np.maximum(shown - SEEN_AT[1] * shown.max(), 0)
-    planes = [shown.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
-    off = [float(plane @ (np.arange(box) - box // 2) / plane.sum()) for plane in planes]
-    far = float(np.linalg.norm(off)) * voxel
-    if far <= OFF * frame_angstrom or shifted_angstrom > LAID * far:
-        return cube
-    move = -np.round(off).astype(int)
-    warnings.warn(
-        f"{path}: its particle is {far:.0f} A off the middle of the box, "
-        f"where particles are looked for; the map is moved there, by x, y, z = "
-        f"{', '.join(f'{x * voxel:g}' for x in move[::-1])} A, and results are in that frame",
-        stacklevel=3,
-    )
-    return Density(np.roll(cube.values, move, axis=(0, 1, 2)), voxel)
+    if centred and (move := to_the_middle(cube, particles)).any():
+        voxel = cube.voxel_size_angstrom
+        warnings.warn(
+            f"{path}: its particle is {voxel * np.linalg.norm(move):.0f} A off the middle of the "
+            "box, where particles are looked for; the map is moved there, by x, y, z = "
+            f"{', '.join(f'{x * voxel:g}' for x in move[::-1])} A, and results are in that frame",
+            stacklevel=2,
+        )
+        cube = Density(np.roll(cube.values, move, axis=(0, 1, 2)), voxel)
+    return cube
 
 
 def prepared(

@@ -139,12 +139,13 @@ def orient(
     ------
     InputError
         Too few particles, images that the estimator cannot read (its ``reading``), a reference of
-        another box or voxel size than theirs or that is black on white, or a work folder of another
-        run: particles, CTFs, estimator, reference, seed, landmarks, copies, or version.
+        another box or voxel size than theirs, black on white or, but with ``centred``, far off the
+        middle of its box, or a work folder of another run: particles, CTFs, estimator, reference,
+        seed, landmarks, copies, or version.
     MissingToolError
         A scheduler was named and Dask is missing.
     """
-    _check(stack := stack.divided(), reference, chunk)
+    _check(stack := stack.divided(), reference, centred, chunk)
     estimator = estimator.reading(stack.box_px, stack.pixel_size_angstrom)
     job = Job(replace(estimator, passes=1) if centred else estimator, centred)
     some = _drawn(job, stack, landmarks, seed)
@@ -163,14 +164,17 @@ def orient(
     return _oriented(stack, kept.rows(), known, estimator.centres_images and not centred)
 
 
-def _check(stack: ParticleStack, reference: Density | None, chunk: int) -> None:
+def _check(stack: ParticleStack, reference: Density | None, centred: bool, chunk: int) -> None:
     if chunk < 1:
         raise InputError(f"chunk must be positive, got {chunk}")
     if len(stack) < 2 * ENOUGH:
         raise InputError(f"wanted at least {2 * ENOUGH} images to orient, got {len(stack)}")
     if reference is not None:
         check_fits(reference, stack.box_px, stack.pixel_size_angstrom)
-        surveying.check_white(reference)
+        if centred:
+            surveying.check_white(reference)
+        else:
+            surveying.check_reference(reference, stack)
 
 
 def _drawn(job: Job, stack: ParticleStack, landmarks: int, seed: int) -> ParticleStack:
