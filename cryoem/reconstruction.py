@@ -35,8 +35,9 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 
 #: The prior is at least so strong, over what all images see of a shell.
 LEAST = 1e-4
-#: Steps that are enough where there is noise, and where there is hardly any, above this SNR.
-NOISY, CLEAN, LOUD = 12, 50, 30.0
+#: Steps that are enough where there is noise, and where there is hardly any, above this SNR; and
+#: what is left of the right-hand side when they end sooner.
+NOISY, CLEAN, LOUD, LEFT = 12, 120, 30.0, 5e-5
 #: Images in which noise is measured.
 SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
@@ -75,7 +76,8 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 12, and 50 of images of an SNR above 30.
+        Of conjugate gradients, at most; by default 12, and 120 of images of an SNR above 30;
+        fewer where the residual is below 5e-5.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.
@@ -120,7 +122,7 @@ def reconstruct(
         iterations = NOISY if _snr(sums, job, len(stack)) < LOUD else CLEAN
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
-            sums.right, spectrum, prior, iterations=iterations, rtol=1e-6, support=_ball(size),
+            sums.right, spectrum, prior, iterations=iterations, rtol=LEFT, support=_ball(size),
             callback=bar.update,
         )  # fmt: skip
     k = fourier.radius((size,) * 3, half=True)
