@@ -56,7 +56,7 @@ results/cryojax:
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet cryojax==0.6.0 starfile==0.5.13 || { rm -r $@; false; }
 
-# Other programs' projectors; 5 GB, for PyTorch.
+# Other programs' projectors; 5 GB, for PyTorch. (torch-fourier-slice imports torch-ctf.)
 results/projectors:
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet torch-fourier-slice==0.6.0 torch-ctf==0.6.0 aspire==0.14.3 || { rm -r $@; false; }

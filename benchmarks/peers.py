@@ -80,9 +80,8 @@ EDGE = 4
 #: Cells of the refinement: particle, its symmetry, images, SNR, box; and what the map begins with.
 REFINED = [("1i10", "D2", 300, 1 / 16, 64), ("4jsv", "C1", 300, 1 / 16, 64)]
 KNOWN, DIAMETER = 40.0, 150.0
-#: With the density known: pixels from one shift that is matched to the next, and the particles
-#: whose networks ship.
-STEP, NETWORKS = 2, ("4jsv", "1i10")
+#: Pixels from one shift that is matched to the next.
+STEP = 2
 #: RELION's auto-refine as its tutorial has it, for a reference that is not on the images' scale.
 AUTO_REFINE = f"""
     relion_refine_mpi --auto_refine --split_random_halves
@@ -115,9 +114,11 @@ ABERRATED = {
     },
 }  # fmt: skip
 ABERRATED["all of them"] = {k: v for columns in ABERRATED.values() for k, v in columns.items()}
-#: Cells of the projection: box, images; how often each is timed; and by which interpreter.
+#: Cells of the projection: box, images; how often each is timed; and by which interpreter. The
+#: versions are those that the target installs.
 PROJECTED, TIMES = [(64, 1000), (128, 1000)], 5
 THEIRS = Path("results/projectors/bin/python").absolute()
+VERSIONS = {"cryoem": "", "aspire": "0.14.3", "torch_fourier_slice": "0.6.0", "relion": "3.1.3"}
 PROJECTORS = {"cryoem": sys.executable, "aspire": THEIRS, "torch_fourier_slice": THEIRS}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CRYOEM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 #: Runs that have ended: it goes on where it was interrupted.
@@ -194,6 +195,12 @@ def judged(found: Density, density: Density):
     }
 
 
+def project_code(density, name):
+    """``relion_project`` of ``angles.star`` and ``map.mrc``."""
+    code = ["relion_project", "--i", "map.mrc", "--ang", "angles.star", "--o", name]
+    return [*code, "--angpix", f"{density.voxel_size_angstrom}"]
+
+
 def projection(cell, seed, folder):
     """A record a program: how long projections take, and how far off they are."""
     box, n = cell
@@ -210,22 +217,22 @@ def projection(cell, seed, folder):
             seconds = []
             for _ in range(TIMES):
                 start = time.perf_counter()
-                images = projected(folder, density, "clean", ctf=False).images
+                subprocess.run(
+                    project_code(density, "clean"), check=True, capture_output=True, cwd=folder
+                )
                 seconds.append(time.perf_counter() - start)
-            images = images[:]
+            images = read_particles(folder / "clean.star").images[:]
         else:
-            code = [PROJECTORS[program], Path(__file__).with_name("projecting.py")]
+            code = [PROJECTORS[program], Path(__file__).absolute().with_name("projecting.py")]
             code += [program, folder, f"{TIMES}"]
-            subprocess.run(code, check=True, env=os.environ | ONE_THREAD)
+            subprocess.run(code, check=True, env=os.environ | ONE_THREAD, cwd=folder)
             images = np.load(folder / f"{program}.npy")
             seconds = json.loads((folder / f"{program}.json").read_text())
         scale = np.vdot(images, truth) / np.vdot(images, images)  # units are theirs
         found.append(
             {
                 "job": "projection",
-                "method": {"relion": "RELION 3.1.3", "aspire": "ASPIRE 0.14.3"}.get(
-                    program, program.replace("_", "-")
-                ),
+                "method": f"{program.replace('_', '-')} {VERSIONS[program]}".strip(),
                 "box_px": box,
                 "n": n,
                 "seed": seed,
@@ -353,11 +360,12 @@ def refinement(cell, seed, folder):
 
     def known(begins):
         """Two records: where images begin, and refined from there."""
-        wall, cpu, made = time.monotonic(), cpu_seconds(), []
-        if begins == "matching":
+        wide, made = in_wider_frames() if begins == "network" else None, []
+        wall, cpu = time.monotonic(), cpu_seconds()
+        if wide is None:
             stack = matched(seen, density)
         else:
-            stack = orient(load_estimator(particle), in_wider_frames(), reference=whole)
+            stack = orient(load_estimator(particle), wide, reference=whole)
             stack = seen.with_poses(stack.oriented(), stack.shifts_px)
         for method in (begins, f"{begins}, refined"):
             if method != begins:
@@ -379,7 +387,7 @@ def refinement(cell, seed, folder):
         records.kept(KEPT / f"{name}-{who}.json", lambda told=told: from_coarse(*told))
         for who, told in programs.items()
     ]
-    for begins in ("matching", *(["network"] if particle in NETWORKS else [])):
+    for begins in ("matching", "network"):
         found += records.kept(KEPT / f"{name}-{begins}.json", lambda begins=begins: known(begins))
     return found
 
@@ -407,11 +415,9 @@ def refinement_table(found):
     ]
 
 
-def projected(folder, density, name, noise=0.0, ctf=True):
+def projected(folder, density, name, noise=0.0):
     """What ``relion_project`` makes of ``angles.star`` and ``map.mrc``, in so wide a noise."""
-    code = ["relion_project", "--i", "map.mrc", "--ang", "angles.star", "--o", name]
-    code += ["--ctf"] if ctf else []
-    code += ["--angpix", f"{density.voxel_size_angstrom}"]
+    code = [*project_code(density, name), "--ctf"]
     code += ["--add_noise", "--white_noise", f"{noise}"] if noise else []
     subprocess.run(code, check=True, capture_output=True, cwd=folder)
     return read_particles(folder / f"{name}.star")

@@ -171,11 +171,11 @@ def _warm():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
-    parser.add_argument("--child", nargs=3, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         read, told, workers = arguments.child
-        record, found = measure(arguments.jobs[0], read, int(str(workers)))
-        told.write_bytes(pickle.dumps((record, found)))
+        record, found = measure(arguments.jobs[0], Path(read), int(workers))
+        Path(told).write_bytes(pickle.dumps((record, found)))
     else:
         main(arguments.jobs)

@@ -169,7 +169,7 @@ def convolution(
             (across, len(rows), edge),
             (back, size, size),
         ):
-            at_once = max(1, IN_CACHE // (edge * line))
+            at_once = max(1, min(IN_CACHE // (edge * line), -(-count // workers)))
             for _ in each(step, (slice(i, i + at_once) for i in range(0, count, at_once))):
                 pass
         return result

@@ -17,8 +17,9 @@ from .symmetry import Group, group
 
 __all__ = ["MatchedStack", "candidates", "match", "orientations"]
 
-#: References, and images, at most, that a thread works on together.
-AT_ONCE = 256
+#: References, and images, at most, that a thread works on together; and their correlations that are
+#: held at once, by all threads.
+AT_ONCE, SCORES = 256, 1 << 24
 #: References, the best of each image's, among which its candidates are.
 BEST = 500
 #: A quarter turn of the image, and its mirror image: of one projection eight are known.
@@ -155,6 +156,7 @@ def candidates(
         step[rows] = np.take_along_axis(at_step, best[rows], axis=1)
 
     at_once = min(AT_ONCE, 1 + len(stack) // threads.count())
+    at_once = max(1, min(at_once, SCORES // (len(known) * threads.count())))
     starts = range(0, len(stack), at_once)
     for _ in threads.each(place, zip(starts, stack.chunks(at_once), strict=True), ahead=1):
         pass
@@ -195,15 +197,16 @@ def _table(
     table = np.empty((len(known), pixels), np.float32)
     by_turn, projector = table.reshape(8, count, pixels), Projector(coarse)
 
-    def look(i: int) -> None:
-        frames = projector.project(known[:count][i : i + AT_ONCE])
+    def turn(part: tuple[int, np.ndarray]) -> None:
+        start, frames = part
         frames = frames if gain is None else imaging.apply_ctf(frames, gain)
         for turned, images in zip(by_turn, _turned(preprocessing.cut(frames)), strict=True):
-            turned[i : i + AT_ONCE] = images.reshape(-1, pixels)
+            turned[start : start + AT_ONCE] = images.reshape(-1, pixels)
 
     starts = range(0, count, AT_ONCE)
+    frames = ((i, projector.project(known[:count][i : i + AT_ONCE])) for i in starts)
     with tqdm(total=len(starts), desc="references", unit="batch", disable=not progress) as bar:
-        for _ in threads.each(look, starts):
+        for _ in threads.each(turn, frames, ahead=1):
             bar.update()
     return table
 

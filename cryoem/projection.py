@@ -117,7 +117,9 @@ class Slices:
         xp = accelerator.arrays()
         strengths = np.ascontiguousarray(coefficients, np.complex64).ravel()
         found = accelerator.nufft3d1(
-            self.points(quaternions, density_box_px, xp, threads.each if alone else map),
+            self.points(
+                quaternions, density_box_px, xp, threads.each if alone and xp is np else map
+            ),
             xp.asarray(strengths),
             (modes,) * 3,
             alone=alone,

@@ -36,8 +36,8 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 #: The prior is at least so strong, over what all images see of a shell.
 LEAST = 1e-4
 #: Steps that are enough where there is noise, and where there is hardly any, above this SNR; and
-#: what is left of the right-hand side when they end sooner.
-NOISY, CLEAN, LOUD, LEFT = 12, 120, 30.0, 5e-5
+#: what is left of the right-hand side when these end sooner.
+NOISY, CLEAN, LOUD, LEFT = 12, 120, 30.0, 2e-5
 #: Images in which noise is measured.
 SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
@@ -76,8 +76,8 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 12, and 120 of images of an SNR above 30;
-        fewer where the residual is below 5e-5.
+        Of conjugate gradients, at most; by default 12, and up to 120 of images of an SNR
+        above 30, until the residual is 2e-5.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of
         the shell.
@@ -118,11 +118,12 @@ def reconstruct(
     del weights
     spectrum = _transformed(sums.kernel)
     sums.kernel = np.empty((0, 0, 0), np.float32)  # it was the largest array of all
+    left = 1e-6
     if iterations is None:
-        iterations = NOISY if _snr(sums, job, len(stack)) < LOUD else CLEAN
+        iterations, left = (NOISY if _snr(sums, job, len(stack)) < LOUD else CLEAN), LEFT
     with tqdm(total=iterations, desc="conjugate gradients", disable=not progress) as bar:
         values = least_squares(
-            sums.right, spectrum, prior, iterations=iterations, rtol=LEFT, support=_ball(size),
+            sums.right, spectrum, prior, iterations=iterations, rtol=left, support=_ball(size),
             callback=bar.update,
         )  # fmt: skip
     k = fourier.radius((size,) * 3, half=True)
@@ -355,8 +356,8 @@ class _BackProjecting:
             y[rows], squared[rows], *powers = self._weighted(stack.select(rows))
             return powers[0], powers[1]
 
-        step = min(slices.at_once, max(1, len(stack) // (4 * threads.count())))
-        each = threads.each if self.alone else map
+        each, parts = (threads.each, 4 * threads.count()) if self.alone else (map, 1)
+        step = min(slices.at_once, max(1, len(stack) // parts))
         for power, transfer in each(fill, (slice(i, i + step) for i in range(0, len(stack), step))):
             sums.power += power
             sums.transfer += transfer
@@ -429,6 +430,7 @@ def _back_projected(
     if scheduler is not None:
         most = max(at_once, SENT * job.slices.at_once)
         at_once = workers.shared_out(n, most, scheduler)
+        job = replace(job, alone=False)  # a worker uses one core
     elif job.beside(n):
         # Each thread sums its images in their order: again and again to the last digit.
         at_once = workers.shared_out(n, max(1, at_once // threads.count()), None)

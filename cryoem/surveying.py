@@ -24,7 +24,7 @@ from .single_images import ImageStatistics, beyond_circle, seen_share
 __all__ = [
     "Survey",
     "TrainingRanges",
-    "check_reference",
+    "check_sought_by",
     "check_white",
     "contrast",
     "is_black",
@@ -382,8 +382,11 @@ def to_the_middle(density: Density, stack: ParticleStack | None = None) -> Int[n
     far off the middle of theirs.
     """
     box, voxel = density.box_px, density.voxel_size_angstrom
-    shown = density.low_passed(max(SEEN_AT[0], 3 * voxel)).values
+    above = Density(density.values - density.solvent_level, voxel)
+    shown = above.low_passed(max(SEEN_AT[0], 3 * voxel)).values
     shown = np.maximum(shown - SEEN_AT[1] * shown.max(), 0)
+    if not shown.any():
+        return np.zeros(3, int)
     planes = [shown.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
     off = np.array([plane @ (np.arange(box) - box // 2) / plane.sum() for plane in planes])
     far, frame, shifted = float(np.linalg.norm(off)) * voxel, box * voxel, 0.0
@@ -395,7 +398,7 @@ def to_the_middle(density: Density, stack: ParticleStack | None = None) -> Int[n
     return np.zeros(3, int) if near else -np.round(off).astype(int)
 
 
-def check_reference(density: Density, stack: ParticleStack) -> None:
+def check_sought_by(density: Density, stack: ParticleStack) -> None:
     """Refuse a map that particles cannot be sought by: black on white, or far off the middle."""
     check_white(density)
     if (move := to_the_middle(density, stack)).any():

@@ -4,7 +4,7 @@ import pytest
 from measures import correlation, relative_error
 from scipy.spatial.transform import Rotation
 
-from cryoem import imaging, maps, projection, reconstruction, rotations
+from cryoem import imaging, maps, projection, reconstruction, rotations, threads
 from cryoem.density import Density, Phantom
 from cryoem.errors import InputError, MissingToolError
 
@@ -258,3 +258,15 @@ def test_opposite_quaternions_give_the_same_image(phantom):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(Density(np.zeros((8, 8, 8)), 1.0))
+
+
+def test_points_of_slices_are_those_of_each_by_itself(monkeypatch):
+    """They are made in parts, by several threads."""
+    slices, q = projection.Slices(12), rotations.uniform(7, 0)
+    whole = slices.points(q, 12)
+    k = np.einsum("nij,kj->ink", Rotation.from_quat(q).as_matrix()[:, :, :2], slices.frequencies)
+    monkeypatch.setattr(projection, "_POINTS_AT_ONCE", 16 * len(slices.frequencies))
+    parts = slices.points(q, 12, each=threads.each)
+    for axis, wanted, found in zip(k[::-1] * 2 * np.pi / 12, whole, parts, strict=True):
+        np.testing.assert_allclose(wanted, axis.ravel(), atol=1e-6)
+        np.testing.assert_array_equal(found, wanted)

@@ -181,15 +181,16 @@ def test_under_noise_a_few_steps_are_enough(phantom, tilt):
     assert relative_error(few, many) < 0.35
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("edge", [10, 15, 300])
-def test_a_convolution_is_that_of_the_padded_cube(edge):
+def test_a_convolution_is_that_of_the_padded_cube(edge, workers):
     rng = np.random.default_rng(0)
     values = rng.standard_normal((5, 5, 5)).astype(np.float32)
     spectrum = rng.random((edge, edge, edge // 2 + 1)).astype(np.float32)
     padded = np.zeros((edge,) * 3, np.float32)
     padded[:5, :5, :5] = values
     wanted = np.fft.irfftn(np.fft.rfftn(padded) * spectrum, s=padded.shape, axes=(0, 1, 2))
-    found = accelerator.convolution(spectrum, 5, workers=1)(values)
+    found = accelerator.convolution(spectrum, 5, workers=workers)(values)
     np.testing.assert_allclose(found, wanted[:5, :5, :5], atol=1e-5)
 
 

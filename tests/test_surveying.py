@@ -341,3 +341,14 @@ def test_the_diameter_is_the_particles_not_that_of_the_quietest_ring(shipped, n)
     for seed in (11, 12):
         stack = simulate(shipped["4jsv"], n, seed, snr=1 / 16, max_shift_px=8)
         assert 125 < survey(stack.without_poses()).particle_diameter_angstrom < 195
+
+
+def test_a_map_is_moved_to_the_middle_whatever_its_solvent_is():
+    """Off by 24 of 96 A, one was taken as it stood, or moved by astronomical lengths."""
+    cube = np.zeros((24, 24, 24), np.float32)
+    cube[12:15, 12:15, 18:21] = 1.0
+    for scale, level in ((1, 0), (1, 0.5), (1, -2), (1e-6, 1e-6)):
+        one = density.Density(scale * cube + level, 4.0)
+        assert surveying.to_the_middle(one).tolist() == [-1, -1, -7]
+    for flat in (np.zeros_like(cube), np.full_like(cube, -1)):
+        assert not surveying.to_the_middle(density.Density(flat, 4.0)).any()

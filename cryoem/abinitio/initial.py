@@ -19,7 +19,7 @@ from ..reconstruction import reconstruct
 from ..refinement import Search, refine
 from ..refinement.halves import believed, half_maps
 from ..rotations import Seed
-from ..surveying import check_reference
+from ..surveying import check_sought_by
 from ..symmetry import group
 from .annealing import DEFAULT, KNOWN, Schedule, Start
 from .coarse import coarsened
@@ -184,7 +184,8 @@ def ab_initio(
         How many, at random, the starts look at. All are placed, and held in memory: cut out, small.
     reference : Density, optional
         A map of this particle, or of one like it, to begin with to 30 A in place of random starts:
-        one start a half. The result lies in its frame and hand.
+        one start a half; white on black, in the middle of its box. The result lies in its frame
+        and hand.
     schedule : Schedule
     seed : int or numpy.random.Generator
     scheduler : str or distributed.Client, optional
@@ -200,8 +201,7 @@ def ab_initio(
     Raises
     ------
     InputError
-        Fewer than 20 images, a particle or frames of less than 60 A, a reference that is black
-        on white or far off the middle of its box.
+        Fewer than 20 images, a particle or frames of less than 60 A, an unfit reference.
 
     References
     ----------
@@ -242,7 +242,7 @@ def _check(
         raise InputError(f"wanted at least 2 starts, one a half; got {starts}")
     group(symmetry or "C1")
     if reference is not None:
-        check_reference(reference, stack)
+        check_sought_by(reference, stack)
     workers.reached(scheduler)
 
 

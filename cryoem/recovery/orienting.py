@@ -174,7 +174,7 @@ def _check(stack: ParticleStack, reference: Density | None, centred: bool, chunk
         if centred:
             surveying.check_white(reference)
         else:
-            surveying.check_reference(reference, stack)
+            surveying.check_sought_by(reference, stack)
 
 
 def _drawn(job: Job, stack: ParticleStack, landmarks: int, seed: int) -> ParticleStack:
