@@ -37,7 +37,7 @@ __all__ = ["kernel_edge", "least_squares", "reconstruct", "reconstruct_astra"]
 LEAST = 1e-4
 #: Steps that are enough where there is noise, and where there is hardly any, above this SNR; and
 #: what is left of the right-hand side when these end sooner.
-NOISY, CLEAN, LOUD, LEFT = 12, 120, 30.0, 2e-5
+NOISY, CLEAN, LOUD, LEFT = 12, 90, 30.0, 2e-5
 #: Images in which noise is measured.
 SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
@@ -76,7 +76,7 @@ def reconstruct(
         The particle's point group, in the standard setting: each image is seen from every
         orientation of its orbit.
     iterations : int, optional
-        Of conjugate gradients, at most; by default 12, and up to 120 of images of an SNR
+        Of conjugate gradients, at most; by default 12, and up to 90 of images of an SNR
         above 30, until the residual is 2e-5.
     ridge : float
         The prior is noise over signal, and at most so many times what all images together see of

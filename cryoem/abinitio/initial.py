@@ -184,8 +184,7 @@ def ab_initio(
         How many, at random, the starts look at. All are placed, and held in memory: cut out, small.
     reference : Density, optional
         A map of this particle, or of one like it, to begin with to 30 A in place of random starts:
-        one start a half; white on black, in the middle of its box. The result lies in its frame
-        and hand.
+        one start a half; white on black, and central. The result lies in its frame and hand.
     schedule : Schedule
     seed : int or numpy.random.Generator
     scheduler : str or distributed.Client, optional
