@@ -19,7 +19,7 @@ __all__ = ["MatchedStack", "candidates", "match", "orientations"]
 
 #: References, and images, at most, that a thread works on together; and their correlations that are
 #: held at once, by all threads.
-AT_ONCE, SCORES = 256, 1 << 24
+AT_ONCE, SCORES = 128, 1 << 23
 #: References, the best of each image's, among which its candidates are.
 BEST = 500
 #: A quarter turn of the image, and its mirror image: of one projection eight are known.

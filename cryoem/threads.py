@@ -2,9 +2,12 @@
 
 It is the number of CPUs that the process may run on, or the environment variable
 ``CRYOEM_THREADS``, read when this module is first imported. BLAS finds the CPUs by itself; where
-the variable is set, importing this module holds BLAS to it.
+the variable is set, importing this module holds BLAS to it. glibc's allocator is held to as many
+arenas: by default it opens up to eight a core, and what was freed in one is not there for another.
 """
 
+import contextlib
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +26,8 @@ Result = TypeVar("Result")
 VARIABLE = "CRYOEM_THREADS"
 #: Items for each thread that wait or are in work.
 AHEAD = 4
+#: glibc's option for how many arenas there may be, and the environment variable of the same.
+M_ARENA_MAX, ARENAS = -8, "MALLOC_ARENA_MAX"
 
 
 @cache
@@ -83,5 +88,12 @@ def _limit_blas(threads: int) -> None:
     threadpoolctl.threadpool_limits(threads, user_api="blas")
 
 
+def _limit_arenas(arenas: int) -> None:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, arenas)
+
+
 if os.environ.get(VARIABLE, "").strip():
     _limit_blas(count())
+if ARENAS not in os.environ:
+    _limit_arenas(count())

@@ -245,3 +245,25 @@ def test_without_keras_or_tensorflow_an_error_of_ours_names_it(python, missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from cryoem.backend import tf"
     done = python(code, KERAS_BACKEND="tensorflow")
     assert f"MissingToolError: networks and gradient descent need {missing}" in done.stderr
+
+
+@pytest.mark.parametrize(("told", "arenas"), [({}, 2), ({"MALLOC_ARENA_MAX": "4"}, 4)])
+def test_threads_share_arenas(python, told, arenas):
+    """Six threads had six, and what one had freed was kept from the others."""
+    code = """
+import ctypes, threading
+from cryoem import threads
+libc, together = ctypes.CDLL(None), threading.Barrier(6)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+def work():
+    libc.malloc(4096)
+    together.wait()
+all_of_them = [threading.Thread(target=work) for _ in range(6)]
+[t.start() for t in all_of_them]
+[t.join() for t in all_of_them]
+out = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+    done = python(code, CRYOEM_THREADS="2", **told)
+    assert done.stdout.count("<heap nr=") == arenas
