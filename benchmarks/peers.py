@@ -114,11 +114,14 @@ ABERRATED = {
     },
 }  # fmt: skip
 ABERRATED["all of them"] = {k: v for columns in ABERRATED.values() for k, v in columns.items()}
-#: Cells of the projection: box, images; how often each is timed; and by which interpreter. The
+#: Cells of the projection: box, images; how often each is timed; and by which interpreter. Their
 #: versions are those that the target installs.
 PROJECTED, TIMES = [(64, 1000), (128, 1000)], 5
 THEIRS = Path("results/projectors/bin/python").absolute()
-VERSIONS = {"cryoem": "", "aspire": "0.14.3", "torch_fourier_slice": "0.6.0", "relion": "3.1.3"}
+NAMES = {
+    "cryoem": "cryoem", "aspire": "ASPIRE 0.14.3",
+    "torch_fourier_slice": "torch-fourier-slice 0.6.0", "relion": "RELION 3.1.3",
+}  # fmt: skip
 PROJECTORS = {"cryoem": sys.executable, "aspire": THEIRS, "torch_fourier_slice": THEIRS}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CRYOEM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 #: Runs that have ended: it goes on where it was interrupted.
@@ -232,7 +235,7 @@ def projection(cell, seed, folder):
         found.append(
             {
                 "job": "projection",
-                "method": f"{program.replace('_', '-')} {VERSIONS[program]}".strip(),
+                "method": NAMES[program],
                 "box_px": box,
                 "n": n,
                 "seed": seed,
@@ -635,7 +638,7 @@ def main():
             "projection",
             PROJECTED,
             projection,
-            ["program", *seen],
+            seen,
             projection_table,
             "peers_projection",
         ),
