@@ -634,14 +634,7 @@ def main():
         "the file silent",
     ]  # fmt: skip
     for job, cells, one, head, rows, name in (
-        (
-            "projection",
-            PROJECTED,
-            projection,
-            seen,
-            projection_table,
-            "peers_projection",
-        ),
+        ("projection", PROJECTED, projection, seen, projection_table, "peers_projection"),
         ("reconstruction", CELLS, run, header, table, "peers"),
         ("refinement", REFINED, refinement, refined, refinement_table, "peers_refinement"),
         ("simulation", SIMULATED, simulation, simulated, simulation_table, "peers_simulation"),

@@ -49,8 +49,8 @@ JOBS = {
 }
 #: Rounds of the halves: told, that all have as many.
 ROUNDS = 4
-#: Threads of the process that works, and Dask workers beside it; None: it works itself.
-WAYS = ((1, None), (2, None), (1, 1), (1, 2))
+#: Threads of the process, and Dask workers beside it; without any it works itself.
+WAYS = ((1, 0), (2, 0), (1, 1), (1, 2))
 
 
 def done(job, stack, density, client):
@@ -93,7 +93,7 @@ def measure(job, path, workers):
         "job": job,
         "n": n,
         "threads": threads.count(),
-        "workers": workers or 0,
+        "workers": workers,
         "repeats": repeats,
         "seed": SEED,
         "snr": SNR,
@@ -109,7 +109,7 @@ def measured(job, path, count, workers):
     """The same by a process of so many threads of its own."""
     told = path.with_name("measured.pickle")
     subprocess.run(
-        [sys.executable, __file__, "--jobs", job, "--child", path, told, str(workers or 0)],
+        [sys.executable, __file__, "--jobs", job, "--child", path, told, f"{workers}"],
         env=os.environ | {"CRYOEM_THREADS": str(count)}, check=True,
     )  # fmt: skip
     return pickle.loads(told.read_bytes())
@@ -119,7 +119,7 @@ def table(found):
     """A row a job: seconds by threads and by workers, and how much the second is worth."""
     rows = []
     for job in dict.fromkeys(r["job"] for r in found):
-        of = {(r["threads"], r["workers"] or None): r for r in found if r["job"] == job}
+        of = {(r["threads"], r["workers"]): r for r in found if r["job"] == job}
         if set(of) == set(WAYS):
             seconds = [of[way]["wall_seconds"] for way in WAYS]
             off = max(r["apart"] for r in of.values())
