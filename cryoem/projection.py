@@ -81,12 +81,17 @@ class Slices:
         images = scipy.fft.irfft2(spectra, s=(m, m), workers=fourier.WORKERS)
         return scipy.fft.fftshift(images, axes=(1, 2))
 
+    def index_in(self, images_px: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where frequencies sit in ``rfft2`` of images of the same extent, of so many pixels."""
+        return self.frequencies[:, 1].astype(int) % images_px, self.index[1]
+
     def from_images(self, images: ArrayLike) -> np.ndarray:
-        """Turn (n, box, box) images into (n, k) slice coefficients."""
+        """Turn images into (n, k) slice coefficients; larger ones are down-sampled to the box."""
         images = np.asarray(images, dtype=np.float32)
         spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=fourier.WORKERS)
-        ky, kx = self.index
-        return spectra[:, ky, kx]
+        ky, kx = self.index_in(edge := images.shape[-1])
+        found = spectra[:, ky, kx]
+        return found if edge == self.box_px else found * np.float32((self.box_px / edge) ** 2)
 
     def backproject(
         self,

@@ -43,10 +43,9 @@ SURVEYED = 300
 #: Frequencies that are laid down together, at least: each time a grid of twice the box, and a
 #: quarter more, is transformed.
 POINTS_AT_ONCE = 8_000_000
-#: Bytes in which images may be laid down beside each other, one thread each.
+#: Bytes in which threads may lay down images beside each other.
 TOGETHER = 1e8
-#: How many times what is read at once a worker sums before it answers, at most; or what is laid
-#: down together, where that is more.
+#: How many times what is read, or laid down, at once a worker sums before it answers, at most.
 SENT = 4
 #: Width of the ball's soft edge, over the box.
 EDGE = 1 / 32
@@ -55,6 +54,7 @@ EDGE = 1 / 32
 def reconstruct(
     stack: ParticleStack,
     *,
+    box_px: int | None = None,
     symmetry: str = "C1",
     iterations: int | None = None,
     ridge: float = 1.0,
@@ -71,26 +71,24 @@ def reconstruct(
     ----------
     stack : ParticleStack
         With orientations; its shifts, CTF and contrasts are used, and its noise, which is measured
-        in 300 of the images where it is unknown. Images in files are read in chunks.
+        in 300 of the images where it is unknown.
+    box_px : int, optional
+        Edge of the density, over the images' extent; smaller means coarser. Default: their box.
     symmetry : str
-        The particle's point group, in the standard setting: each image is seen from every
-        orientation of its orbit.
+        The particle's point group, in the standard setting: each image is seen from all its orbit.
     iterations : int, optional
         Of conjugate gradients, at most; by default 12, and up to 90 of images of an SNR
         above 30, until the residual is 2e-5.
     ridge : float
-        The prior is noise over signal, and at most so many times what all images together see of
-        the shell.
+        The prior is noise over signal, at most so many times what all images see of the shell.
     scheduler : str or distributed.Client, optional
-        The address of a Dask scheduler, or a client of one, whose workers back-project; see
-        :func:`cryoem.orient`. Default: this process, on all cores.
+        Whose workers back-project; see :func:`cryoem.orient`. Default: this process, all cores.
     progress : bool
         Show a bar.
 
     Returns
     -------
     Density
-        Of the images' box and pixel size.
 
     References
     ----------
@@ -99,13 +97,13 @@ def reconstruct(
     from tqdm.auto import tqdm
 
     stack.oriented()
-    if not (iterations is None or iterations >= 1) or not ridge >= 0:
-        raise InputError(
-            f"wanted at least one iteration, and a ridge that is not negative; got {iterations} "
-            f"and {ridge}"
-        )
-    size, pixel = stack.box_px, stack.pixel_size_angstrom
-    sums, job = _back_projected(stack, group(symmetry), scheduler, progress)
+    if (iterations is not None and iterations < 1) or not ridge >= 0:
+        got = f"got {iterations} and {ridge}"
+        raise InputError(f"wanted at least one iteration, a ridge that is not negative; {got}")
+    frame = stack.box_px
+    if not 2 <= (size := frame if box_px is None else box_px) <= frame:
+        raise InputError(f"box_px must lie between 2 and the images' {frame}, got {size}")
+    sums, job = _back_projected(stack, size, group(symmetry), scheduler, progress)
     edge = len(sums.kernel)
     shells = _Shells(size, edge)
     # Of plane waves in the box: the kernel's own transform, cut off, is positive on average alone.
@@ -129,7 +127,9 @@ def reconstruct(
     k = fourier.radius((size,) * 3, half=True)
     restored = scipy.fft.rfftn(values, workers=fourier.WORKERS)
     restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
-    return Density(scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS), pixel)
+    restored *= size / frame  # lines of fewer voxels have the same sums
+    restored = scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS)
+    return Density(restored, stack.pixel_size_angstrom * frame / size)
 
 
 def kernel_edge(size: int) -> int:
@@ -296,10 +296,11 @@ class _Sums:
 class _BackProjecting:
     """What images are back-projected with: at every orientation of one of each coset.
 
-    ``alone``: on all threads; else others do the same beside it.
+    Into a box of ``size``, from images of ``frame`` pixels; ``alone``: with nothing else beside it.
     """
 
     size: int
+    frame: int
     noise: Noise | None
     others: list[np.ndarray]
     alone: bool = True
@@ -313,7 +314,8 @@ class _BackProjecting:
         """Power of the noise at each frequency, (groups, k)."""
         if self.noise is None:
             return np.zeros((1, len(self.slices.weights)))
-        return self.noise.at(np.linalg.norm(self.slices.frequencies, axis=1) / self.size)
+        k = np.linalg.norm(self.slices.frequencies, axis=1) / self.frame
+        return self.noise.at(k) * (self.size / self.frame) ** 2
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -357,7 +359,7 @@ class _BackProjecting:
             return powers[0], powers[1]
 
         each, parts = (threads.each, 4 * threads.count()) if self.alone else (map, 1)
-        step = min(slices.at_once, max(1, len(stack) // parts))
+        step = max(1, min(slices.at_once * size**2 // self.frame**2, len(stack) // parts))
         for power, transfer in each(fill, (slice(i, i + step) for i in range(0, len(stack), step))):
             sums.power += power
             sums.transfer += transfer
@@ -381,9 +383,9 @@ class _BackProjecting:
         if part.contrast is not None:
             a = part.contrast.astype(np.float32)[:, None]
         if part.shifts_px.any():
-            turn = (2 * np.pi / size * part.shifts_px @ slices.frequencies.T).astype(np.float32)
-            y = y * np.exp(np.complex64(1j) * turn)
-        ctf = part.ctf(at=slices.index)
+            turn = 2 * np.pi / self.frame * part.shifts_px @ slices.frequencies.T
+            y = y * np.exp(np.complex64(1j) * turn.astype(np.float32))
+        ctf = part.ctf(at=slices.index_in(self.frame))
         if ctf is not None:
             a = a * ctf
         squared = np.broadcast_to(gain * a**2, y.shape)
@@ -415,15 +417,15 @@ def _noise_over_signal(sums: _Sums, job: _BackProjecting) -> Float[np.ndarray, "
 
 
 def _back_projected(
-    stack: ParticleStack, orbit: Group, scheduler: str | Client | None, progress: bool
+    stack: ParticleStack, size: int, orbit: Group, scheduler: str | Client | None, progress: bool
 ) -> tuple[_Sums, _BackProjecting]:
     """Back-project the images, and see how loud they are."""
     from tqdm.auto import tqdm
 
-    size, n = stack.box_px, len(stack)
+    n = len(stack)
     stack = surveying.with_noise(stack, images=SURVEYED, loudest=np.inf)
     exact, others = exact_part(orbit)
-    job = _BackProjecting(size, stack.noise, others)
+    job = _BackProjecting(size, stack.box_px, stack.noise, others)
     sums = _Sums.of_nothing(size, len(job.slices.weights))
     at_once = job.at_once
     here: Callable[..., Iterable[tuple[int, _Sums]]] = map

@@ -233,6 +233,38 @@ def test_a_half_set_is_reconstructed_from_its_own_images_alone(defocused, in_fil
     np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("box", [24, 19])
+def test_a_map_of_a_smaller_box_is_the_coarse_part_of_the_whole(defocused, box, monkeypatch):
+    """Its scale, its CTF and shifts, and noise of two groups that few images see through."""
+    monkeypatch.setattr(reconstruction, "POINTS_AT_ONCE", 10_000)  # in several parts
+    shifts = imaging.triangular_shifts(N, 2, 3.0)
+    group_of = np.arange(N) % 2
+    k = np.linspace(0, 1, 20)
+    noise = Noise(defocused.images.var() * np.stack([3 / (1 + 9 * k), 0.1 + k]))
+    images = imaging.shift(defocused.images, shifts)
+    images = images + noise.draw(N, BOX, 6, group=group_of)
+    stack = defocused.replace(images=images, shifts_px=shifts, optics_group=group_of, noise=noise)
+    found = reconstruct(stack, box_px=box)
+    wanted = reconstruct(stack).resampled(box)
+    assert found.voxel_size_angstrom == pytest.approx(VOXEL * BOX / box)
+    assert (
+        maps.fsc(found, wanted).values[: box // 2 - 2].min() > 0.98
+    )  # at its rim they end otherwise
+    slope = np.vdot(found.values, wanted.values) / np.vdot(wanted.values, wanted.values)
+    assert slope == pytest.approx(1, abs=0.02)
+    same = imaging.downsample(images, box)
+    small = stack.with_images(same, pixel_size_angstrom=VOXEL * BOX / box)
+    known = Noise(noise.at(np.linspace(0, 0.5**0.5 * box / BOX, 60)) * (box / BOX) ** 2)
+    of_small = reconstruct(small.replace(noise=known)).values * (box / BOX)
+    assert relative_error(found.values, of_small) < 1e-3
+
+
+@pytest.mark.parametrize("box", [1, BOX + 1])
+def test_a_map_of_a_larger_box_than_the_images_is_refused(seen, box):
+    with pytest.raises(InputError, match=f"between 2 and the images' {BOX}, got {box}"):
+        reconstruct(seen, box_px=box)
+
+
 def test_a_turned_set_of_orientations_gives_the_turned_density(phantom, seen):
     a = rotations.uniform(1, 9)[0]
     found = reconstruct(seen.with_poses(rotations.multiply(a, seen.quaternions)), iterations=20)

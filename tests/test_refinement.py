@@ -27,6 +27,7 @@ from cryoem.refinement import (
     refine,
     refine_against,
     refine_halves,
+    rounds,
 )
 from cryoem.refinement.reference import LOST as ASTRAY
 from cryoem.refinement.search import distinct_first, plan
@@ -359,6 +360,19 @@ def test_a_finer_density_serves_down_sampled_images():
     np.testing.assert_allclose(found.contrast, 1, rtol=1e-2)
 
 
+def test_a_coarser_density_serves_where_it_holds_the_detail_that_is_used():
+    coarse = DENSITY.resampled(24)
+    given = particles(20, at=off(TRUE[:20], 0.2), shifts_px=SHIFTS[:20])
+    limit = 2 * coarse.voxel_size_angstrom
+    found, same = (
+        refine(given, density, resolution_angstrom=limit) for density in (coarse, DENSITY)
+    )
+    assert rotations.distance(found.quaternions, same.quaternions).max() < 2e-3
+    np.testing.assert_allclose(found.contrast * 24 / BOX, same.contrast, rtol=1e-2)
+    with pytest.raises(InputError, match=r"16.6667 A and coarser, not of 16 A.*images' 40 px"):
+        refine(given, coarse, resolution_angstrom=16.0)
+
+
 def test_no_steps_only_judge():
     given = particles(9, shifts_px=SHIFTS[:9])
     found = refine(given, DENSITY, resolution_angstrom=FINEST, search=JUDGE)
@@ -421,7 +435,7 @@ def test_inverted_contrast_is_said():
         (particles(5).without_poses(), {}, "no orientations"),
         (particles(5), {"noise_variance": 0.0}, "positive"),
         (particles(5), {"resolution_angstrom": 150.0}, "below 100"),
-        (particles(5, images=np.zeros((5, 64, 64))), {}, "wider"),
+        (particles(5, images=np.zeros((5, 64, 64))), {}, "200 A wide, the images 320 A"),
         (particles(5), {"density": Density(np.zeros((BOX,) * 3), VOXEL)}, "zero"),
     ],
 )
@@ -510,7 +524,7 @@ def test_no_image_is_checked_by_the_map_that_it_is_in(monkeypatch):
     given = particles(images=images, shifts_px=SHIFTS, half_set=np.arange(N) % 2 + 1)
     cross_check(given)
     (((one, two), resolution),) = calls
-    pair = halves.half_maps(given, independent=False)
+    pair = rounds.half_maps(given, independent=False)
     assert_nearer(one, pair.second, pair.first)
     assert_nearer(two, pair.first, pair.second)
     # Nor beyond where the curve that is corrected for the mask says that the maps agree.
@@ -757,12 +771,15 @@ def test_of_many_places_all_that_are_about_as_likely_are_refined():
     np.testing.assert_array_equal(few, [0, 2, 3, 4, 5, 7])
 
 
+@pytest.mark.parametrize("coarser", [1, 2])
 @pytest.mark.parametrize(
     ("reach", "resolution", "detail"),
     [(42, 8.0, 10.0), (72, 8.0, 12.0), (96, 8.0, 15.0), (42, 13.0, 13.0)],
 )
-def test_small_particles_are_matched_by_finer_detail(monkeypatch, reach, resolution, detail):
-    """But never by finer than the maps hold."""
+def test_small_particles_are_matched_by_finer_detail(
+    monkeypatch, reach, resolution, detail, coarser
+):
+    """But never by finer than the maps hold, in whatever box these and their mask are."""
     asked = []
 
     def candidates(stack, reference, preprocessing, **_):
@@ -771,10 +788,11 @@ def test_small_particles_are_matched_by_finer_detail(monkeypatch, reach, resolut
 
     monkeypatch.setattr(elsewhere.matching, "candidates", candidates)
     box, voxel = 80, 3.0
-    one = particles(1, shifts_px=np.zeros((1, 2)))
-    mask = np.zeros((box,) * 3)
-    mask[box // 2 + int(reach / voxel), box // 2, box // 2] = 1
-    elsewhere._places(one, Density(mask, voxel), mask, ONE, "C1", resolution, np.zeros((1, 2)))
+    one = ParticleStack(np.zeros((1, box, box)), voxel, quaternions=TRUE[:1])
+    edge, wide = box // coarser, coarser * voxel
+    mask = np.zeros((edge,) * 3)
+    mask[edge // 2 + int(reach / wide), edge // 2, edge // 2] = 1
+    elsewhere._places(one, Density(mask, wide), mask, ONE, "C1", resolution, np.zeros((1, 2)))
     assert asked == [2 * int(np.ceil(box * voxel / detail))]
 
 
@@ -906,7 +924,7 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
     monkeypatch.setattr(halves, "MOST", 8)
     monkeypatch.setattr(halves, "_settled", lambda *_: True)
     monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
-    made, reconstructed, sought = [], halves._round, []
+    made, reconstructed, sought = [], halves.maps_of_round, []
 
     def one_round(*args, **options):
         made.append(reconstructed(*args, **options))
@@ -919,7 +937,7 @@ def test_rounds_go_on_where_particles_lie_astray(asked, monkeypatch, shares, rou
         share = shares[len(sought) - 1] if len(sought) <= len(shares) else 0.3
         return stack.with_poses(q, stack.shifts_px), share
 
-    monkeypatch.setattr(halves, "_round", one_round)
+    monkeypatch.setattr(halves, "maps_of_round", one_round)
     monkeypatch.setattr(halves, "found_again", found_again)
     found = refine_halves(particles(half_set=np.arange(N) % 2 + 1), search=JUDGE, seed=9)
     assert len(found.resolutions_angstrom) == rounds
@@ -1001,7 +1019,7 @@ def test_of_many_a_part_settles_first(monkeypatch):
     monkeypatch.setattr(halves, "_settled", lambda *_: True)
     monkeypatch.setattr(halves, "found_again", lambda stack, *_, **__: (stack, 0.0))
     monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
-    apart, reconstructed, refined, made = halves.refine_each_half, halves._round, [], []
+    apart, reconstructed, refined, made = halves.refine_each_half, halves.maps_of_round, [], []
 
     def one_round(stack, **options):
         found = reconstructed(stack, **options)
@@ -1012,7 +1030,7 @@ def test_of_many_a_part_settles_first(monkeypatch):
         refined.append((len(stack), references, stack.half_set))
         return apart(stack, references, **options)
 
-    monkeypatch.setattr(halves, "_round", one_round)
+    monkeypatch.setattr(halves, "maps_of_round", one_round)
     monkeypatch.setattr(halves, "refine_each_half", each_half)
     images, start = noisy(1 / 2)[0], rotations.perturb(TRUE, np.tile([0.1, 0.0, 0.0], (N, 1)))
     found = refine_halves(particles(many, images=images, at=start), search=Search(starts=1), seed=9)
@@ -1030,6 +1048,68 @@ def test_of_many_a_part_settles_first(monkeypatch):
         for end in (found, whole)
     )
     assert len(refined) == 7 + 5 and error < 1.1 * other
+
+
+def test_maps_of_the_rounds_are_no_larger_than_they_need_to_be(monkeypatch):
+    """Those that show hardly more than they are refined to; the last is of the images' box."""
+    fine = 80
+    density = SHARP.density(fine, BOX * VOXEL / fine)
+    clean = simulate(density, N, 3, max_shift_px=3.0, defocus_range_angstrom=(8e3, 25e3))
+    start = rotations.perturb(clean.quaternions, np.tile([0.1, 0.0, 0.0], (N, 1)))
+    images = imaging.add_noise(clean.images, 5, variance=8 * float(clean.images.var()))
+    given = clean.replace(images=images, quaternions=start, noise=None)
+    reconstructed, seen, made = halves.maps_of_round, [], []
+
+    def one_round(*args, **options):
+        made.append(reconstructed(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(halves, "maps_of_round", one_round)
+    monkeypatch.setattr(
+        halves, "found_again", lambda *a, **k: (seen.append(1), elsewhere.found_again(*a, **k))[1]
+    )
+    whole = refine_halves(given, seed=9)
+    assert {m.pair.mean.box_px for m in made} == {fine} and not any(m.coarse for m in made)
+    made.clear()
+    monkeypatch.setattr(rounds, "WIDE", 20)
+    found = refine_halves(given, seed=9)
+    boxes = [m.pair.mean.box_px for m in made]
+    used = (30.0, *found.resolutions_angstrom)
+    for box, angstrom, m in zip(boxes[:-1], used, made, strict=False):
+        assert box == fine or 2 * BOX * VOXEL / box < angstrom / 1.39
+        # What would be seen in a larger box is looked for there.
+        assert m.coarse == (box < fine and m.finest_angstrom < 2.11 * BOX * VOXEL / box)
+    assert boxes[0] == 20 and boxes[-1] == fine and max(boxes[:-1]) < 0.95 * fine
+    assert not made[-2].coarse
+    one, other = (
+        evaluation.orientation_errors(r.particles.quaternions, clean.quaternions).mean_rad
+        for r in (found, whole)
+    )
+    assert one < 1.05 * other and len(seen) >= 2
+    assert found.density.box_px == fine
+    np.testing.assert_allclose(np.median(found.separate.contrast), 1, atol=0.1)
+    ends = [r.fsc.corrected.resolution(0.143).angstrom for r in (found, whole)]
+    assert ends[0] == pytest.approx(ends[1], rel=0.05)
+
+
+def test_no_round_is_the_last_whose_maps_might_show_more(monkeypatch):
+    """In boxes that are too small orientations settle before they are as good as they can be."""
+    monkeypatch.setattr(rounds, "WIDE", 16)
+    monkeypatch.setattr(halves, "FEWEST", 1)
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    monkeypatch.setattr(halves, "found_again", lambda stack, *_, **__: (stack, 0.0))
+    monkeypatch.setattr(halves, "_held_out", lambda *_: (0.0, 0.0))
+    made, reconstructed = [], halves.maps_of_round
+
+    def one_round(*args, **options):
+        made.append(reconstructed(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(halves, "maps_of_round", one_round)
+    refine_halves(particles(shifts_px=SHIFTS), seed=9, search=ONE)
+    *before, ended, last = made
+    assert len(before) >= 1 and all(m.coarse for m in before)
+    assert not ended.coarse and last.pair.mean.box_px == BOX
 
 
 class Stopped(Exception):
@@ -1454,7 +1534,7 @@ def test_orientations_of_one_asymmetric_unit_tell_no_symmetry(name):
     nearest = (towards @ np.array([0.5, 0.2, 0.84])).argmax(axis=0)
     unit = orbits[nearest, np.arange(N)]
     seen = particles(images=projection.project(alike, unit), at=unit)
-    pair = halves.half_maps(seen.with_half_sets(0), independent=False)
+    pair = rounds.half_maps(seen.with_half_sets(0), independent=False)
     assert maps.has_symmetry(pair, name) < 0.8  # though the particle has it
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,7 +17,7 @@ from ..maps.axes import NONE
 from ..particles import ParticleStack
 from ..reconstruction import reconstruct
 from ..refinement import Search, refine
-from ..refinement.halves import believed, half_maps
+from ..refinement.rounds import believed, half_maps
 from ..rotations import Seed
 from ..surveying import check_sought_by
 from ..symmetry import group

@@ -16,7 +16,8 @@ from ..particles import ParticleStack
 from ..rotations import Seed
 from ..symmetry import group
 from .fit import RefinedStack
-from .halves import half_maps, masked, refine_each_half
+from .halves import refine_each_half
+from .rounds import half_maps, masked
 from .search import Search
 
 __all__ = ["check_symmetry", "cross_check", "expected_error"]

@@ -344,9 +344,10 @@ def _places(
     everywhere_px: Float[np.ndarray, "s 2"],
 ) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c 2"], Float[np.ndarray, "n c"]]:
     """Where particles match best, and the logarithm of the likelihood there; -inf: no place."""
-    box, voxel = reference.box_px, reference.voxel_size_angstrom
+    box, voxel = stack.box_px, stack.pixel_size_angstrom
     # Beyond the mask hardly anything of a reference is to be compared.
-    reach = np.abs(np.argwhere(mask) - box // 2).max()
+    reach = np.abs(np.argwhere(mask) - len(mask) // 2).max() * box / len(mask)
+    reference = reference.resampled(box)
 
     def by_detail(angstrom: float) -> Preprocessing:
         small = min(box, max(16, 2 * int(np.ceil(box * voxel / angstrom))))

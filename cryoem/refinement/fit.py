@@ -116,8 +116,8 @@ def refine(
         With the orientations and shifts to start from. Images in files are read in chunks. Where
         its noise is not known, the spectrum is estimated from the residuals of a random sample.
     density : Density, a cube
-        Of the images' extent; its box may be larger, where the images are down-sampled. Contrast is
-        1 for images in the units of :func:`cryoem.projection.project`.
+        Of the images' extent, in a larger or smaller box that holds the detail that is used.
+        Contrast is 1 for images in the units of :func:`cryoem.projection.project`.
     resolution_angstrom : float
         The finest detail of the density that is used. A density that was not made from these
         images is used to 15 A only: what appears beyond is their own (:func:`refine_against`).
@@ -152,7 +152,7 @@ def refine(
     from tqdm.auto import tqdm
 
     few = stack.select(np.linspace(0, len(stack) - 1, min(len(stack), LOOKED_AT)).astype(int))
-    _check(stack := stack.divided(), density, noise_variance)
+    _check(stack := stack.divided(), density, resolution_angstrom, noise_variance)
     share = float(seen_share(few.images).mean())
     n, box = len(stack), stack.box_px
     stages = plan(density, box, resolution_angstrom, search)
@@ -177,16 +177,25 @@ def refine(
     return _judged(stack, q, shifts, grams, fit, share, noise_variance, stages.resolution_angstrom)
 
 
-def _check(stack: ParticleStack, density: Density, noise_variance: float | None) -> None:
+def _check(
+    stack: ParticleStack,
+    density: Density,
+    resolution_angstrom: float,
+    noise_variance: float | None,
+) -> None:
     """Refuse before anything is refined."""
     stack.oriented()
-    if (box := stack.box_px) > density.box_px:
-        raise InputError(f"images of {box} px are wider than the density's {density.box_px} voxels")
     wide = density.box_px * density.voxel_size_angstrom
     frame = stack.box_px * stack.pixel_size_angstrom
     if not np.isclose(wide, frame, rtol=0.01):
         raise InputError(
             f"the density is {wide:g} A wide, the images {frame:g} A; wanted one extent"
+        )
+    finest = 2 * density.voxel_size_angstrom
+    if density.box_px < stack.box_px and resolution_angstrom < finest * (1 - 1e-6):
+        raise InputError(
+            f"the density's voxels hold detail of {finest:g} A and coarser, not of "
+            f"{resolution_angstrom:g} A; wanted a density of the images' {stack.box_px} px"
         )
     if noise_variance is not None and not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from .. import maps, reconstruction, rotations
+from .. import maps, rotations
 from ..density import Density
 from ..errors import InputError
 from ..half_sets import check_enough
@@ -25,6 +25,7 @@ from ..rotations import Seed
 from .elsewhere import asked, found_again, surely_astray, with_likely_errors
 from .fit import DEFAULT, RefinedStack, noise_of, refine
 from .kept import Kept, Rounds, rescaled
+from .rounds import RoundMaps, believed, finer, maps_of_round, masked
 from .search import Search
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HalvesRefinement", "refine_halves"]
 
-#: The mask of references: low-pass in which the particle is seen, extension, edge; angstrom.
-SNUG = 12.0, 0.0, 8.0
 #: Rounds, where none are told, and the share of the expected error by which orientations that have
 #: settled still move.
 FEWEST, MOST, SETTLED = 5, 15, 0.1
@@ -97,19 +96,6 @@ class HalvesRefinement:
         return self.astray_fraction <= BELIEVED
 
 
-@dataclass(frozen=True, eq=False)
-class _Round:
-    """The half-maps of a round, and what each half is refined against next."""
-
-    pair: maps.HalfMaps
-    mask: np.ndarray
-    snug: np.ndarray
-    fsc: maps.HalfMapFsc
-    weight: np.ndarray
-    references: list[Density]
-    finest_angstrom: float
-
-
 def refine_halves(
     stack: ParticleStack,
     *,
@@ -133,7 +119,8 @@ def refine_halves(
     and in their frames, are brought there, by the map of their own half, and the rounds go on, if
     they are more than one in a hundred of 4,000. At the end it is by the other half's map, and all
     are refined against the map of all. Of 20,000 particles and more a random part of 10,000 settles
-    first; then all are refined from where they were given, first against the maps of the part.
+    first; all are then refined from where they were given, first against its maps. The maps of
+    rounds are in boxes of 128 voxels, or larger where they show more; the last in the images'.
 
     Parameters
     ----------
@@ -171,9 +158,8 @@ def refine_halves(
     given = stack.divided().with_half_sets(seed).replace(contrast=None)
     told: dict[str, object] = {"rounds": rounds, "symmetry": symmetry, "seed": seed}
     told |= {"resolution_angstrom": resolution_angstrom, "joined_angstrom": joined_angstrom}
-    maps_of = partial(
-        _round, joined_angstrom=joined_angstrom, symmetry=symmetry, seed=seed, scheduler=scheduler
-    )
+    maps_of = partial(maps_of_round, joined_angstrom=joined_angstrom, symmetry=symmetry, seed=seed)
+    maps_of = partial(maps_of, scheduler=scheduler)
     again = partial(found_again, search=search, symmetry=symmetry, scheduler=scheduler)
     steps = _Steps(maps_of, again, search, rounds, scheduler, progress)
     kept = Kept(work, given, told | {"search": asdict(search)})
@@ -205,7 +191,7 @@ def _check(stack: ParticleStack, rounds: int | None, work: PathLike | None, seed
 class _Steps:
     """What all rounds of a refinement do alike."""
 
-    maps_of: Callable[[ParticleStack], _Round]
+    maps_of: Callable[..., RoundMaps]
     again: Callable[..., tuple[ParticleStack, float]]
     search: Search
     rounds: int | None
@@ -221,7 +207,8 @@ class _Steps:
             some = replace(begin, now=begin.now.select(rows))
             kept_part = kept.of_part(some.now)
             few = self.settled(some.now, kept_part.read() or some, kept_part, FEWEST)
-            begin, first = replace(begin, used=few.used[-1:]), self.maps_of(few.now)
+            first = self.maps_of(few.now, refined_angstrom=few.used[-1])
+            begin = replace(begin, used=few.used[-1:])
         return self.settled(begin.now, so_far or begin, kept, LAST if many else FEWEST, first)
 
     def settled(
@@ -230,7 +217,7 @@ class _Steps:
         so_far: Rounds,
         kept: Kept,
         least: int,
-        first: _Round | None = None,
+        first: RoundMaps | None = None,
     ) -> Rounds:
         """Rounds until orientations have settled; the first by maps that are there already."""
         from tqdm.auto import tqdm
@@ -239,12 +226,13 @@ class _Steps:
         with tqdm(total=most, initial=so_far.count, desc="rounds", disable=silent) as bar:
             while so_far.count < most and not so_far.ended:
                 known = first if so_far.count == 0 else None
-                so_far = self._refined(so_far, given, known or self.maps_of(so_far.now), least)
+                known = known or self.maps_of(so_far.now, refined_angstrom=so_far.used[-1])
+                so_far = self._refined(so_far, given, known, least)
                 kept.write(so_far)
                 bar.update()
         return so_far
 
-    def _refined(self, so_far: Rounds, given: ParticleStack, now: _Round, least: int) -> Rounds:
+    def _refined(self, so_far: Rounds, given: ParticleStack, now: RoundMaps, least: int) -> Rounds:
         """One more round: each half is refined against its map."""
         begins, limit = so_far.count == 0, now.finest_angstrom
         used = (*so_far.used, max(limit, so_far.used[0]) if begins else limit)
@@ -254,7 +242,7 @@ class _Steps:
             search=self.search if begins else self.search.near, scheduler=self.scheduler,
         )  # fmt: skip
         done = Rounds(separate, rescaled(separate), used)
-        settled = self.rounds is None and least <= done.count < MOST
+        settled = self.rounds is None and least <= done.count < MOST and not now.coarse
         if settled and _settled(so_far.now, separate):
             found, astray = self.again(done.now, given, now.references, now.snug, used[-1])
             return replace(done, ended=True) if astray < ASTRAY else replace(done, now=found)
@@ -269,7 +257,7 @@ def _settled(before: ParticleStack, after: RefinedStack) -> bool:
 
 def _against_all(
     stack: ParticleStack,
-    last: _Round,
+    last: RoundMaps,
     resolution_angstrom: float,
     search: Search,
     symmetry: str,
@@ -287,7 +275,7 @@ def _against_all(
 def _ended(
     particles: RefinedStack,
     separate: RefinedStack,
-    last: _Round,
+    last: RoundMaps,
     held_out: tuple[float, float],
     so_far: Rounds,
     joined_angstrom: float,
@@ -313,80 +301,6 @@ def _ended(
             stacklevel=3,
         )
     return ended
-
-
-def _round(
-    stack: ParticleStack,
-    joined_angstrom: float,
-    symmetry: str,
-    seed: Seed,
-    scheduler: str | Client | None,
-) -> _Round:
-    """Reconstruct the halves, see how far they agree, and filter them to that."""
-    pair = half_maps(stack, independent=True, symmetry=symmetry, scheduler=scheduler)
-    mask = maps.soft_mask(pair.mean)
-    fsc = maps.half_map_fsc(pair, mask, seed=seed)
-    weight = fsc.corrected.up_to_crossing(0.143)
-    coarse = fsc.corrected.frequencies <= 1 / joined_angstrom
-    weight[coarse] = np.clip(fsc.corrected.values[coarse], 0.143, 1)
-    # Noise about the particle costs orientations; to judge the maps by, a mask must be wide.
-    finest = max(SNUG[0], fsc.corrected.resolution(0.143).angstrom)
-    snug = maps.soft_mask(
-        pair.mean,
-        resolution_angstrom=min(finest, 20.0),
-        extend_angstrom=SNUG[1],
-        edge_angstrom=SNUG[2],
-        noise=Density((pair.first.values - pair.second.values) / 2, pair.mean.voxel_size_angstrom),
-    )
-    one, two = (masked(snug, maps.filtered(d, weight)) for d in (pair.first, pair.second))
-    # Within the mask already: it would spread what is shared over finer shells.
-    shared = _share_low_resolution(maps.HalfMaps(one, two, independent=True), joined_angstrom)
-    limit = min(fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
-    return _Round(pair, mask, snug, fsc, weight, [shared.first, shared.second], limit)
-
-
-def masked(mask: np.ndarray, density: Density) -> Density:
-    """A density within a mask."""
-    return Density(mask * density.values, density.voxel_size_angstrom)
-
-
-def half_maps(
-    stack: ParticleStack,
-    *,
-    independent: bool,
-    symmetry: str = "C1",
-    scheduler: str | Client | None = None,
-) -> maps.HalfMaps:
-    """Reconstruct each half-set."""
-    first, second = (
-        reconstruction.reconstruct(
-            stack.select(stack.half(half)), symmetry=symmetry, scheduler=scheduler
-        )
-        for half in (1, 2)
-    )
-    return maps.HalfMaps(first, second, independent)
-
-
-def believed(pair: maps.HalfMaps, fsc: maps.HalfMapFsc) -> Density:
-    """The mean of half-maps, each shell by what correlates: ``sqrt(2 FSC / (1 + FSC))``."""
-    f = fsc.corrected.up_to_crossing(0.0)
-    return maps.filtered(pair.mean, np.sqrt(2 * f / (1 + f)))
-
-
-def _finer(density: Density, resolution_angstrom: float) -> Density:
-    """Leave out what is coarser than ``resolution_angstrom``."""
-    coarse = density.low_passed(resolution_angstrom).values
-    return Density(density.values - coarse, density.voxel_size_angstrom)
-
-
-def _share_low_resolution(pair: maps.HalfMaps, resolution_angstrom: float) -> maps.HalfMaps:
-    """Let half-maps share what is coarser, so that their frames do not drift apart."""
-    low = pair.mean.low_passed(resolution_angstrom).values
-    first, second = (
-        Density(_finer(d, resolution_angstrom).values + low, d.voxel_size_angstrom)
-        for d in (pair.first, pair.second)
-    )
-    return maps.HalfMaps(first, second, pair.independent)
 
 
 def refine_each_half(
@@ -419,7 +333,7 @@ def refine_each_half(
 
 
 def _held_out(
-    last: _Round,
+    last: RoundMaps,
     stack: ParticleStack,
     resolution_angstrom: float,
     joined_angstrom: float,
@@ -435,8 +349,8 @@ def _held_out(
         return np.nan, np.nan
     others = []
     for half_map in (last.pair.second, last.pair.first):
-        fine = masked(last.mask, _finer(maps.filtered(half_map, last.weight), cutoff))
-        others.append(_finer(fine, cutoff))  # the mask spreads over shells
+        fine = masked(last.mask, finer(maps.filtered(half_map, last.weight), cutoff))
+        others.append(finer(fine, cutoff))  # the mask spreads over shells
     stack = stack.select(asked(stack))
     exchanged = stack.with_poses(np.roll(stack.oriented(), 1, axis=0))
     judge = Search(starts=1, steps=0)

@@ -22,7 +22,7 @@ from ..symmetry import group
 from .check import SYMMETRIC, check_symmetry, coarse_sample
 from .elsewhere import found_again, with_likely_errors
 from .fit import DEFAULT, RefinedStack, refine
-from .halves import believed, half_maps
+from .rounds import believed, half_maps
 from .search import Search
 
 if TYPE_CHECKING:
