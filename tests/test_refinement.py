@@ -1210,6 +1210,15 @@ def test_what_was_brought_elsewhere_is_kept(asked, tmp_path, monkeypatch):
     assert rotations.distance(again.particles.quaternions, TRUE).mean() > 0.25
 
 
+def test_what_follows_the_rounds_is_shown_too(asked, capsys):
+    """Of many images it takes as long as a round or two: the maps of all, and all against them."""
+    refine_halves(particles(half_set=np.arange(N) % 2 + 1), rounds=1, progress=True, seed=9)
+    shown = capsys.readouterr().err
+    after = shown[shown.rindex("rounds:") :]
+    assert after.count("back-projection: 100%") == 2 and "refinement: 100%" in after
+    assert "back-projection" not in shown[: shown.rindex("rounds:")]
+
+
 def test_told_rounds_are_that_many(asked, monkeypatch):
     """Wherever particles lie, they are sought at the end only."""
     monkeypatch.setattr(halves, "FEWEST", 1)

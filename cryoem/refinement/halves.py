@@ -144,7 +144,7 @@ def refine_halves(
     scheduler : str or distributed.Client, optional
         Whose workers refine and back-project; see :func:`cryoem.orient`.
     progress : bool
-        Show a bar.
+        Show bars, of the rounds and of what follows them.
 
     Returns
     -------
@@ -166,7 +166,7 @@ def refine_halves(
     so_far = steps.of_many(Rounds(None, given, (resolution_angstrom,)), kept, seed)
     separate, used = so_far.separate, so_far.used
     assert separate is not None  # there was at least one round
-    last = maps_of(now := rescaled(separate))
+    last = maps_of(now := rescaled(separate), progress=progress)
     held_out = _held_out(last, now, used[-1], joined_angstrom, scheduler)
     if not so_far.sought:
         found, astray = again(now, given, last.references[::-1], last.snug, used[-1])
@@ -174,7 +174,7 @@ def refine_halves(
             astray = surely_astray(now, found, last.references[::-1], used[-1], search, scheduler)
         so_far = replace(so_far, now=found, ended=True, sought=True, astray=astray)
         kept.write(so_far)
-    everyone = _against_all(so_far.now, last, used[-1], search, symmetry, scheduler)
+    everyone = _against_all(so_far.now, last, used[-1], search, symmetry, scheduler, progress)
     return _ended(everyone, separate, last, held_out, so_far, joined_angstrom)
 
 
@@ -262,12 +262,13 @@ def _against_all(
     search: Search,
     symmetry: str,
     scheduler: str | Client | None,
+    progress: bool,
 ) -> RefinedStack:
     """Refine all against the map of all: so far as the halves say that it can be believed."""
     whole = masked(last.snug, maps.filtered(last.pair.mean, 2 * last.weight / (1 + last.weight)))
     found = refine(
         stack, whole, resolution_angstrom=resolution_angstrom, search=search.near,
-        scheduler=scheduler,
+        scheduler=scheduler, progress=progress,
     )  # fmt: skip
     return with_likely_errors(found, whole, last.snug, search, symmetry, scheduler)
 

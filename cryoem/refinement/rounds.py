@@ -51,13 +51,17 @@ def maps_of_round(
     symmetry: str,
     seed: Seed,
     scheduler: str | Client | None,
+    progress: bool = False,
 ) -> RoundMaps:
     """Reconstruct the halves, see how far they agree, and filter them to that.
 
     In a box that shows more than they were refined to, or, where that is not told, in the images'.
     """
     box = stack.box_px if refined_angstrom is None else _box(stack, refined_angstrom)
-    pair = half_maps(stack, independent=True, symmetry=symmetry, box_px=box, scheduler=scheduler)
+    pair = half_maps(
+        stack, independent=True, symmetry=symmetry, box_px=box, scheduler=scheduler,
+        progress=progress,
+    )  # fmt: skip
     mask = maps.soft_mask(pair.mean)
     fsc = maps.half_map_fsc(pair, mask, seed=seed)
     weight = fsc.corrected.up_to_crossing(0.143)
@@ -104,11 +108,16 @@ def half_maps(
     symmetry: str = "C1",
     box_px: int | None = None,
     scheduler: str | Client | None = None,
+    progress: bool = False,
 ) -> maps.HalfMaps:
     """Reconstruct each half-set."""
     first, second = (
         reconstruction.reconstruct(
-            stack.select(stack.half(half)), box_px=box_px, symmetry=symmetry, scheduler=scheduler
+            stack.select(stack.half(half)),
+            box_px=box_px,
+            symmetry=symmetry,
+            scheduler=scheduler,
+            progress=progress,
         )
         for half in (1, 2)
     )
