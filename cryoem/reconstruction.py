@@ -124,6 +124,7 @@ def reconstruct(
             sums.right, spectrum, prior, iterations=iterations, rtol=left, support=_ball(size),
             callback=bar.update,
         )  # fmt: skip
+        bar.total = bar.n  # fewer were enough
     k = fourier.radius((size,) * 3, half=True)
     restored = scipy.fft.rfftn(values, workers=fourier.WORKERS)
     restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)

@@ -1219,6 +1219,15 @@ def test_what_follows_the_rounds_is_shown_too(asked, capsys):
     assert "back-projection" not in shown[: shown.rindex("rounds:")]
 
 
+def test_a_bar_is_full_where_fewer_rounds_or_steps_were_enough(asked, capsys, monkeypatch):
+    monkeypatch.setattr(halves, "_settled", lambda *_: True)
+    refine_halves(particles(half_set=np.arange(N) % 2 + 1), progress=True, seed=9)
+    shown = capsys.readouterr().err
+    ends = [shown.rindex(bar) for bar in ("rounds: 100%", "conjugate gradients: 100%")]
+    assert "5/5" in shown[ends[0] :].split("\r")[0]
+    assert "/90" not in shown[ends[1] :].split("\r")[0]
+
+
 def test_told_rounds_are_that_many(asked, monkeypatch):
     """Wherever particles lie, they are sought at the end only."""
     monkeypatch.setattr(halves, "FEWEST", 1)

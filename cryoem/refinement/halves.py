@@ -230,6 +230,7 @@ class _Steps:
                 so_far = self._refined(so_far, given, known, least)
                 kept.write(so_far)
                 bar.update()
+            bar.total = so_far.count  # fewer were enough
         return so_far
 
     def _refined(self, so_far: Rounds, given: ParticleStack, now: RoundMaps, least: int) -> Rounds:
