@@ -1,11 +1,17 @@
 """Projection matching: the baseline that needs no training when the density is known."""
 
+from __future__ import annotations
+
+import contextlib
+import threading
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from . import fourier, imaging, rotations, threads
+from . import fourier, imaging, rotations, threads, workers
 from .density import Density
 from .errors import InputError
 from .noise import Noise
@@ -14,6 +20,9 @@ from .preprocessing import Preprocessing, check_fits
 from .projection import Projector
 from .surveying import check_white, with_noise
 from .symmetry import Group, group
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 __all__ = ["MatchedStack", "candidates", "match", "orientations"]
 
@@ -48,6 +57,7 @@ def match(
     preprocessing: Preprocessing,
     *,
     references: int = 21_600,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> MatchedStack:
     """Give each image the orientation of the reference projection that it correlates with best.
@@ -62,8 +72,10 @@ def match(
         Images and references are compared after it.
     references : int
         About so many, spread evenly over SO(3); 21,600 are about 9 degrees apart.
+    scheduler : str or distributed.Client, optional
+        Whose workers match, each with references of its own; see :func:`cryoem.orient`.
     progress : bool
-        Show a bar.
+        Show a bar of the references that this process projects.
 
     Returns
     -------
@@ -77,7 +89,7 @@ def match(
     """
     check_white(density)
     q, _, scores = candidates(
-        stack, density, preprocessing, references=references, progress=progress
+        stack, density, preprocessing, references=references, scheduler=scheduler, progress=progress
     )
     return stack.extended(
         MatchedStack,
@@ -99,13 +111,14 @@ def candidates(
     symmetry: str = "C1",
     shifts_px: Float[np.ndarray, "n s 2"] | None = None,
     references: int = 21_600,
+    scheduler: str | Client | None = None,
     progress: bool = False,
 ) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c 2"], Float[np.ndarray, "n c"]]:
     """The orientations of the references that each image correlates with best, and how well.
 
     Parameters
     ----------
-    stack, density, preprocessing, references, progress
+    stack, density, preprocessing, references, scheduler, progress
         See :func:`match`.
     count : int
         How many of each image, the best first.
@@ -135,7 +148,6 @@ def candidates(
     tried = stack.shifts_px[:, None] if shifts_px is None else shifts_px
     best, step = np.zeros((2, len(stack), count), int)
     scores = np.empty((len(stack), count), np.float32)
-    points = group(symmetry)
     # One set of references for all optics groups: whitened by their mean. They are projected in the
     # pixels in which they are compared.
     box, down = stack.box_px, preprocessing.down_px
@@ -144,23 +156,71 @@ def candidates(
         mean = Noise(stack.noise.power.mean(axis=0))
         gain = mean.whitening(box)[0]
         gain_down = mean.gain(fourier.radius((down, down), half=True) / box)[0]
-    table = _table(known, density.resampled(down), preprocessing, gain_down, progress)
-
-    def place(part: tuple[int, ParticleStack]) -> None:
-        rows = slice(part[0], part[0] + len(part[1]))
-        frames = part[1].images[:]
-        frames = frames if gain is None else imaging.apply_ctf(frames, gain)
-        small = preprocessing.reduce(frames, ctf=part[1].ctf())
-        correlation, at_step = _over_shifts(small, preprocessing, table, tried[rows] * (down / box))
-        best[rows], scores[rows] = _best_apart(correlation, known, count, apart_rad, points)
-        step[rows] = np.take_along_axis(at_step, best[rows], axis=1)
-
-    at_once = min(AT_ONCE, 1 + len(stack) // threads.count())
-    at_once = max(1, min(at_once, SCORES // (len(known) * threads.count())))
+    job = _Matching(
+        known, density.resampled(down), preprocessing, gain, gain_down, count, apart_rad,
+        symmetry, progress and scheduler is None,
+    )  # fmt: skip
+    if scheduler is None:
+        job.projected()  # by all threads, which then share them
+    working = threads.count() if scheduler is None else 1
+    most = max(1, min(AT_ONCE, SCORES // (len(known) * working)))
+    at_once = workers.shared_out(len(stack), most, scheduler)
     starts = range(0, len(stack), at_once)
-    for _ in threads.each(place, zip(starts, stack.chunks(at_once), strict=True), ahead=1):
-        pass
+    parts = (
+        (start, (part, tried[start : start + at_once] * (down / box)))
+        for start, part in zip(starts, stack.chunks(at_once), strict=True)
+    )
+    here = partial(threads.each, ahead=1)
+    with contextlib.closing(workers.worked(job, parts, scheduler, here=here)) as matched:
+        for start, found in matched:
+            rows = slice(start, start + at_once)
+            best[rows], step[rows], scores[rows] = found
     return known[best], np.take_along_axis(tried, step[..., None], axis=1), scores
+
+
+#: Threads of one worker share its references.
+_projecting = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class _Matching:
+    """What is done to each part of the images, by references that are projected where it is done.
+
+    They are many megabytes, and sooner made than sent.
+    """
+
+    known: Float[np.ndarray, "r 4"]
+    coarse: Density
+    preprocessing: Preprocessing
+    gain: np.ndarray | None
+    gain_down: np.ndarray | None
+    count: int
+    apart_rad: float
+    symmetry: str
+    progress: bool
+
+    @cached_property
+    def _references(self) -> Float[np.ndarray, "r p"]:
+        return _table(self.known, self.coarse, self.preprocessing, self.gain_down, self.progress)
+
+    def projected(self) -> Float[np.ndarray, "r p"]:
+        """The references, projected the first time."""
+        with _projecting:
+            return self._references
+
+    def place(
+        self, start: int, part: tuple[ParticleStack, Float[np.ndarray, "n s 2"]]
+    ) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each image its best references, at which of its shifts, and how well."""
+        stack, shifts_px = part
+        frames = stack.images[:]
+        frames = frames if self.gain is None else imaging.apply_ctf(frames, self.gain)
+        small = self.preprocessing.reduce(frames, ctf=stack.ctf())
+        correlation, at_step = _over_shifts(small, self.preprocessing, self.projected(), shifts_px)
+        best, scores = _best_apart(
+            correlation, self.known, self.count, self.apart_rad, group(self.symmetry)
+        )
+        return start, (best, np.take_along_axis(at_step, best, axis=1), scores)
 
 
 def orientations(references: int, symmetry: str = "C1") -> Float[np.ndarray, "r 4"]:

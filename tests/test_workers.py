@@ -13,6 +13,7 @@ from cryoem import (
     ab_initio,
     classify,
     evaluation,
+    matching,
     read_particles,
     reconstruct,
     refine,
@@ -27,6 +28,7 @@ from cryoem.errors import InputError
 from cryoem.io.particles import write_particles
 from cryoem.io.stacks import ImageStack, open_array
 from cryoem.noise import Noise
+from cryoem.preprocessing import Preprocessing
 
 N = 90
 
@@ -69,6 +71,24 @@ def test_workers_back_project_to_the_same_map(cluster, truth, symmetry):
     np.testing.assert_allclose(there.values, here.values, atol=1e-4 * here.values.max())
 
 
+def test_workers_match_to_the_same_candidates(cluster, truth, density, monkeypatch):
+    monkeypatch.setattr("cryoem.matching.AT_ONCE", 16)
+    reading = Preprocessing(24, 24, 20, density.voxel_size_angstrom)
+    shifts = truth.shifts_px[:, None] + np.array([[0, 0], [2, 0], [0, 2]])
+    options = {"count": 3, "apart_rad": 0.5, "shifts_px": shifts, "references": 512}
+    here = matching.candidates(truth, density, reading, **options)
+    away = matching.candidates(
+        truth, density, reading, scheduler=cluster.scheduler_address, **options
+    )
+    for mine, others in zip(here, away, strict=True):
+        np.testing.assert_allclose(others, mine, atol=1e-6)
+    seen = matching.match(
+        truth, density, reading, references=512, scheduler=cluster.scheduler_address
+    )
+    known = matching.match(truth, density, reading, references=512)
+    np.testing.assert_array_equal(seen.quaternions, known.quaternions)
+
+
 def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
     monkeypatch.undo()  # at once, all images of a half and many references
     monkeypatch.setattr("cryoem.refinement.fit.SENT", 1)
@@ -80,9 +100,11 @@ def test_halves_are_refined_by_workers(cluster, truth, monkeypatch):
     there = refine_halves(truth, scheduler=cluster.scheduler_address, **options)
     # Two maps before the round and after it; each half refined, held out twice, and tried elsewhere
     # on the sphere, coarsely and to the end, and where it is; all refined; those that are made of
-    # the map refined, and each half of them tried elsewhere.
+    # the map refined, and each half of them tried elsewhere: at matches, in the frame and then on
+    # the sphere.
     kinds = [type(job).__name__ for job in asked]
     assert kinds.count("_BackProjecting") == 4 and kinds.count("_Refining") == 13 + 1 + 6
+    assert kinds.count("_Matching") == 2 * 4
     errors = evaluation.orientation_errors(
         there.particles.quaternions, here.particles.quaternions, over="none"
     )

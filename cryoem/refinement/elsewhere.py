@@ -256,7 +256,7 @@ def _likelier(
             continue
         places, there_px, likely = _places(
             given.select(mine), reference, mask, search, symmetry, resolution_angstrom,
-            everywhere_px,
+            everywhere_px, scheduler,
         )  # fmt: skip
         refined = partial(refine, density=reference, least_contrast=least, scheduler=scheduler)
         for start in range(0, len(mine), AT_ONCE):
@@ -342,6 +342,7 @@ def _places(
     symmetry: str,
     resolution_angstrom: float,
     everywhere_px: Float[np.ndarray, "s 2"],
+    scheduler: str | Client | None,
 ) -> tuple[Float[np.ndarray, "n c 4"], Float[np.ndarray, "n c 2"], Float[np.ndarray, "n c"]]:
     """Where particles match best, and the logarithm of the likelihood there; -inf: no place."""
     box, voxel = stack.box_px, stack.pixel_size_angstrom
@@ -354,20 +355,22 @@ def _places(
         crop = min(small, 2 * int(np.ceil(1.1 * reach * small / box)) + 2)
         return Preprocessing(box, small, crop, voxel)
 
-    apart: dict[str, Any] = {"apart_rad": 2 * _reach(search), "symmetry": symmetry}
+    told: dict[str, Any] = {
+        "apart_rad": 2 * _reach(search), "symmetry": symmetry, "scheduler": scheduler
+    }  # fmt: skip
     shifts = stack.shifts_px[:, None]
     tried = np.broadcast_to(everywhere_px, (len(stack), *everywhere_px.shape))
     if len(everywhere_px) > LIKELY:
         coarse = by_detail(max(resolution_angstrom, LOCATED))
         _, tried, _ = matching.candidates(
-            stack, reference, coarse, count=LIKELY, shifts_px=tried, references=FEW, **apart
+            stack, reference, coarse, count=LIKELY, shifts_px=tried, references=FEW, **told
         )
     if not np.allclose(tried, shifts):
         shifts = np.concatenate([shifts, tried], axis=1)
     detail = max(resolution_angstrom, float(np.clip(reach * voxel / PERIODS, *COARSE)))
     finer = by_detail(detail)
     places, shifts, scores = matching.candidates(
-        stack, reference, finer, count=PLACES, shifts_px=shifts, references=REFERENCES, **apart
+        stack, reference, finer, count=PLACES, shifts_px=shifts, references=REFERENCES, **told
     )
     # Of normalised images in noise.
     likely = finer.crop_px**2 / 2 * np.maximum(scores, 0) ** 2

@@ -142,7 +142,7 @@ def refine_halves(
     work : path, optional
         A folder in which the rounds are kept: interrupted and called again, it goes on.
     scheduler : str or distributed.Client, optional
-        Whose workers refine and back-project; see :func:`cryoem.orient`.
+        Whose workers match, refine and back-project; see :func:`cryoem.orient`.
     progress : bool
         Show bars, of the rounds and of what follows them.
 
