@@ -88,8 +88,10 @@ class Slices:
     def from_images(self, images: ArrayLike) -> np.ndarray:
         """Turn images into (n, k) slice coefficients; larger ones are down-sampled to the box."""
         images = np.asarray(images, dtype=np.float32)
+        if (edge := images.shape[-1]) < self.box_px:
+            raise InputError(f"wanted images of {self.box_px} px or more, got {edge}")
         spectra = scipy.fft.rfft2(scipy.fft.ifftshift(images, axes=(1, 2)), workers=fourier.WORKERS)
-        ky, kx = self.index_in(edge := images.shape[-1])
+        ky, kx = self.index_in(edge)
         found = spectra[:, ky, kx]
         return found if edge == self.box_px else found * np.float32((self.box_px / edge) ** 2)
 

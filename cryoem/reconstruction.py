@@ -88,7 +88,7 @@ def reconstruct(
 
     Returns
     -------
-    Density
+    Density, in a box of ``box_px`` voxels
 
     References
     ----------
@@ -130,7 +130,7 @@ def reconstruct(
     restored *= np.where(k < size / 2, 1 / np.interp(k, np.arange(len(kept)), kept), 0)
     restored *= size / frame  # lines of fewer voxels have the same sums
     restored = scipy.fft.irfftn(restored, s=values.shape, workers=fourier.WORKERS)
-    return Density(restored, stack.pixel_size_angstrom * frame / size)
+    return Density(restored, stack.pixel_size_angstrom * (frame / size))
 
 
 def kernel_edge(size: int) -> int:
@@ -431,7 +431,7 @@ def _back_projected(
     at_once = job.at_once
     here: Callable[..., Iterable[tuple[int, _Sums]]] = map
     if scheduler is not None:
-        most = max(at_once, SENT * job.slices.at_once)
+        most = max(at_once, SENT * job.slices.at_once * size**2 // stack.box_px**2)
         at_once = workers.shared_out(n, most, scheduler)
         job = replace(job, alone=False)  # a worker uses one core
     elif job.beside(n):

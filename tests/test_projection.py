@@ -253,6 +253,7 @@ def test_opposite_quaternions_give_the_same_image(phantom):
         (lambda d: projection.backproject(np.zeros((5, 8, 8)), Q), "5 images but 6"),
         (lambda d: projection.backproject(np.zeros((6, 8, 9)), Q), r"\(n, size, size\)"),
         (lambda d: projection.backproject(np.full((6, 8, 8), np.nan), Q), "finite: image 0"),
+        (lambda d: projection.Slices(8).from_images(np.zeros((6, 7, 7))), "8 px or more, got 7"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

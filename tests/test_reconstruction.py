@@ -259,6 +259,13 @@ def test_a_map_of_a_smaller_box_is_the_coarse_part_of_the_whole(defocused, box, 
     assert relative_error(found.values, of_small) < 1e-3
 
 
+def test_voxels_are_exactly_the_images_pixels():
+    """To the last digit, whatever they are."""
+    images = imaging.add_noise(np.zeros((9, 12, 12)), 1, variance=1.0)
+    stack = ParticleStack(images, 1.4, quaternions=rotations.uniform(9, 0))
+    assert reconstruct(stack, iterations=1).voxel_size_angstrom == 1.4
+
+
 @pytest.mark.parametrize("box", [1, BOX + 1])
 def test_a_map_of_a_larger_box_than_the_images_is_refused(seen, box):
     with pytest.raises(InputError, match=f"between 2 and the images' {BOX}, got {box}"):

@@ -117,7 +117,7 @@ def refine(
         its noise is not known, the spectrum is estimated from the residuals of a random sample.
     density : Density, a cube
         Of the images' extent, in a larger or smaller box that holds the detail that is used.
-        Contrast is 1 for images in the units of :func:`cryoem.projection.project`.
+        Contrast is 1 for images that are sums of its voxels, as :func:`cryoem.projection.project`'s.
     resolution_angstrom : float
         The finest detail of the density that is used. A density that was not made from these
         images is used to 15 A only: what appears beyond is their own (:func:`refine_against`).
@@ -195,7 +195,8 @@ def _check(
     if density.box_px < stack.box_px and resolution_angstrom < finest * (1 - 1e-6):
         raise InputError(
             f"the density's voxels hold detail of {finest:g} A and coarser, not of "
-            f"{resolution_angstrom:g} A; wanted a density of the images' {stack.box_px} px"
+            f"{resolution_angstrom:g} A; wanted a density of the images' {stack.box_px} px, or a "
+            "coarser resolution"
         )
     if noise_variance is not None and not noise_variance > 0:
         raise InputError(f"noise_variance must be positive, got {noise_variance}")

@@ -119,8 +119,8 @@ def refine_halves(
     and in their frames, are brought there, by the map of their own half, and the rounds go on, if
     they are more than one in a hundred of 4,000. At the end it is by the other half's map, and all
     are refined against the map of all. Of 20,000 particles and more a random part of 10,000 settles
-    first; all are then refined from where they were given, first against its maps. The maps of
-    rounds are in boxes of 128 voxels, or larger where they show more; the last in the images'.
+    first; all are then refined from where they were given, first against its maps. Rounds' maps
+    are in boxes of 128 voxels, or larger where the halves agree to more; the last in the images'.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ class _Steps:
             search=self.search if begins else self.search.near, scheduler=self.scheduler,
         )  # fmt: skip
         done = Rounds(separate, rescaled(separate), used)
-        settled = self.rounds is None and least <= done.count < MOST and not now.coarse
+        settled = self.rounds is None and least <= done.count < MOST
         if settled and _settled(so_far.now, separate):
             found, astray = self.again(done.now, given, now.references, now.snug, used[-1])
             return replace(done, ended=True) if astray < ASTRAY else replace(done, now=found)

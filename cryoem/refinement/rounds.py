@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,20 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["RoundMaps", "believed", "finer", "half_maps", "maps_of_round", "masked"]
 
-#: The mask of references: low-pass in which the particle is seen, extension, edge; angstrom.
+#: The mask of references: low-pass in which the particle is seen, extension, edge; angstrom. The
+#: edge is three voxels at least, and so wider in a small box of a wide frame.
 SNUG = 12.0, 0.0, 8.0
 #: The maps of a round show so much finer detail than the one before refined to, in no smaller boxes
 #: than this, which would win nothing. A box is too small where halves agree to more than this share
-#: of what it can hold, and not worth its while where it is as large as this share of the images'.
+#: of what it can hold: a larger one is taken; and not worth its while where it is as large as this
+#: share of the images'.
 BEYOND, WIDE, SEEN = 1.4, 128, 0.95
 
 
 @dataclass(frozen=True, eq=False)
 class RoundMaps:
-    """The half-maps of a round, and what each half is refined against next.
-
-    ``coarse``: their box is too small to show all that the halves may agree to.
-    """
+    """The half-maps of a round, and what each half is refined against next."""
 
     pair: maps.HalfMaps
     mask: np.ndarray
@@ -40,7 +40,6 @@ class RoundMaps:
     weight: np.ndarray
     references: list[Density]
     finest_angstrom: float
-    coarse: bool
 
 
 def maps_of_round(
@@ -55,9 +54,32 @@ def maps_of_round(
 ) -> RoundMaps:
     """Reconstruct the halves, see how far they agree, and filter them to that.
 
-    In a box that shows more than they were refined to, or, where that is not told, in the images'.
+    In a box that shows more than they were refined to and agree to, or, where the former is not
+    told, in the images'.
     """
-    box = stack.box_px if refined_angstrom is None else _box(stack, refined_angstrom)
+    in_box = partial(
+        _in_box, stack, joined_angstrom=joined_angstrom, symmetry=symmetry, seed=seed,
+        scheduler=scheduler, progress=progress,
+    )  # fmt: skip
+    if refined_angstrom is None:
+        return in_box(stack.box_px)
+    made = in_box(box := _box(stack, refined_angstrom))
+    extent = stack.box_px * stack.pixel_size_angstrom
+    while box < stack.box_px and SEEN * made.finest_angstrom < 2 * extent / box:
+        made = in_box(box := _box(stack, made.finest_angstrom))
+    return made
+
+
+def _in_box(
+    stack: ParticleStack,
+    box: int,
+    *,
+    joined_angstrom: float,
+    symmetry: str,
+    seed: Seed,
+    scheduler: str | Client | None,
+    progress: bool,
+) -> RoundMaps:
     pair = half_maps(
         stack, independent=True, symmetry=symmetry, box_px=box, scheduler=scheduler,
         progress=progress,
@@ -76,17 +98,12 @@ def maps_of_round(
         edge_angstrom=SNUG[2],
         noise=Density((pair.first.values - pair.second.values) / 2, pair.mean.voxel_size_angstrom),
     )
-    one, two = (masked(snug, maps.filtered(d, weight)) for d in (pair.first, pair.second))
+    seen = weight * (stack.box_px / box)  # of the images' contrast: sums over fewer voxels
+    one, two = (masked(snug, maps.filtered(d, seen)) for d in (pair.first, pair.second))
     # Within the mask already: it would spread what is shared over finer shells.
     shared = _share_low_resolution(maps.HalfMaps(one, two, independent=True), joined_angstrom)
-    # Of the images' contrast: sums over fewer voxels.
-    references = [
-        Density(stack.box_px / box * d.values, d.voxel_size_angstrom)
-        for d in (shared.first, shared.second)
-    ]
     limit = min(fsc.corrected.resolution(0.143).angstrom, joined_angstrom)
-    coarse = box < stack.box_px and SEEN * limit < 2 * pair.mean.voxel_size_angstrom
-    return RoundMaps(pair, mask, snug, fsc, weight, references, limit, coarse)
+    return RoundMaps(pair, mask, snug, fsc, weight, [shared.first, shared.second], limit)
 
 
 def _box(stack: ParticleStack, angstrom: float) -> int:
