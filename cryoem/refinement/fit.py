@@ -117,7 +117,7 @@ def refine(
         its noise is not known, the spectrum is estimated from the residuals of a random sample.
     density : Density, a cube
         Of the images' extent, in a larger or smaller box that holds the detail that is used.
-        Contrast is 1 for images that are sums of its voxels, as :func:`cryoem.projection.project`'s.
+        Contrast is 1 for images that are sums of its voxels (:func:`cryoem.projection.project`).
     resolution_angstrom : float
         The finest detail of the density that is used. A density that was not made from these
         images is used to 15 A only: what appears beyond is their own (:func:`refine_against`).
