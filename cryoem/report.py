@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from .maps import HalfMapFsc, HalfMaps, ReferenceBias
+    from .maps import HalfMapFsc, HalfMaps, ReferenceBias, Sharpened
     from .noise import Noise
 
 __all__ = ["environment", "growth_figure", "map_summary", "peak_memory_gb", "write", "write_map"]
@@ -199,11 +199,15 @@ def write_map(
     Returns
     -------
     dict
-        The :func:`map_summary` that it shows.
+        The :func:`map_summary` that it shows, with the B factor where the map could be sharpened.
     """
     import matplotlib.pyplot as plt
 
+    from . import maps
+
     summary = map_summary(half_maps, curves, mask, quaternions, symmetry=symmetry, test=test)
+    if (sharp := maps.sharpened(half_maps, curves, mask)) is not None:
+        summary["b_factor_angstrom2"] = sharp.b_factor_angstrom2
     first: list[Any] = list(notes)
     if test is not None and not test.believable:
         first.append(
@@ -225,26 +229,45 @@ def write_map(
     first.append([["measured", "value"], *([k, v] for k, v in shown.items())])
     finest = summary["resolution_fsc0143_angstrom"]
     lines, views, pictures = _map_figures(half_maps, curves, quaternions, finest)
-    sections: list[tuple[str, Sequence[Any]]] = [
-        ("Result", first),
-        ("Fourier shell correlation", [(lines, "FSC of the half-maps.")]),
-        ("Coverage", [(views, "Where the particles were seen from, relative to uniform.")]),
-        ("Map", [(pictures, "Central slices.")]),
+    sections: list[tuple[str, Sequence[Any]]] = [("Result", first)]
+    pages = [
+        ("Fourier shell correlation", lines, "FSC of the half-maps."),
+        ("Coverage", views, "Where the particles were seen from, relative to uniform."),
+        ("Map", pictures, "Central slices."),
     ]
-    figures = [lines, views, pictures]
+    if sharp is not None:
+        caption = "Fall-off of the map beside a protein's that is blurred as much; and undone."
+        pages.append(("Sharpened", _sharpening_figure(sharp), caption))
     if noise is not None:
-        figures.append(_noise_figure(noise, half_maps.first.voxel_size_angstrom))
-        sections.append(("Noise", [(figures[-1], "Power of the images' noise.")]))
+        figure = _noise_figure(noise, half_maps.first.voxel_size_angstrom)
+        pages.append(("Noise", figure, "Power of the images' noise."))
     if growth:
-        figures.append(growth_figure(growth))
-        sections.append(
-            ("How it grew", [(figures[-1], "The map of the best start, seen along z.")])
-        )
+        caption = "The map of the best start, seen along z."
+        pages.append(("How it grew", growth_figure(growth), caption))
+    sections += [(heading, [(figure, caption)]) for heading, figure, caption in pages]
     about = [["what", "value"], *([k, str(v)] for k, v in environment().items())]
     write(path, title, [*sections, ("Made with", [about])])
-    for figure in figures:
+    for _, figure, _ in pages:
         plt.close(figure)
     return summary
+
+
+def _sharpening_figure(sharp: Sharpened) -> Figure:
+    """The fit of the B factor, and slices of the map."""
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
+    figure, (ax, below) = plt.subplots(
+        2, 1, figsize=(6, 5.4), layout="constrained", height_ratios=(3, 2.2)
+    )
+    squares = sharp.frequencies**2
+    ax.plot(squares, sharp.logarithms, ".-", color=plots.COLOURS["estimated"], label="the map")
+    ax.plot(squares, sharp.fitted, ":", color="0.3", label="a protein's, blurred as much")
+    ax.set(xlabel="1/d² (1/Å²)", ylabel="log amplitude")
+    ax.legend(frameon=False, fontsize=8, title=f"B = {sharp.b_factor_angstrom2:.0f} Å²")
+    plots.slices(sharp.density, title="sharpened", ax=below)
+    return figure
 
 
 def _noise_figure(noise: Noise, pixel_size_angstrom: float) -> Figure:

@@ -1137,7 +1137,7 @@ def test_a_map_of_an_earlier_run_does_not_pass_for_this_ones(folder, tmp_path):
     noise = rng.standard_normal((60, 32, 32), np.float32)
     stack = ParticleStack(noise, 7.0, quaternions=rotations.uniform(60, 1))
     write_particles(tmp_path / "noise.star", stack)
-    maps = ["r.mrc", "r_half1.mrc", "r_half2.mrc", "r_fsc.star"]
+    maps = ["r.mrc", "r_half1.mrc", "r_half2.mrc", "r_fsc.star", "r_sharpened.mrc"]
     (tmp_path / "r.work").mkdir()
     for name in (*maps, "r_other.mrc", "r.work/rounds.npz"):
         (tmp_path / name).write_text("of an earlier run")

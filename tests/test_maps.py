@@ -5,9 +5,12 @@ from measures import correlation, made_symmetric, relative_error
 from scipy.spatial.transform import Rotation
 
 from cryoem import fourier, maps, report, rotations
-from cryoem.density import Density, Phantom
+from cryoem.cli.mapping import write_halves
+from cryoem.density import Density, Phantom, from_atoms, read_density
 from cryoem.errors import InputError
+from cryoem.maps.sharpening import FIRST, PROTEIN, STEP
 from cryoem.maps.shells import Shells
+from cryoem.structures import load
 from cryoem.symmetry import group
 
 
@@ -269,6 +272,121 @@ def test_the_curves_are_read_back_from_their_star_file(tmp_path):
     assert general["rlnFinalResolution"] == pytest.approx(resolution.angstrom)
     assert general["rlnRandomiseFrom"] == pytest.approx(1 / found.randomised_from)
     assert [p.name for p in tmp_path.iterdir()] == ["fsc.star"]
+
+
+# --------------------------------------------------------------------------------------
+# Sharpening
+
+ATOMS_ANGSTROM = 4.0
+
+
+def blur(resolution_angstrom):
+    """The B factor of an atomic model's density at a resolution."""
+    return 8 * np.pi**2 * (0.225 * resolution_angstrom) ** 2
+
+
+@pytest.fixture(scope="module")
+def protein():
+    return from_atoms(
+        load("1i10"), voxel_size_angstrom=1.8, resolution_angstrom=ATOMS_ANGSTROM, box_px=80
+    )
+
+
+def blurred_halves(density, b_factor, noise):
+    """Half-maps of a density with more of a B factor, and where they differ."""
+    n, voxel = density.box_px, density.voxel_size_angstrom
+    shells = np.arange(1, n // 2) / (n * voxel)
+    soft = maps.filtered(density, np.exp(-b_factor * shells**2 / 4))
+    rng = np.random.default_rng(3)
+    pair = maps.HalfMaps(
+        *(Density(soft.values + noise * rng.standard_normal((n,) * 3), voxel) for _ in range(2)),
+        independent=True,
+    )
+    mask = maps.soft_mask(soft)
+    return pair, maps.half_map_fsc(pair, mask), mask
+
+
+@pytest.mark.parametrize(
+    ("b_factor", "noise", "end", "off"),
+    [(100, 0.1, 4.3, 10), (100, 0.2, 5.8, 20), (200, 0.2, 7.5, 40)],
+)
+def test_the_b_factor_of_a_map_is_found_and_undone(protein, b_factor, noise, end, off):
+    pair, curves, mask = blurred_halves(protein, b_factor, noise * protein.values.max())
+    found = maps.sharpened(pair, curves, mask)
+    finest = curves.corrected.resolution(0.143).angstrom
+    assert finest == pytest.approx(end, abs=0.5)
+    true = -(b_factor + blur(ATOMS_ANGSTROM))
+    assert found.b_factor_angstrom2 == pytest.approx(true, abs=off)
+    f = curves.corrected.up_to_crossing(0.143)
+    gain = np.sqrt(2 * f / (1 + f)) * np.exp(
+        -found.b_factor_angstrom2 * curves.corrected.frequencies**2 / 4
+    )
+    wanted = maps.filtered(pair.mean, gain)
+    np.testing.assert_allclose(found.density.values, wanted.values, rtol=1e-4, atol=1e-4)
+    # A straight line would take a protein's dip for blur.
+    squares = found.frequencies**2
+    assert 1 / found.frequencies[0] < 10 and 1 / found.frequencies[-1] > finest
+    line = 4 * np.polyfit(squares, found.logarithms, 1)[0]
+    assert line < true - off or end < 5
+
+
+def test_what_a_protein_shows_is_what_the_shipped_ones_show():
+    logarithms = []
+    at = FIRST + STEP * np.arange(len(PROTEIN))
+    for name in ("4jsv", "1i10"):
+        d = from_atoms(load(name), voxel_size_angstrom=1.3, resolution_angstrom=ATOMS_ANGSTROM)
+        shells = np.arange(1, d.box_px // 2)
+        k = shells / (d.box_px * d.voxel_size_angstrom)
+        spectrum = np.abs(np.fft.rfftn(d.values)) ** 2
+        sums = Shells(d.box_px)
+        power = (sums.sums(spectrum) / sums.sums(np.ones(spectrum.shape)))[shells]
+        found = 0.5 * np.log(power) + blur(ATOMS_ANGSTROM) * k**2 / 4
+        near = np.exp(-0.5 * ((at[:, None] - k) / 0.005) ** 2) * shells**2
+        found = near @ found / near.sum(axis=1)
+        logarithms.append(found - found.mean())
+    np.testing.assert_allclose(PROTEIN, np.mean(logarithms, axis=0), atol=2e-3)
+    # One protein is as the other where a B factor is fitted.
+    assert np.abs(np.subtract(*logarithms))[at >= 0.1].max() < 0.1
+
+
+@pytest.mark.parametrize(("voxel", "box"), [(4.1, 80), (1.8, 14)])
+def test_a_map_without_fine_detail_is_not_sharpened(voxel, box):
+    """Of 8 A and finer; and of shells enough."""
+    pair = noisy(9 * noise(0, box).values, seed=1, voxel=voxel)
+    mask = np.ones((box,) * 3)
+    curves = maps.half_map_fsc(pair, mask)
+    assert curves.corrected.resolution(0.143).nyquist_limited
+    assert maps.sharpened(pair, curves, mask) is None
+
+
+def test_curves_of_other_maps_do_not_sharpen(protein):
+    pair, curves, _ = blurred_halves(protein, 100, 0.003)
+    small = maps.HalfMaps(pair.first.resampled(60), pair.second.resampled(60), independent=True)
+    with pytest.raises(InputError, match="of the maps' 60 voxels, got 39 shells"):
+        maps.sharpened(small, curves, np.ones((60,) * 3))
+
+
+def test_a_sharpened_map_is_written_beside_the_others(protein, tmp_path):
+    """And shown; where there is none any more, that of an earlier run is put aside."""
+    pair, curves, mask = blurred_halves(protein, 100, 0.01 * protein.values.max())
+    write_halves(tmp_path / "m.mrc", pair, 0)
+    found = maps.sharpened(pair, curves, mask)
+    written = read_density(tmp_path / "m_sharpened.mrc")
+    same = maps.fsc(written, found.density).values[:20]
+    np.testing.assert_allclose(same, 1, atol=1e-3)
+    general = starfile.read(tmp_path / "m_fsc.star", always_dict=True)["general"]
+    used = float(np.ravel(general["rlnBfactorUsedForSharpening"])[0])
+    assert used == pytest.approx(found.b_factor_angstrom2, abs=3)  # its mask is its own
+    told = report.write_map(
+        tmp_path / "m.html", "A map", pair, curves, mask, rotations.uniform(100, 0)
+    )
+    assert told["b_factor_angstrom2"] == found.b_factor_angstrom2
+    assert "<h2>Sharpened</h2>" in (tmp_path / "m.html").read_text()
+    coarse = noisy(np.zeros((24,) * 3), seed=1)
+    with pytest.warns(UserWarning, match="m_sharpened.mrc: of an earlier run"):
+        write_halves(tmp_path / "m.mrc", coarse, 0)
+    names = {"m.mrc", "m.html", "m_half1.mrc", "m_half2.mrc", "m_fsc.star"}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"m_sharpened.mrc.earlier"}
 
 
 # --------------------------------------------------------------------------------------

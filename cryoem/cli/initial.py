@@ -93,9 +93,9 @@ def find_map(
     """Find orientations, shifts and a map from the images alone: no model, no training.
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
-    (.mrc), their FSC (_fsc.star) and a report (.html). Each half of the images is solved by itself;
-    where the two do not agree there is no map: the report says why, nothing else is written, what
-    an earlier run has left is renamed, and the exit code is 3.
+    (.mrc), their FSC (_fsc.star) and a report (.html), as refine does. Each half of the images is
+    solved by itself; where the two do not agree there is no map: the report says why, nothing else
+    is written, what an earlier run has left is renamed, and the exit code is 3.
 
     With --classes K, images of several particles, or of one and of junk, are sorted first by K maps
     that are solved together. All that is said above is then written of each class, as

@@ -53,7 +53,11 @@ def reconstruct_map(
     particles_file: Particles,
     output: MapOut,
     half_maps: Annotated[
-        bool, typer.Option("--half-maps", help="Also OUTPUT_half1, _half2 and their FSC (.star).")
+        bool,
+        typer.Option(
+            "--half-maps",
+            help="Also OUTPUT_half1, _half2, their FSC (.star) and, to 8 A or finer, _sharpened.",
+        ),
     ] = False,
     symmetry: Symmetry = "C1",
     invert: Invert = None,
@@ -124,10 +128,12 @@ def noise_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}_noise.star")
 
 
-def _half_files(output: Path) -> tuple[Path, Path, Path]:
-    """The half-maps of a map, and their FSC."""
-    first, second = (output.with_stem(f"{output.stem}_half{half}") for half in (1, 2))
-    return first, second, output.with_name(f"{output.stem}_fsc.star")
+def _half_files(output: Path) -> tuple[Path, Path, Path, Path]:
+    """The half-maps of a map, their FSC, and the map sharpened."""
+    first, second, sharp = (
+        output.with_stem(f"{output.stem}_{name}") for name in ("half1", "half2", "sharpened")
+    )
+    return first, second, output.with_name(f"{output.stem}_fsc.star"), sharp
 
 
 def put_aside(paths: Iterable[Path]) -> None:
@@ -140,7 +146,7 @@ def put_aside(paths: Iterable[Path]) -> None:
         path.rename(_free(path.with_name(f"{path.name}.earlier")))
     if there:
         warnings.warn(
-            f"{', '.join(map(str, there))}: of an earlier run; this one found no map, and they "
+            f"{', '.join(map(str, there))}: of an earlier run; this one found none, and they "
             "have .earlier behind their names now (.earlier.2 and so on, where there is one)",
             stacklevel=2,
         )
@@ -153,16 +159,25 @@ def _free(path: Path) -> Path:
 
 
 def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
-    """Write the mean of two half-maps, the two, and their FSC, which is returned."""
-    from ..density import write_density
-    from ..maps import half_map_fsc, soft_mask, write_fsc
+    """Write the mean of two half-maps, the two, and their FSC, which is returned.
 
-    curves = half_map_fsc(pair, soft_mask(pair.mean), seed=seed)
+    And the mean sharpened, where they agree to what that takes.
+    """
+    from ..density import write_density
+    from ..maps import half_map_fsc, sharpened, soft_mask, write_fsc
+
+    mask = soft_mask(pair.mean)
+    curves = half_map_fsc(pair, mask, seed=seed)
+    found = sharpened(pair, curves, mask)
     write_density(output, pair.mean)
-    first, second, table = _half_files(output)
+    first, second, table, sharp = _half_files(output)
     write_density(first, pair.first)
     write_density(second, pair.second)
-    write_fsc(table, curves)
+    write_fsc(table, curves, b_factor_angstrom2=None if found is None else found.b_factor_angstrom2)
+    if found is None:
+        put_aside([sharp])
+    else:
+        write_density(sharp, found.density)
     return curves
 
 
@@ -195,12 +210,12 @@ def refine_particles(
     Particles that lie wrongly are sought on the whole sphere, and in their frames.
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
-    (.mrc), their FSC (_fsc.star), the noise (_noise.star) and a report (.html). A reference is used
-    to --resolution only; where the images do not agree beyond it, there is a warning and no map.
+    (.mrc; to 8 A or finer _sharpened, too), their FSC (_fsc.star), the noise (_noise.star) and a
+    report (.html). A reference is used to --resolution only; where the images do not agree beyond
+    it, there is a warning and no map.
 
     Without one there is no map where the halves do not show one particle. Interrupted and called
-    again, it then goes on after the rounds that are done, which are kept in OUTPUT
-    with .work until the end.
+    again, it then goes on after the rounds that are done, kept in OUTPUT with .work until the end.
     """
     from .. import report
     from ..refinement import check_reference, check_symmetry, kept, refine_halves

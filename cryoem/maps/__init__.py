@@ -1,4 +1,4 @@
-"""Judging a map: Fourier shell correlation, half-maps, masks, coverage, registration."""
+"""Judging a map: shell correlation, half-maps, masks, coverage, registration, sharpening."""
 
 from .axes import Axes, find_axes, has_symmetry, symmetry_of
 from .bias import ReferenceBias, reference_bias
@@ -14,6 +14,7 @@ from .correlation import (
 from .masks import soft_mask
 from .registration import Registration, mirrored, register, turned
 from .sampling import Coverage, coverage
+from .sharpening import Sharpened, sharpened
 from .shells import filtered
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ReferenceBias",
     "Registration",
     "Resolution",
+    "Sharpened",
     "coverage",
     "filtered",
     "find_axes",
@@ -34,6 +36,7 @@ __all__ = [
     "mirrored",
     "reference_bias",
     "register",
+    "sharpened",
     "soft_mask",
     "symmetry_of",
     "turned",

@@ -219,13 +219,20 @@ def half_map_fsc(maps: HalfMaps, mask: Float[np.ndarray, "n n n"], *, seed: Seed
     return HalfMapFsc(unmasked, masked, randomised, corrected, at)
 
 
-def write_fsc(path: PathLike, found: HalfMapFsc) -> None:
-    """Write the curves as RELION's post-processing does: a STAR file, atomically."""
+def write_fsc(
+    path: PathLike, found: HalfMapFsc, *, b_factor_angstrom2: float | None = None
+) -> None:
+    """Write the curves as RELION's post-processing does: a STAR file, atomically.
+
+    With the B factor of :func:`~cryoem.maps.sharpened`, where there is one.
+    """
     frequencies = found.corrected.frequencies
     general = {
         "rlnFinalResolution": [found.corrected.resolution(0.143).angstrom],
         "rlnRandomiseFrom": [1 / found.randomised_from],
     }
+    if b_factor_angstrom2 is not None:
+        general["rlnBfactorUsedForSharpening"] = [b_factor_angstrom2]
     curves = {
         "rlnSpectralIndex": np.arange(1, len(frequencies) + 1),
         "rlnResolution": frequencies,
