@@ -227,9 +227,27 @@ def write_map(
     )
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in summary.items()}
     first.append([["measured", "value"], *([k, v] for k, v in shown.items())])
-    finest = summary["resolution_fsc0143_angstrom"]
-    lines, views, pictures = _map_figures(half_maps, curves, quaternions, finest)
+    pages = _drawn(half_maps, curves, quaternions, sharp, noise, growth)
     sections: list[tuple[str, Sequence[Any]]] = [("Result", first)]
+    sections += [(heading, [(figure, caption)]) for heading, figure, caption in pages]
+    about = [["what", "value"], *([k, str(v)] for k, v in environment().items())]
+    write(path, title, [*sections, ("Made with", [about])])
+    for _, figure, _ in pages:
+        plt.close(figure)
+    return summary
+
+
+def _drawn(
+    half_maps: HalfMaps,
+    curves: HalfMapFsc,
+    quaternions: np.ndarray,
+    sharp: Sharpened | None,
+    noise: Noise | None,
+    growth: Sequence[tuple[float, np.ndarray]],
+) -> list[tuple[str, Figure, str]]:
+    """Headings, figures and captions of what there is of a map."""
+    finest = curves.corrected.resolution(0.143).angstrom
+    lines, views, pictures = _map_figures(half_maps, curves, quaternions, finest)
     pages = [
         ("Fourier shell correlation", lines, "FSC of the half-maps."),
         ("Coverage", views, "Where the particles were seen from, relative to uniform."),
@@ -244,12 +262,7 @@ def write_map(
     if growth:
         caption = "The map of the best start, seen along z."
         pages.append(("How it grew", growth_figure(growth), caption))
-    sections += [(heading, [(figure, caption)]) for heading, figure, caption in pages]
-    about = [["what", "value"], *([k, str(v)] for k, v in environment().items())]
-    write(path, title, [*sections, ("Made with", [about])])
-    for _, figure, _ in pages:
-        plt.close(figure)
-    return summary
+    return pages
 
 
 def _sharpening_figure(sharp: Sharpened) -> Figure:
