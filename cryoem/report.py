@@ -180,6 +180,7 @@ def write_map(
     noise: Noise | None = None,
     notes: Sequence[str] = (),
     growth: Sequence[tuple[float, np.ndarray]] = (),
+    sharp: Sharpened | None = None,
 ) -> dict[str, Any]:
     """Write a page about a map: what it resolves, how that was judged, and what to doubt.
 
@@ -195,18 +196,18 @@ def write_map(
         Paragraphs that stand first.
     growth : list of (float, (m, m) array)
         How the map grew: resolutions, angstrom, and projections.
+    sharp : Sharpened, optional
+        The map sharpened.
 
     Returns
     -------
     dict
-        The :func:`map_summary` that it shows, with the B factor where the map could be sharpened.
+        The :func:`map_summary` that it shows, with the B factor of a sharpened map.
     """
     import matplotlib.pyplot as plt
 
-    from . import maps
-
     summary = map_summary(half_maps, curves, mask, quaternions, symmetry=symmetry, test=test)
-    if (sharp := maps.sharpened(half_maps, curves, mask)) is not None:
+    if sharp is not None:
         summary["b_factor_angstrom2"] = sharp.b_factor_angstrom2
     first: list[Any] = list(notes)
     if test is not None and not test.believable:

@@ -151,7 +151,7 @@ def _by_workers(job: Job, parts: Iterator[Part], client: Client) -> Generator[tu
 
 def _bare(part: Any) -> Any:
     """What a worker needs of a chunk."""
-    if isinstance(part, tuple):
+    if type(part) is tuple:
         return tuple(map(_bare, part))
     if isinstance(part, ParticleStack):
         return part.replace(columns={}, origin=None, made_from=())

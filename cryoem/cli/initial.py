@@ -263,7 +263,7 @@ def _one(
     map_path, page = output.with_suffix(".mrc"), output.with_suffix(".html")
     if found.verdict.found:
         write_particles(output, found.particles)
-        write_halves(map_path, found.half_maps, told.seed)
+        sharp = write_halves(map_path, found.half_maps, found.fsc, found.mask)
         write_density(map_path, found.density)
     said = str(found.verdict)
     if not found.verdict.found:  # no picture of what is not there
@@ -289,6 +289,7 @@ def _one(
             + hand,
         ],
         growth=found.history,
+        sharp=sharp,
     )
     typer.echo(
         f"{output}: {said}; symmetry {found.axes.symmetry}, "

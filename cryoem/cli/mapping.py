@@ -38,7 +38,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..density import Density
-    from ..maps import HalfMapFsc, HalfMaps
+    from ..maps import HalfMapFsc, HalfMaps, Sharpened
     from ..particles import ParticleStack
     from ..refinement import HalvesRefinement, ReferenceRefinement
 
@@ -56,7 +56,7 @@ def reconstruct_map(
         bool,
         typer.Option(
             "--half-maps",
-            help="Also OUTPUT_half1, _half2, their FSC (.star) and, to 8 A or finer, _sharpened.",
+            help="Also OUTPUT_half1, _half2, their FSC (.star) and, to 7 A or finer, _sharpened.",
         ),
     ] = False,
     symmetry: Symmetry = "C1",
@@ -72,7 +72,7 @@ def reconstruct_map(
     unless each half was oriented alone.
     """
     from ..density import write_density
-    from ..maps import HalfMaps
+    from ..maps import HalfMaps, half_map_fsc, soft_mask
     from ..reconstruction import reconstruct
     from ..refinement import check_symmetry
 
@@ -105,7 +105,9 @@ def reconstruct_map(
         for half in (1, 2)
     )
     pair = HalfMaps(first, second, independent=False, shared=len(shared_particles(stack)))
-    curves = write_halves(output, pair, seed)
+    mask = soft_mask(pair.mean)
+    curves = half_map_fsc(pair, mask, seed=seed)
+    write_halves(output, pair, curves, mask)
     typer.echo(
         f"{output}: from {len(stack):,} particles; "
         f"{curves.corrected.resolution(0.143).angstrom:.1f} A at FSC 0.143 of {pair.wording}"
@@ -136,7 +138,7 @@ def _half_files(output: Path) -> tuple[Path, Path, Path, Path]:
     return first, second, output.with_name(f"{output.stem}_fsc.star"), sharp
 
 
-def put_aside(paths: Iterable[Path]) -> None:
+def put_aside(paths: Iterable[Path], instead: str = "no map") -> None:
     """Rename what an earlier run has written where this one has nothing to write, and say so.
 
     Stacks of images stay: particle files name them.
@@ -146,8 +148,9 @@ def put_aside(paths: Iterable[Path]) -> None:
         path.rename(_free(path.with_name(f"{path.name}.earlier")))
     if there:
         warnings.warn(
-            f"{', '.join(map(str, there))}: of an earlier run; this one found none, and they "
-            "have .earlier behind their names now (.earlier.2 and so on, where there is one)",
+            f"{', '.join(map(str, there))}: of an earlier run; this one has {instead} to put in "
+            "their place, and they have .earlier behind their names now (.earlier.2 and so on, if "
+            "there is one)",
             stacklevel=2,
         )
 
@@ -158,16 +161,13 @@ def _free(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
-    """Write the mean of two half-maps, the two, and their FSC, which is returned.
-
-    And the mean sharpened, where they agree to what that takes.
-    """
+def write_halves(
+    output: Path, pair: HalfMaps, curves: HalfMapFsc, mask: np.ndarray
+) -> Sharpened | None:
+    """Write the mean of two half-maps, the two, their FSC, and the mean sharpened, if it can be."""
     from ..density import write_density
-    from ..maps import half_map_fsc, sharpened, soft_mask, write_fsc
+    from ..maps import sharpened, write_fsc
 
-    mask = soft_mask(pair.mean)
-    curves = half_map_fsc(pair, mask, seed=seed)
     found = sharpened(pair, curves, mask)
     write_density(output, pair.mean)
     first, second, table, sharp = _half_files(output)
@@ -175,10 +175,10 @@ def write_halves(output: Path, pair: HalfMaps, seed: int) -> HalfMapFsc:
     write_density(second, pair.second)
     write_fsc(table, curves, b_factor_angstrom2=None if found is None else found.b_factor_angstrom2)
     if found is None:
-        put_aside([sharp])
+        put_aside([sharp], "too little detail for one")
     else:
         write_density(sharp, found.density)
-    return curves
+    return found
 
 
 @app.command("refine")
@@ -210,7 +210,7 @@ def refine_particles(
     Particles that lie wrongly are sought on the whole sphere, and in their frames.
 
     Writes OUTPUT (.star, with rlnRandomSubset and cryoemExpectedErrorRad), the map and half-maps
-    (.mrc; to 8 A or finer _sharpened, too), their FSC (_fsc.star), the noise (_noise.star) and a
+    (.mrc; to 7 A or finer _sharpened, too), their FSC (_fsc.star), the noise (_noise.star) and a
     report (.html). A reference is used to --resolution only; where the images do not agree beyond
     it, there is a warning and no map.
 
@@ -248,12 +248,12 @@ def refine_particles(
     else:
         found = _against(reference, stack, resolution or COARSE, symmetry, seed, scheduler, quiet)
         test, notes = found.test, [_moved(found)]
-    _write(output, found, seed)
-    refined = found.particles
+    refined, sharp = found.particles, _write(output, found)
     pair = replace(found.half_maps, shared=len(shared_particles(stack)))
     summary = report.write_map(
         page, f"{len(stack):,} particles of {particles_file.name}", pair, found.fsc, found.mask,
         refined.oriented(), symmetry=symmetry, test=test, noise=refined.noise, notes=notes,
+        sharp=sharp,
     )  # fmt: skip
     typer.echo(
         f"{output}: expected error {np.mean(refined.expected_error_rad):.3f} rad; "
@@ -291,7 +291,7 @@ def _moved(found: ReferenceRefinement) -> str:
     )
 
 
-def _write(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: int) -> None:
+def _write(output: Path, found: HalvesRefinement | ReferenceRefinement) -> Sharpened | None:
     """Write particles and noise; and the map, where there is one, else none stays in its place."""
     from ..density import write_density
     from ..io.particles import write_particles
@@ -302,10 +302,11 @@ def _write(output: Path, found: HalvesRefinement | ReferenceRefinement, seed: in
     write_noise(noise_file(output), found.particles)
     if not found.believable:
         put_aside([map_path, *_half_files(map_path)])
-        return
-    write_halves(map_path, found.half_maps, seed)
+        return None
+    sharp = write_halves(map_path, found.half_maps, found.fsc, found.mask)
     assert found.density is not None
     write_density(map_path, found.density)
+    return sharp
 
 
 def _over(work: Path) -> None:

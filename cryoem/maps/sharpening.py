@@ -14,9 +14,10 @@ __all__ = ["Sharpened", "protein_amplitude", "sharpened"]
 
 #: The detail that a B factor is fitted to, angstrom: from where a particle's shape no longer counts
 #: to where the protein's amplitudes are known; a map that ends before the second has none.
-FROM, NEEDED, TO = 10.0, 8.0, 3.0
-#: Shells between them, at least.
-SHELLS = 5
+FROM, NEEDED, TO = 10.0, 7.0, 3.0
+#: Shells between them, at least; and to what share of Nyquist: maps and images that were made
+#: coarser fall off towards it.
+SHELLS, BELOW = 5, 0.85
 #: Logarithm of a protein's amplitude without any B factor, less its mean, at 1 / d from 0.06 on in
 #: steps of 0.01 per angstrom: of what ships, 4JSV and 1I10, each smoothed (a test makes it anew).
 FIRST, STEP = 0.06, 0.01
@@ -62,8 +63,10 @@ def sharpened(
 
     The logarithm of the particle's amplitude, by the half-maps within the mask, falls off with
     ``B / (4 d^2)`` beside a protein's that is not blurred, from 10 A to where the FSC falls below
-    0.143. A straight line alone (Rosenthal and Henderson) takes the dip that every protein has
-    between 10 and 5 A for blur: of a map that ends at 7 A it would find 150 square angstrom more.
+    0.143, or to 0.85 of Nyquist. A straight line alone (Rosenthal and Henderson) takes the dip that
+    proteins have between 10 and 5 A for blur: of a map that ends at 7 A it would find 150 square
+    angstrom more. Proteins differ, and near 7 A the figure is a rough one. Neither a mask nor a
+    detector's MTF is applied.
 
     Parameters
     ----------
@@ -75,7 +78,7 @@ def sharpened(
     Returns
     -------
     Sharpened, or None
-        Where the halves do not agree to 8 A and finer, in five shells at least.
+        Where the fit would end before 7 A, or with fewer than five shells.
 
     References
     ----------
@@ -87,15 +90,15 @@ def sharpened(
     f, mean = curves.corrected, maps.mean
     if len(f.values) != (n + 1) // 2 - 1:
         raise InputError(f"wanted FSC curves of the maps' {n} voxels, got {len(f.values)} shells")
-    finest = f.resolution(0.143).angstrom
-    agree = np.clip(f.values, 0, 1)
-    used = (f.frequencies >= 1 / FROM) & (f.frequencies <= 1 / max(finest, TO)) & (agree > 0)
-    if finest > NEEDED or used.sum() < SHELLS:
-        return None
+    nyquist = f.nyquist or f.frequencies[-1]
+    finest = max(f.resolution(0.143).angstrom, 1 / (BELOW * nyquist), TO)
     spectrum, shells = half_spectrum(mean.values * mask), Shells(n)
     power = shells.sums(np.abs(spectrum) ** 2) / shells.sums(np.ones(spectrum.shape))
+    agree = np.clip(f.values, 0, 1)
     power = power[1 : len(agree) + 1] * 2 * agree / (1 + agree)
-    used &= power > 0
+    used = (f.frequencies >= 1 / FROM) & (f.frequencies <= 1 / finest) & (power > 0)
+    if finest > NEEDED or used.sum() < SHELLS:
+        return None
     seen = 0.5 * np.log(power[used])
     squares = f.frequencies[used] ** 2
     slope, height = np.polyfit(squares, seen - protein_amplitude(f.frequencies[used]), 1)
