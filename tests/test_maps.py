@@ -359,10 +359,7 @@ def test_what_a_protein_shows_is_what_the_shipped_ones_show():
         d = from_atoms(load(name), voxel_size_angstrom=1.3, resolution_angstrom=ATOMS_ANGSTROM)
         shells = np.arange(1, d.box_px // 2)
         k = shells / (d.box_px * d.voxel_size_angstrom)
-        spectrum = np.abs(np.fft.rfftn(d.values)) ** 2
-        sums = Shells(d.box_px)
-        power = (sums.sums(spectrum) / sums.sums(np.ones(spectrum.shape)))[shells]
-        found = 0.5 * np.log(power) + blur(ATOMS_ANGSTROM) * k**2 / 4
+        found = np.log(shell_amplitudes(d)) + blur(ATOMS_ANGSTROM) * k**2 / 4
         near = np.exp(-0.5 * ((at[:, None] - k) / 0.005) ** 2) * shells**2
         found = near @ found / near.sum(axis=1)
         logarithms.append(found - found.mean())

@@ -537,7 +537,7 @@ def test_an_estimator_is_calibrated_on_what_its_shift_network_leaves(trained, ph
         estimator.calibrate(split, source, images=4096)
         found.append(split.predict(seen, prepared=True).expected_error_rad.mean())
     # How well so small a network learns depends on the last digits, and so on the processor.
-    assert found[0] < 0.75 * found[1] and found[1] > 1.5
+    assert found[0] < 0.6 * found[1] and found[1] > 1.5
 
 
 def test_there_is_nothing_to_calibrate_in_a_network_of_features_alone(preprocessing, source, drawn):

@@ -64,9 +64,8 @@ def sharpened(
     The logarithm of the particle's amplitude, by the half-maps within the mask, falls off with
     ``B / (4 d^2)`` beside a protein's that is not blurred, from 10 A to where the FSC falls below
     0.143, or to 0.85 of Nyquist. A straight line alone (Rosenthal and Henderson) takes the dip that
-    proteins have between 10 and 5 A for blur: of a map that ends at 7 A it would find 150 square
-    angstrom more. Proteins differ, and near 7 A the figure is a rough one. Neither a mask nor a
-    detector's MTF is applied.
+    proteins have between 10 and 5 A for blur. Proteins differ, and near 7 A the figure is a rough
+    one. Neither a mask nor a detector's MTF is applied.
 
     Parameters
     ----------
